@@ -1,0 +1,54 @@
+"""Measurements with their sample size and error."""
+
+from typing import ClassVar, Literal
+
+from cptquant.core.artifact import Artifact, Frozen
+
+Subject = Literal["original", "quantized", "uniform", "random"]
+
+
+class Measurement(Frozen):
+    """One number about one model.
+
+    Attributes:
+        name: e.g. `nll_nats_per_token`, `perplexity`, `kl_nats_per_token`, `top1_agreement`, `accuracy`,
+            `embedding_cosine`, `weight_bytes`, `parameters`, `compression_vs_float16`.
+        subject: which model. For divergences, the model compared with the original.
+        n: number of independent units behind the value (tokens, examples, sentences); 0 for exact counts.
+        stderr: standard error of the value, None for exact counts.
+        note: how it was counted, where that matters.
+    """
+
+    name: str
+    subject: str
+    value: float
+    unit: str
+    n: int = 0
+    stderr: float | None = None
+    note: str = ""
+
+
+class EvaluationReport(Artifact):
+    """Result of `evaluate` (evaluation.json).
+
+    Attributes:
+        measurements: all of them, in reading order.
+        settings: window length, number of windows, text digest, ... : what must agree for two reports to compare.
+        written: which subject's weights are in checkpoint/ ("quantized", or "uniform" when the guard chose it).
+        guard: one sentence on how the plan compares with uniform bits at no more bytes.
+    """
+
+    SCHEMA: ClassVar[str] = "cptquant.evaluation"
+    MADE_BY: ClassVar[str] = "cptquant evaluate RUN"
+
+    measurements: tuple[Measurement, ...]
+    settings: dict[str, str | int | float | bool | None] = {}
+    written: str | None = None
+    guard: str = ""
+
+    def find(self, name: str, subject: str) -> Measurement | None:
+        """The measurement of that name and subject, or None."""
+        for measurement in self.measurements:
+            if measurement.name == name and measurement.subject == subject:
+                return measurement
+        return None

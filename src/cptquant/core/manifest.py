@@ -1,0 +1,69 @@
+"""What happened to each site when it was quantized (manifest.json in the run folder)."""
+
+from enum import StrEnum
+from typing import ClassVar
+
+from cptquant.core.artifact import Artifact, Frozen
+
+
+class SiteOutcome(StrEnum):
+    """Nothing degrades silently: every site says how it went."""
+
+    NOMINAL = "nominal"
+    KEPT_BY_PLAN = "kept_by_plan"
+    RANK_DEFICIENT_HESSIAN_DAMPED = "rank_deficient_hessian_damped"
+    DEAD_INPUTS = "dead_inputs"
+    NO_CALIBRATION_INPUT = "no_calibration_input"
+    ROUNDED_TO_NEAREST = "rounded_to_nearest"
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        return {
+            SiteOutcome.NOMINAL: "quantized as asked",
+            SiteOutcome.KEPT_BY_PLAN: "kept in 16 bits, as the plan says",
+            SiteOutcome.RANK_DEFICIENT_HESSIAN_DAMPED: (
+                "the Hessian was not positive definite at the asked damping; damping was raised until it was"
+            ),
+            SiteOutcome.DEAD_INPUTS: "some inputs were zero on all calibration text; their columns were rounded",
+            SiteOutcome.NO_CALIBRATION_INPUT: "no calibration input reached this site; it was rounded to nearest",
+            SiteOutcome.ROUNDED_TO_NEAREST: "rounded to nearest: an embedding has no input statistics for GPTQ",
+        }[self]
+
+
+class SiteRecord(Frozen):
+    """One site after quantization.
+
+    Attributes:
+        relative_weight_error: ||Q(W) - W||^2 / ||W||^2 in Frobenius norm.
+        relative_output_error: ||(Q(W) - W) X||^2 / ||W X||^2 on the calibration inputs of the quantized stream; None
+            without inputs.
+        damping: fraction of the mean diagonal that was really added to the Hessian; None where none was used.
+    """
+
+    site: str
+    format: str
+    outcome: SiteOutcome
+    relative_weight_error: float
+    relative_output_error: float | None = None
+    damping: float | None = None
+
+
+class Manifest(Artifact):
+    """Result of `quantize` beside checkpoint/.
+
+    Attributes:
+        quantizer: `gptq` or `rtn`, with its options in `settings`.
+        sites: one record per site. tensor_bytes: bytes of all tensors written; header_bytes: the safetensors header.
+    """
+
+    SCHEMA: ClassVar[str] = "cptquant.manifest"
+    MADE_BY: ClassVar[str] = "cptquant quantize MODEL --budget BUDGET --output RUN"
+
+    quantizer: str
+    settings: dict[str, str | int | float | bool | None] = {}
+    sites: tuple[SiteRecord, ...]
+    tensor_bytes: int
+    header_bytes: int
+    plan_digest: str
+    parameters: int
