@@ -123,13 +123,19 @@ def write_whole(path: Path, content: bytes) -> None:
         raise output_error(path, error) from None
 
 
-def output_error(path: Path, error: OSError) -> OutputError:
-    """Say what the operating system's refusal means and what to do."""
-    if error.errno == errno.ENOSPC:
+def output_error(path: Path, error: Exception) -> OutputError:
+    """Say what the operating system's refusal means and what to do.
+
+    Libraries such as safetensors report a refusal as text only; a full disk is recognised there too.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    text = str(error)
+    if number == errno.ENOSPC or "os error 28" in text or "No space left on device" in text:
         return OutputError(
             f"disk full while writing {path}; finished stages are kept: free some space and run the same command again"
         )
-    return OutputError(f"cannot write {path} ({error.strerror or error}); choose another --output")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else text
+    return OutputError(f"cannot write {path} ({reason}); choose another --output")
 
 
 def digest_json(value: Mapping[str, Any] | list[Any]) -> str:

@@ -1,0 +1,61 @@
+"""What a person asked for, kept in the run folder so that later stages start from the same choices."""
+
+from typing import ClassVar
+
+from cptquant.core.artifact import Artifact
+from cptquant.core.budget import Budget
+from cptquant.core.errors import FormatError, UserError
+from cptquant.core.formats import QuantFormat
+
+DEFAULT_FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
+
+
+class RunSettings(Artifact):
+    """Options of a run (settings.json); every field is a flag of `cptquant quantize`.
+
+    Attributes:
+        model: local folder, hub id or `embedded:NAME`. budget: as written; None until `allocate`.
+        formats: candidate formats beside 16 bits.
+        calibration, eval_text: the person's own text; None means the embedded text.
+        calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
+    """
+
+    SCHEMA: ClassVar[str] = "cptquant.settings"
+    MADE_BY: ClassVar[str] = "cptquant inspect MODEL --output RUN"
+
+    model: str
+    budget: str | None = None
+    sensitivity: str = "tdmpq"
+    allocator: str = "knapsack"
+    quantizer: str = "gptq"
+    target: str = "transformers"
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+    calibration: str | None = None
+    eval_text: str | None = None
+    calibration_sequences: int = 128
+    eval_sequences: int = 128
+    sequence_length: int = 256
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    @property
+    def quant_formats(self) -> tuple[QuantFormat, ...]:
+        """Parsed `formats`.
+
+        Raises:
+            FormatError: a format is unreadable, or none is given.
+        """
+        if not self.formats:
+            raise FormatError("--formats names no format; give a comma-separated list such as int3-g64,int4-g64")
+        return tuple(QuantFormat.parse(name) for name in self.formats)
+
+    @property
+    def parsed_budget(self) -> Budget:
+        """Parsed `budget`.
+
+        Raises:
+            BudgetError: unreadable. UserError: none was given yet.
+        """
+        if self.budget is None:
+            raise UserError("no budget was given; add --budget, e.g. --budget 4bpw")
+        return Budget.parse(self.budget)

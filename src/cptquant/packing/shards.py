@@ -1,0 +1,117 @@
+"""Quantized weights on disk, one file per block, so that a killed run goes on from the last finished block."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cptquant.core.artifact import output_error
+from cptquant.core.formats import QuantFormat
+from cptquant.core.manifest import SiteRecord
+from cptquant.packing.quantized_weight import QuantizedWeight, decode, encode
+
+OUTER = "outer"
+"""Label of the shard that holds sites outside the blocks before them (embeddings) or after them (head)."""
+
+
+class ShardFolder:
+    """A folder of finished pieces of a quantized model.
+
+    Each piece is a safetensors file with the tensors of one block (or of the sites outside the blocks) under the names
+    they will have in the checkpoint, and the sites' records in its metadata. A piece appears under its name only when
+    complete. Reading is lazy: one site's tensors at a time.
+
+    Args:
+        folder: made if missing. Its name should contain the digest of everything the pieces depend on.
+        formats: site name -> format, from the plan.
+        shapes: site name -> (out_features, in_features).
+    """
+
+    def __init__(self, folder: Path, formats: Mapping[str, QuantFormat], shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.folder, self._formats, self._shapes = folder, formats, shapes
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise output_error(folder, error) from None
+        self._piece_of: dict[str, Path] = {}
+        self._records: dict[str, list[SiteRecord]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            self._register(path)
+
+    def _register(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError):
+            path.unlink()  # cannot happen to a renamed file short of disk damage; the piece is made again
+            return
+        self._records[path.stem] = [SiteRecord.model_validate_json(text) for text in json.loads(metadata["records"])]
+        for site in json.loads(metadata["sites"]):
+            self._piece_of[site] = path
+
+    def save(self, label: str, weights: Mapping[str, QuantizedWeight], records: Sequence[SiteRecord]) -> None:
+        """Write one piece.
+
+        Raises:
+            OutputError: disk full or not writable; earlier pieces stay.
+        """
+        path = self.folder / f"{label}.safetensors"
+        partial = path.with_name(path.name + ".partial")
+        tensors = {
+            f"{site}.{name}": tensor.contiguous()
+            for site, weight in weights.items()
+            for name, tensor in encode(weight).items()
+        }
+        metadata = {
+            "records": json.dumps([record.model_dump_json() for record in records]),
+            "sites": json.dumps(list(weights)),
+        }
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise output_error(path, error) from None
+        self._records[label] = list(records)
+        self._piece_of.update(dict.fromkeys(weights, path))
+
+    def has(self, label: str) -> bool:
+        """Whether that piece is finished."""
+        return label in self._records
+
+    def load(self, label: str) -> dict[str, QuantizedWeight]:
+        """All quantized weights of a piece."""
+        path = self.folder / f"{label}.safetensors"
+        return {site: self._decode(site) for site, piece in self._piece_of.items() if piece == path}
+
+    def records(self, label: str | None = None) -> list[SiteRecord]:
+        """Records of one piece, or of all."""
+        if label is not None:
+            return self._records[label]
+        return [record for records in self._records.values() for record in records]
+
+    def quantized(self, site_name: str) -> QuantizedWeight | None:
+        """Codes and scales of a site; None if the plan keeps it in 16 bits."""
+        return self._decode(site_name) if site_name in self._piece_of else None
+
+    def weight(self, site_name: str) -> Tensor | None:
+        """Dequantized float32 weight (out_features, in_features); None if the plan keeps it in 16 bits."""
+        quantized = self.quantized(site_name)
+        return None if quantized is None else quantized.dequantize()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every stored tensor under its checkpoint name."""
+        for path in sorted(set(self._piece_of.values())):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    yield name, file.get_tensor(name)
+
+    def _decode(self, site: str) -> QuantizedWeight:
+        prefix = site + "."
+        with safe_open(self._piece_of[site], framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            tensors = {name[len(prefix) :]: file.get_tensor(name) for name in names if "." not in name[len(prefix) :]}
+        return decode(tensors, self._formats[site], self._shapes[site])
