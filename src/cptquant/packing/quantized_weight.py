@@ -1,0 +1,148 @@
+"""A quantized weight matrix and its exact codec: integers and scales in memory, tensors of a checkpoint on disk.
+
+The layout on disk is compressed-tensors 0.20's: `pack-quantized` (dense int32 words along each row, zero points packed
+down the columns) for linear layers and `int-quantized` (one int8 a code) for embeddings. Packing itself is that
+library's `pack_to_int32`; sizes are `QuantFormat.stored_bytes`, checked equal in the tests.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
+from torch import Tensor
+
+from cptquant.core.errors import ArtifactError
+from cptquant.core.formats import QuantFormat
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One matrix after quantization: value = (code - zero) * scale.
+
+    Attributes:
+        format: bits, granularity, symmetry, storage. Never a float format.
+        codes: int8 (out_features, in_features), in [-2^(b-1), 2^(b-1)-1].
+        scales: float16 or bfloat16; (out_features, groups), (out_features, 1) per channel, (1,) per tensor. A scale may
+            be negative: with one more level below zero than above, flipping its sign is the cheaper choice for
+            groups whose largest weight is positive. Never zero.
+        zeros: int8, shape of `scales`, in the codes' range; None where the format is symmetric.
+    """
+
+    format: QuantFormat
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.format.is_float:
+            raise ValueError(f"{self.format.name} holds floats, not codes: keep the weight and cast it")
+        if self.codes.ndim != 2 or self.codes.dtype is not torch.int8:
+            raise ValueError(f"codes are int8 (out, in), got {self.codes.dtype} {tuple(self.codes.shape)}")
+        expected = scale_shape(self.format, *self.codes.shape)
+        if tuple(self.scales.shape) != expected or self.scales.dtype not in SCALE_DTYPES:
+            raise ValueError(
+                f"scales of {self.format.name} are 16-bit floats of shape {expected}, "
+                f"got {self.scales.dtype} {tuple(self.scales.shape)}"
+            )
+        if (self.zeros is None) != self.format.symmetric:
+            raise ValueError(f"{self.format.name} {'has no' if self.format.symmetric else 'needs'} zero points")
+        if self.zeros is not None and (tuple(self.zeros.shape) != expected or self.zeros.dtype is not torch.int8):
+            raise ValueError(f"zeros are int8 of shape {expected}, got {self.zeros.dtype} {tuple(self.zeros.shape)}")
+
+    def dequantize(self) -> Tensor:
+        """The matrix as float32 (out_features, in_features); the product is computed in float32."""
+        values = self.codes.float()
+        if self.zeros is not None:
+            values -= self._spread(self.zeros)
+        return values.mul_(self._spread(self.scales))
+
+    def _spread(self, per_group: Tensor) -> Tensor:
+        """Scales or zeros as float32, broadcastable against the codes."""
+        per_group = per_group.float()
+        if not isinstance(self.format.granularity, int):
+            return per_group
+        return per_group.repeat_interleave(self.format.granularity, dim=1)[:, : self.codes.shape[1]]
+
+
+def scale_shape(fmt: QuantFormat, out_features: int, in_features: int) -> tuple[int, ...]:
+    """Shape of the scale tensor compressed-tensors expects beside a matrix of that size."""
+    return (1,) if fmt.granularity == "tensor" else (out_features, fmt.group_count(in_features))
+
+
+def encode(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Tensors to write, under compressed-tensors' names local to the module.
+
+    Returns:
+        packed: `weight_packed` int32 (out, ceil(in * b / 32)), `weight_scale`, `weight_shape` int64 (2,) and, where
+        asymmetric, `weight_zero_point`: int32 (ceil(out * b / 32), groups), or int8 (1,) per tensor.
+        plain: `weight` int8 (out, in), `weight_scale` and, where asymmetric, `weight_zero_point` int8.
+        Their bytes sum to `weight.format.stored_bytes(out, in)`.
+    """
+    fmt = weight.format
+    tensors = {"weight_scale": weight.scales.contiguous()}
+    if fmt.storage == "plain":
+        tensors["weight"] = weight.codes.contiguous()
+    else:
+        tensors["weight_packed"] = pack_to_int32(weight.codes, fmt.code_bits)
+        tensors["weight_shape"] = torch.tensor(weight.codes.shape, dtype=torch.int64)
+    if weight.zeros is not None:
+        packs_zeros = fmt.storage == "packed" and fmt.granularity != "tensor"
+        zeros = pack_to_int32(weight.zeros, fmt.code_bits, packed_dim=0) if packs_zeros else weight.zeros
+        tensors["weight_zero_point"] = zeros.contiguous()
+    return tensors
+
+
+def decode(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, int]) -> QuantizedWeight:
+    """Inverse of `encode`, exact.
+
+    Args:
+        tensors: as `encode` returns them. fmt: the format they were written in.
+        shape: (out_features, in_features).
+
+    Raises:
+        ArtifactError: a tensor is missing, or of another shape or dtype than the format implies.
+    """
+    for name, (dtype, expected) in _stored_tensors(fmt, shape).items():
+        found = tensors.get(name)
+        if found is None:
+            raise ArtifactError(f"tensor {name} of a {fmt.name} matrix {shape} is missing; quantize again")
+        dtypes = SCALE_DTYPES if name == "weight_scale" else (dtype,)
+        if found.dtype not in dtypes or tuple(found.shape) != expected:
+            raise ArtifactError(
+                f"tensor {name} of a {fmt.name} matrix {shape} must be {dtype} {expected}, "
+                f"found {found.dtype} {tuple(found.shape)}; the file does not belong to this plan: quantize again"
+            )
+    if fmt.storage == "packed" and tuple(tensors["weight_shape"].tolist()) != tuple(shape):
+        raise ArtifactError(
+            f"tensor weight_shape says {tuple(tensors['weight_shape'].tolist())}, expected {tuple(shape)}; quantize again"
+        )
+    zeros = tensors.get("weight_zero_point")
+    if fmt.storage == "plain":
+        return QuantizedWeight(fmt, tensors["weight"], tensors["weight_scale"], zeros)
+    codes = unpack_from_int32(tensors["weight_packed"], fmt.code_bits, torch.Size(shape)).contiguous()
+    if zeros is not None and zeros.dtype is torch.int32:
+        # Turned by a copy: the library's own packed_dim=0 views bytes of a transposed tensor and fails on one word.
+        turned = zeros.t().clone(memory_format=torch.contiguous_format)
+        rows, groups = scale_shape(fmt, *shape)
+        zeros = unpack_from_int32(turned, fmt.code_bits, torch.Size((groups, rows))).t().contiguous()
+    return QuantizedWeight(fmt, codes, tensors["weight_scale"], zeros)
+
+
+def _stored_tensors(fmt: QuantFormat, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of every tensor a format writes; scales may be either 16-bit float."""
+    rows, columns = shape
+    scales = scale_shape(fmt, rows, columns)
+    stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight_scale": (torch.float16, scales)}
+    if fmt.storage == "plain":
+        stored["weight"] = (torch.int8, (rows, columns))
+    else:
+        stored["weight_packed"] = (torch.int32, (rows, -(-columns * fmt.code_bits // 32)))
+        stored["weight_shape"] = (torch.int64, (2,))
+    if not fmt.symmetric:
+        packs_zeros = fmt.storage == "packed" and fmt.granularity != "tensor"
+        packed = (-(-rows * fmt.code_bits // 32), fmt.group_count(columns))
+        stored["weight_zero_point"] = (torch.int32, packed) if packs_zeros else (torch.int8, scales)
+    return stored
