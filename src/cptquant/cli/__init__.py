@@ -1,0 +1,1 @@
+"""The command line: parse, load, call the verb, save, print. One file per subcommand."""

@@ -54,7 +54,7 @@ class Manifest(Artifact):
 
     Attributes:
         quantizer: `gptq` or `rtn`, with its options in `settings`.
-        sites: one record per site. tensor_bytes: bytes of all tensors written; header_bytes: the safetensors header.
+        sites: one record per site. tensor_bytes: bytes of all tensors of a checkpoint with these weights.
     """
 
     SCHEMA: ClassVar[str] = "cptquant.manifest"
@@ -64,6 +64,21 @@ class Manifest(Artifact):
     settings: dict[str, str | int | float | bool | None] = {}
     sites: tuple[SiteRecord, ...]
     tensor_bytes: int
-    header_bytes: int
     plan_digest: str
     parameters: int
+
+
+class CheckpointRecord(Artifact):
+    """What stands in checkpoint/ (checkpoint.json in the run folder).
+
+    Attributes:
+        tensor_bytes: bytes of all tensors, equal to the plan's `size_bytes`. header_bytes: safetensors headers on top.
+        files: weight file name -> sha256.
+    """
+
+    SCHEMA: ClassVar[str] = "cptquant.checkpoint"
+    MADE_BY: ClassVar[str] = "cptquant quantize RUN"
+
+    tensor_bytes: int
+    header_bytes: int
+    files: dict[str, str]

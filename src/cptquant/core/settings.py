@@ -6,7 +6,10 @@ from cptquant.core.artifact import Artifact
 from cptquant.core.budget import Budget
 from cptquant.core.errors import FormatError, UserError
 from cptquant.core.formats import QuantFormat
+from cptquant.core.layout import ModelLayout
 
+BASELINES = ("uniform", "random")
+_SMALL_MODEL_PARAMETERS = 50_000_000
 DEFAULT_FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
 
 
@@ -18,6 +21,7 @@ class RunSettings(Artifact):
         formats: candidate formats beside 16 bits.
         calibration, eval_text: the person's own text; None means the embedded text.
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
+    baselines: "uniform" and "random" at no more bytes; None decides by size (`baselines_for`).
     """
 
     SCHEMA: ClassVar[str] = "cptquant.settings"
@@ -35,6 +39,7 @@ class RunSettings(Artifact):
     calibration_sequences: int = 128
     eval_sequences: int = 128
     sequence_length: int = 256
+    baselines: tuple[str, ...] | None = None
     seed: int = 0
     trust_remote_code: bool = False
 
@@ -59,3 +64,19 @@ class RunSettings(Artifact):
         if self.budget is None:
             raise UserError("no budget was given; add --budget, e.g. --budget 4bpw")
         return Budget.parse(self.budget)
+
+    def baselines_for(self, layout: ModelLayout) -> tuple[str, ...]:
+        """Which baselines are quantized and evaluated beside the plan.
+
+        Each costs a quantization of its own, so above 50M parameters only uniform bits, which the guard needs, are the
+        default.
+
+        Raises:
+            UserError: a name is unknown.
+        """
+        if self.baselines is None:
+            return BASELINES if layout.parameters < _SMALL_MODEL_PARAMETERS else ("uniform",)
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise UserError(f"--baselines {name!r} is unknown; choose from: {', '.join(BASELINES)}")
+        return self.baselines

@@ -13,10 +13,6 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteRecord
 from cptquant.packing.quantized_weight import QuantizedWeight, decode, encode
 
-OUTER = "outer"
-"""Label of the shard that holds sites outside the blocks before them (embeddings) or after them (head)."""
-
-
 class ShardFolder:
     """A folder of finished pieces of a quantized model.
 
@@ -78,14 +74,15 @@ class ShardFolder:
         self._records[label] = list(records)
         self._piece_of.update(dict.fromkeys(weights, path))
 
-    def has(self, label: str) -> bool:
-        """Whether that piece is finished."""
-        return label in self._records
+    @property
+    def labels(self) -> frozenset[str]:
+        """Labels of the finished pieces."""
+        return frozenset(self._records)
 
-    def load(self, label: str) -> dict[str, QuantizedWeight]:
-        """All quantized weights of a piece."""
+    def piece(self, label: str) -> Mapping[str, QuantizedWeight]:
+        """The quantized weights of a finished piece by site name, each read when asked for."""
         path = self.folder / f"{label}.safetensors"
-        return {site: self._decode(site) for site, piece in self._piece_of.items() if piece == path}
+        return _Piece(self, tuple(site for site, piece in self._piece_of.items() if piece == path))
 
     def records(self, label: str | None = None) -> list[SiteRecord]:
         """Records of one piece, or of all."""
@@ -106,12 +103,28 @@ class ShardFolder:
         """Every stored tensor under its checkpoint name."""
         for path in sorted(set(self._piece_of.values())):
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                for name in file.keys():
                     yield name, file.get_tensor(name)
 
     def _decode(self, site: str) -> QuantizedWeight:
         prefix = site + "."
         with safe_open(self._piece_of[site], framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith(prefix)]
             tensors = {name[len(prefix) :]: file.get_tensor(name) for name in names if "." not in name[len(prefix) :]}
         return decode(tensors, self._formats[site], self._shapes[site])
+
+
+class _Piece(Mapping[str, QuantizedWeight]):
+    def __init__(self, folder: ShardFolder, sites: tuple[str, ...]) -> None:
+        self._folder, self._sites = folder, sites
+
+    def __getitem__(self, site: str) -> QuantizedWeight:
+        if site not in self._sites:
+            raise KeyError(site)
+        return self._folder._decode(site)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)

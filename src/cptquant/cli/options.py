@@ -1,0 +1,108 @@
+"""The flags that several subcommands share, spelled once."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Local folder, hub id, embedded:opt-mini or embedded:bert-mini.", show_default=False
+    ),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of an earlier stage.", show_default=False)]
+ModelOrRun = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|RUN",
+        help="Local model folder, hub id, embedded:NAME, or a run folder to go on from.",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Run folder; made if missing.", show_default=False)
+]
+BudgetText = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        help="4bpw (whole file), 3.25bpw@sites (blocks' linear layers, scales included), 25% of the original, 12MB, "
+        "1.2GiB.",
+        show_default=False,
+    ),
+]
+Sensitivity = Annotated[
+    str | None,
+    typer.Option("--sensitivity", help="cmpq, pmpq, tdmpq or ablation.  [default: tdmpq]", show_default=False),
+]
+Allocator = Annotated[
+    str | None,
+    typer.Option(
+        "--allocator",
+        help="knapsack, kmeans, uniform, first_last or random.  [default: knapsack]",
+        show_default=False,
+    ),
+]
+Quantizer = Annotated[
+    str | None, typer.Option("--quantizer", help="gptq or rtn.  [default: gptq]", show_default=False)
+]
+TargetName = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help="Engine the plan must be legal in: transformers or transformers-fused.  [default: transformers]",
+        show_default=False,
+    ),
+]
+Formats = Annotated[
+    str | None,
+    typer.Option(
+        "--formats",
+        help="Candidate formats, comma-separated.  [default: int2-g64,int3-g64,int4-g64,int5-g64,int6-g64,int8-g64]",
+        show_default=False,
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Calibration text: .txt, .jsonl or a saved `datasets` folder.  [default: embedded text]",
+        show_default=False,
+    ),
+]
+EvalText = Annotated[
+    str | None,
+    typer.Option(
+        "--eval-text",
+        help="Held-out text: .txt, .jsonl or a saved `datasets` folder.  [default: embedded text]",
+        show_default=False,
+    ),
+]
+CalibrationSequences = Annotated[
+    int | None,
+    typer.Option("--calibration-sequences", min=2, help="Calibration sequences.  [default: 128]", show_default=False),
+]
+EvalSequences = Annotated[
+    int | None,
+    typer.Option("--eval-sequences", min=2, help="Evaluation sequences.  [default: 128]", show_default=False),
+]
+SequenceLength = Annotated[
+    int | None,
+    typer.Option("--sequence-length", min=8, help="Tokens a sequence.  [default: 256]", show_default=False),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.  [default: 0]", show_default=False)]
+TrustRemoteCode = Annotated[
+    bool | None,
+    typer.Option("--trust-remote-code", help="Run code that comes with the model folder.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
+
+
+def given(**flags: Any) -> dict[str, Any]:
+    """The flags a person really gave; `formats` split at commas."""
+    chosen = {name: value for name, value in flags.items() if value is not None}
+    if "formats" in chosen:
+        chosen["formats"] = tuple(name.strip() for name in chosen["formats"].split(",") if name.strip())
+    return chosen

@@ -1,0 +1,111 @@
+"""`cptquant quantize`: the whole chain, or the rest of it from a run folder with a plan."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cptquant.cli import options
+
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print sizes, expected time and memory; spend neither, write nothing.")
+]
+_Baselines = Annotated[
+    str | None,
+    typer.Option(
+        "--baselines",
+        help="Also quantize and evaluate at no more bytes: uniform, random, or both. The guard needs uniform.  "
+        "[default: uniform,random below 50M parameters, else uniform]",
+        show_default=False,
+    ),
+]
+
+
+def quantize(
+    model: options.ModelOrRun,
+    budget: options.BudgetText = None,
+    output: options.Output = None,
+    sensitivity: options.Sensitivity = None,
+    allocator: options.Allocator = None,
+    quantizer: options.Quantizer = None,
+    target: options.TargetName = None,
+    formats: options.Formats = None,
+    calibration: options.Calibration = None,
+    eval_text: options.EvalText = None,
+    calibration_sequences: options.CalibrationSequences = None,
+    eval_sequences: options.EvalSequences = None,
+    sequence_length: options.SequenceLength = None,
+    baselines: _Baselines = None,
+    seed: options.Seed = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    dry_run: _DryRun = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Quantize MODEL under a budget: measure, allocate, quantize, evaluate, guard, report.
+
+    With a RUN folder instead of a model, goes on from its plan.json (which may have been edited).
+    """
+    changes = options.given(
+        budget=budget,
+        sensitivity=sensitivity,
+        allocator=allocator,
+        quantizer=quantizer,
+        target=target,
+        formats=formats,
+        calibration=calibration,
+        eval_text=eval_text,
+        calibration_sequences=calibration_sequences,
+        eval_sequences=eval_sequences,
+        sequence_length=sequence_length,
+        baselines=_split(baselines),
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    if dry_run:
+        _print_estimate(model, changes, as_json)
+        return
+    from cptquant.cli.terminal import print_json, print_text, watch
+    from cptquant.pipeline import quantize_model, quantize_run
+    from cptquant.reports.tables import result_table
+
+    with watch(quiet=as_json) as progress:
+        if _is_run(model):
+            result = quantize_run(Path(model), progress, **changes)
+        else:
+            result = quantize_model(model, *_required(changes, output), progress, **changes)
+    if as_json:
+        print_json(result.evaluation)
+    else:
+        print_text(result_table(result.layout, result.plan, result.evaluation))
+        print(f"checkpoint {result.folder / 'checkpoint'}\nreport     {result.folder / 'report.html'}")
+
+
+def _split(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _required(changes: dict[str, object], output: Path | None) -> tuple[str, Path]:
+    from cptquant.core.errors import UserError
+
+    budget = changes.pop("budget", None)
+    if budget is None:
+        raise UserError("no budget was given; add --budget, e.g. --budget 4bpw, 25%, 12MB")
+    if output is None:
+        raise UserError("no output folder was given; add --output, e.g. --output runs/first")
+    return str(budget), output
+
+
+def _is_run(name: str) -> bool:
+    return (Path(name) / "settings.json").is_file()
+
+
+def _print_estimate(model: str, changes: dict[str, object], as_json: bool) -> None:
+    from cptquant.cli.terminal import print_json, print_text
+    from cptquant.estimate import estimate_run
+    from cptquant.reports.tables import estimate_table
+
+    estimate = estimate_run(model, changes)
+    if as_json:
+        print_json(estimate)
+    else:
+        print_text(estimate_table(estimate))

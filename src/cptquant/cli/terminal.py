@@ -1,0 +1,55 @@
+"""What a person sees: a progress bar with remaining time on standard error, tables and JSON on standard output."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cptquant.core.artifact import Artifact
+from cptquant.core.progress import Progress, ignore_progress
+
+
+def print_json(artifact: Artifact) -> None:
+    """The artifact as JSON on standard output."""
+    sys.stdout.write(artifact.to_json())
+
+
+def print_text(text: str) -> None:
+    """A rendered table on standard output."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+@contextmanager
+def watch(*, quiet: bool = False) -> Iterator[Progress]:
+    """Progress bars, one line a stage, on standard error; nothing when quiet or not a terminal's business."""
+    if quiet:
+        yield ignore_progress
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    tasks: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console) as bars:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show

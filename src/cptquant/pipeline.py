@@ -1,0 +1,125 @@
+"""The main path: a model and a budget in, a smaller model that runs and a report out.
+
+    inspect -> measure -> allocate -> quantize (plan and baselines) -> guard -> checkpoint -> evaluate -> report
+
+Each step is a function in `stages/` that leaves a file in the run folder; this file is their order.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cptquant.core.evaluation import EvaluationReport
+from cptquant.core.layout import ModelLayout
+from cptquant.core.plan import Plan
+from cptquant.core.progress import Progress, ignore_progress
+from cptquant.core.settings import RunSettings
+from cptquant.reports.html import render_report
+from cptquant.stages.check import check_choices
+from cptquant.stages.allocate import allocate_stage, baseline_plan, needs_table
+from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
+from cptquant.stages.inspect import inspect_stage
+from cptquant.stages.measure import measure_stage
+from cptquant.stages.quantize import Variant, quantize_stage, write_stage
+from cptquant.stages.run import Run
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `quantize` hands back; everything in it also stands as files in `folder`.
+
+    Attributes:
+        plan: of the weights that were written: the allocator's, or uniform bits where the guard preferred them.
+    """
+
+    folder: Path
+    layout: ModelLayout
+    plan: Plan
+    evaluation: EvaluationReport
+
+    @property
+    def checkpoint(self) -> Path:
+        """The Hugging Face folder."""
+        return self.folder / "checkpoint"
+
+
+def quantize_model(
+    model: str, budget: str, output: Path, progress: Progress = ignore_progress, **choices: object
+) -> Result:
+    """Quantize a model under a budget: the whole chain.
+
+    Args:
+        model: local folder, hub id or `embedded:NAME`. budget: e.g. `4bpw`, `25%`, `3.25bpw@sites`.
+        output: run folder; stages that already stand there for the same inputs are not run again.
+        choices: fields of `RunSettings`.
+
+    Raises:
+        UserError: anything the caller can change, before compute is spent where that can be known.
+    """
+    settings = RunSettings.model_validate({"model": model, "budget": budget, **choices})
+    check_choices(settings)
+    run = Run.start(output, settings, progress)
+    layout = inspect_stage(run)
+    settings.parsed_budget.limit_bytes(layout)
+    table = measure_stage(run, layout) if needs_table(settings.allocator) else None
+    allocate_stage(run, layout, table)
+    return _from_plan(run, layout)
+
+
+def quantize_run(folder: Path, progress: Progress = ignore_progress, **changes: object) -> Result:
+    """Go on from the plan.json of a run folder; the plan may have been edited.
+
+    Raises:
+        ArtifactError: no plan, or one that does not fit the model.
+    """
+    run = Run.resume(folder, progress, **changes)
+    check_choices(run.settings)
+    return _from_plan(run, run.load("layout.json", ModelLayout))
+
+
+def _from_plan(run: Run, layout: ModelLayout) -> Result:
+    variants = _quantize_variants(run, layout)
+    written, guard = guard_stage(run, variants)
+    write_stage(run, variants[written])
+    evaluation = evaluate_stage(run, layout, variants, written, guard)
+    render_report(run.folder)
+    return Result(run.folder, layout, variants[written].plan, evaluation)
+
+
+def _quantize_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:
+    """The plan and its baselines at no more bytes, each quantized the same way."""
+    plan = run.load("plan.json", Plan)
+    plans = {"quantized": plan}
+    for name in run.settings.baselines_for(layout):
+        plans[name] = baseline_plan(run, layout, plan, name)
+    return {name: Variant(plans[name], quantize_stage(run, layout, plans[name], name)) for name in plans}
+
+
+def evaluate_run(folder: Path, progress: Progress = ignore_progress, **changes: object) -> EvaluationReport:
+    """Evaluate a run again, on other text or more of it; what was written stays written.
+
+    Raises:
+        ArtifactError: the run has no evaluation yet.
+    """
+    run = Run.resume(folder, progress, **changes)
+    layout = run.load("layout.json", ModelLayout)
+    before = run.load("evaluation.json", EvaluationReport)
+    variants = _quantize_variants(run, layout)
+    evaluation = evaluate_stage(run, layout, variants, before.written or "quantized", before.guard)
+    render_report(run.folder)
+    return evaluation
+
+
+def evaluate_folder(
+    folder: str, original: str | None, progress: Progress = ignore_progress, **choices: object
+) -> EvaluationReport:
+    """Judge any Hugging Face folder, another tool's output too, by the ruler used for our own.
+
+    Args:
+        original: the model it was made from; None leaves out everything that compares (KL, agreement).
+        choices: fields of `RunSettings` that say which text.
+
+    Raises:
+        UserError: a folder that cannot be loaded, another vocabulary than the original's, unusable text.
+    """
+    settings = RunSettings.model_validate({"model": folder, **choices})
+    return evaluate_any(settings, original, progress)

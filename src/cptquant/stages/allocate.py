@@ -1,0 +1,94 @@
+"""sensitivity.json -> plan.json, and the baselines at no more bytes. Loads no framework."""
+
+from cptquant.allocation.allocate import allocate
+from cptquant.allocation.methods import find_allocator
+from cptquant.core.budget import Budget
+from cptquant.core.errors import ArtifactError, UserError
+from cptquant.core.formats import QuantFormat
+from cptquant.core.layout import ModelLayout
+from cptquant.core.plan import Plan
+from cptquant.core.sensitivity import SensitivityTable
+from cptquant.core.targets import candidate_formats, find_target
+from cptquant.stages.run import Run
+
+
+def site_formats(run: Run, layout: ModelLayout) -> dict[str, tuple[QuantFormat, ...]]:
+    """Candidate formats of every site under the run's target.
+
+    Raises:
+        UserError: the target allows none of `--formats` anywhere.
+    """
+    target, formats = find_target(run.settings.target), run.settings.quant_formats
+    candidates = {site.name: candidate_formats(site, layout, target, formats) for site in layout.sites}
+    if all(fmt.is_float for row in candidates.values() for fmt in row):
+        refusals = {target.refusal(site, fmt) for site in layout.block_sites for fmt in formats}
+        reasons = "; ".join(sorted(reason for reason in refusals if reason))
+        raise UserError(f"--target {target.name} allows none of --formats {','.join(run.settings.formats)}: {reasons}")
+    return candidates
+
+
+def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None) -> Plan:
+    """sensitivity.json -> plan.json: which format each site gets under the budget and the target."""
+    settings = run.settings
+    inputs = {
+        "layout": layout.digest(),
+        "table": table.digest() if table else "",
+        "budget": settings.parsed_budget.text,
+        "allocator": settings.allocator,
+        "target": settings.target,
+        "formats": ",".join(settings.formats),
+        "seed": str(settings.seed),
+    }
+    return run.stage(
+        "plan.json",
+        Plan,
+        inputs,
+        lambda: allocate(
+            layout, table, settings.parsed_budget, find_target(settings.target), find_allocator(settings.allocator),
+            formats=settings.quant_formats, seed=settings.seed,
+        ),
+    )  # fmt: skip
+
+
+def baseline_plan(run: Run, layout: ModelLayout, plan: Plan, allocator: str) -> Plan:
+    """plan-NAME.json: uniform or random bits at no more bytes than the plan, in the scope of its budget."""
+    limit_bytes = plan.size_bytes if plan.budget_scope == "file" else plan.site_bytes
+    budget = Budget(limit_bytes, "bytes", plan.budget_scope, f"{limit_bytes} bytes ({plan.budget_scope}), as the plan")
+    formats = {name for name in plan.formats.values() if not QuantFormat.parse(name).is_float}
+    offered = tuple(dict.fromkeys((*run.settings.quant_formats, *(QuantFormat.parse(name) for name in sorted(formats)))))
+    inputs = {"plan": plan.digest(), "formats": ",".join(map(str, offered)), "seed": str(run.settings.seed)}
+    return run.stage(
+        f"plan-{allocator}.json",
+        Plan,
+        inputs,
+        lambda: allocate(
+            layout, None, budget, find_target(plan.target), find_allocator(allocator), formats=offered,
+            seed=run.settings.seed,
+        ),
+    )  # fmt: skip
+
+
+def check_plan(plan: Plan, layout: ModelLayout) -> None:
+    """A plan may have been edited by hand: it must name every site, be legal, and say its true size.
+
+    Raises:
+        ArtifactError: what does not fit, and what it should be.
+    """
+    missing = [site.name for site in layout.sites if site.name not in plan.formats]
+    unknown = [name for name in plan.formats if name not in layout.site_by_name]
+    if missing or unknown:
+        raise ArtifactError(
+            f"plan.json does not fit the model: {len(missing)} sites without a format (first: {missing[:1]}), "
+            f"{len(unknown)} unknown names (first: {unknown[:1]}); make it anew with: {Plan.MADE_BY}"
+        )
+    target = find_target(plan.target)
+    for site in layout.sites:
+        refusal = target.refusal(site, plan.quant_formats[site.name])
+        if refusal:
+            raise ArtifactError(f"plan.json gives {site.name} the format {plan.formats[site.name]}: {refusal}")
+    size_bytes = layout.plan_bytes(plan.quant_formats)
+    if size_bytes != plan.size_bytes:
+        raise ArtifactError(
+            f"plan.json says size_bytes = {plan.size_bytes}, its formats take {size_bytes}; correct the number if the "
+            f"formats were edited on purpose, or make it anew with: {Plan.MADE_BY}"
+        )

@@ -1,0 +1,34 @@
+"""What can be known to be wrong before any compute is spent. Loads no framework."""
+
+from pathlib import Path
+
+from cptquant.allocation.methods import find_allocator
+from cptquant.core.errors import DataError, UserError
+from cptquant.core.settings import RunSettings
+from cptquant.core.targets import find_target
+
+SENSITIVITY_METHODS = ("cmpq", "pmpq", "tdmpq", "ablation")
+QUANTIZERS = ("gptq", "rtn")
+
+
+def check_choices(settings: RunSettings) -> None:
+    """Check names, formats, budget and the existence of text files.
+
+    Raises:
+        UserError: the first thing that is wrong, with what is allowed and the flag.
+    """
+    if settings.budget is not None:
+        _ = settings.parsed_budget
+    _ = settings.quant_formats
+    find_target(settings.target)
+    find_allocator(settings.allocator)
+    _check_name("--sensitivity", settings.sensitivity, SENSITIVITY_METHODS)
+    _check_name("--quantizer", settings.quantizer, QUANTIZERS)
+    for flag, text in (("--calibration", settings.calibration), ("--eval-text", settings.eval_text)):
+        if text is not None and not Path(text).exists():
+            raise DataError(f"{flag} {text!r} does not exist; give a .txt, a .jsonl or a saved `datasets` folder")
+
+
+def _check_name(flag: str, name: str, allowed: tuple[str, ...]) -> None:
+    if name not in allowed:
+        raise UserError(f"{flag} {name!r} is unknown; choose one of: {', '.join(allowed)}")

@@ -1,0 +1,82 @@
+"""The guard on validation text, then evaluation.json on test text."""
+
+import torch
+
+from cptquant.core.artifact import digest_json
+from cptquant.core.evaluation import EvaluationReport
+from cptquant.core.layout import ModelLayout
+from cptquant.core.progress import Progress
+from cptquant.core.provenance import Stopwatch
+from cptquant.core.settings import RunSettings
+from cptquant.evaluation.evaluate import evaluate, evaluate_models
+from cptquant.evaluation.guard import choose
+from cptquant.evaluation.scored_text import evaluation_settings
+from cptquant.evaluation.sizes import measure_sizes
+from cptquant.models.checkpoint_weights import CheckpointWeights
+from cptquant.models.load import load_any, load_model
+from cptquant.models.stream import WeightSource
+from cptquant.models.text import load_tokens
+from cptquant.stages.quantize import Variant
+from cptquant.stages.run import Run
+
+
+def guard_stage(run: Run, variants: dict[str, Variant]) -> tuple[str, str]:
+    """Compare the plan with uniform bits on validation text; uniform is written where it is better.
+
+    Returns:
+        The name of the variant to write, and one sentence for the report.
+    """
+    if "uniform" not in variants:
+        return "quantized", "not run: --baselines leaves out uniform"
+    if variants["uniform"].plan.formats == variants["quantized"].plan.formats:
+        return "quantized", "the plan is uniform itself"
+    sources = {name: variants[name].shards for name in ("quantized", "uniform")}
+    measured = evaluate(run.model, sources, run.validation, progress=run.progress)
+    return choose(measured, run.model.layout.task)
+
+
+def evaluate_stage(
+    run: Run, layout: ModelLayout, variants: dict[str, Variant], written: str, guard: str
+) -> EvaluationReport:
+    """evaluation.json: original, what is in checkpoint/ (read back from disk) and the baselines, on test text."""
+    plans = {name: variant.plan for name, variant in variants.items()}
+    plans["quantized"] = plans[written]
+    inputs = {
+        "tokens": run.test.digest,
+        "written": written,
+        "guard": guard,
+        **{f"plan {name}": digest_json(plan.formats) for name, plan in plans.items()},
+        **{f"pieces {name}": variant.shards.folder.name for name, variant in variants.items()},
+    }
+
+    def make() -> EvaluationReport:
+        sources: dict[str, WeightSource] = {name: variant.shards for name, variant in variants.items()}
+        sources["quantized"] = CheckpointWeights(run.folder / "checkpoint", layout, plans["quantized"].quant_formats)
+        measured = evaluate(run.model, sources, run.test, progress=run.progress)
+        weight_bytes = {"original": layout.source_bytes, **{name: plan.size_bytes for name, plan in plans.items()}}
+        return EvaluationReport(
+            measurements=(*measured, *measure_sizes(layout, weight_bytes)),
+            settings=evaluation_settings(layout.task, run.test),
+            written="uniform" if written == "uniform" else "quantized",
+            guard=guard,
+        )
+
+    return run.stage("evaluation.json", EvaluationReport, inputs, make)
+
+
+def evaluate_any(settings: RunSettings, original: str | None, progress: Progress) -> EvaluationReport:
+    """Any model folder on the test text of the settings, next to its original if that is given."""
+    watch = Stopwatch()
+    trust = settings.trust_remote_code
+    candidate = load_any(settings.model, trust_remote_code=trust)
+    reference = None if original is None else load_model(original, trust_remote_code=trust)
+    tokens = load_tokens(
+        candidate, settings.eval_text, "test", sequences=settings.eval_sequences, length=settings.sequence_length,
+        seed=settings.seed,
+    )  # fmt: skip
+    return EvaluationReport(
+        measurements=tuple(evaluate_models(reference, candidate, tokens, progress=progress)),
+        settings=evaluation_settings(candidate.layout.task, tokens),
+        inputs={"candidate": candidate.layout.source_digest, "tokens": tokens.digest},
+        provenance=watch.provenance(seed=settings.seed, threads=torch.get_num_threads()),
+    )

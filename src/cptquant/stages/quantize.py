@@ -1,0 +1,90 @@
+"""plan.json -> quantized weights, block by block -> checkpoint/."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cptquant.core.artifact import digest_file, digest_json
+from cptquant.core.layout import ModelLayout
+from cptquant.core.manifest import CheckpointRecord, Manifest
+from cptquant.core.plan import Plan
+from cptquant.exporters.compressed_tensors import write_checkpoint
+from cptquant.packing.shards import ShardFolder
+from cptquant.quantizers.methods import find_quantizer
+from cptquant.quantizers.quantize import quantize_sites
+from cptquant.stages.allocate import check_plan
+from cptquant.stages.run import Run
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of spending the bytes: its plan and its quantized weights."""
+
+    plan: Plan
+    shards: ShardFolder
+
+
+def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quantized") -> ShardFolder:
+    """plan.json -> quantized pieces under work/ (one file a block, with records) and manifest.json.
+
+    Resumes after a kill from the last finished block, with the same bits out. Pieces live under a digest of everything
+    they depend on, so equal plans share them.
+    """
+    check_plan(plan, layout)
+    quantizer = find_quantizer(run.settings.quantizer)
+    inputs = {
+        "plan": digest_json(plan.formats),
+        "tokens": run.calibration.digest,
+        "quantizer": repr(quantizer),
+        "layout": layout.digest(),
+    }
+    shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
+    shards = ShardFolder(run.folder / "work" / digest_json(inputs)[:16], plan.quant_formats, shapes)
+
+    labels = [block_label(index) for index in range(layout.block_count)]
+
+    def make() -> Manifest:
+        quantize_sites(
+            run.model, plan, quantizer, run.calibration,
+            lambda index, weights, records: shards.save(block_label(index), weights, records),
+            resume={index: shards.piece(label) for index, label in enumerate(labels) if label in shards.labels},
+            progress=lambda done, total: run.progress(f"quantize ({name})", done, total),
+        )  # fmt: skip
+        records = {record.site: record for record in shards.records()}
+        return Manifest(
+            quantizer=run.settings.quantizer,
+            settings={"options": repr(quantizer), "calibration": run.calibration.description},
+            sites=tuple(records[site.name] for site in layout.sites if site.name in records),
+            tensor_bytes=plan.size_bytes,
+            plan_digest=plan.digest(),
+            parameters=layout.parameters,
+        )
+
+    file_name = "manifest.json" if name == "quantized" else f"manifest-{name}.json"
+    if not shards.labels.issuperset([*labels, block_label(None)]):  # pieces were removed after the manifest was made
+        (run.folder / file_name).unlink(missing_ok=True)
+    run.stage(file_name, Manifest, inputs, make)
+    return shards
+
+
+def write_stage(run: Run, variant: Variant) -> Path:
+    """checkpoint/: the chosen weights in a folder stock transformers loads; skipped if it already holds them."""
+    folder, stamp = run.folder / "checkpoint", run.folder / "checkpoint.json"
+    inputs = {"plan": variant.plan.digest(), "pieces": variant.shards.folder.name}
+    if not folder.is_dir():
+        stamp.unlink(missing_ok=True)
+
+    def make() -> CheckpointRecord:
+        written = write_checkpoint(run.model, variant.plan, variant.shards, folder)
+        return CheckpointRecord(
+            tensor_bytes=written.tensor_bytes,
+            header_bytes=written.header_bytes,
+            files={file.name: digest_file(file) for file in written.files},
+        )
+
+    run.stage(stamp.name, CheckpointRecord, inputs, make)
+    return folder
+
+
+def block_label(block_index: int | None) -> str:
+    """Name of the piece that holds a block, or the sites outside all blocks."""
+    return "outer" if block_index is None else f"block-{block_index:04d}"
