@@ -321,8 +321,8 @@ def continue_tuning(source: Path, minutes: float, peak: float, output: Path) -> 
     numbers = {"minutes": minutes, "rate": peak, "steps": steps, "snippets": steps * ROWS, "kept": kept}
     facts["continued"] = {**numbers, "validation_before": before, "validation": after}
     print(json.dumps(facts), flush=True)
-    if kept:
-        save(model, tokenizer, output, facts)
+    best = model if kept else AutoModelForSequenceClassification.from_pretrained(source)
+    save(best, tokenizer, output, facts)
 
 
 def baseline(corpus: list[Document]) -> dict[str, Any]:
