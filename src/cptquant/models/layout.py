@@ -116,7 +116,7 @@ def find_blocks(skeleton: PreTrainedModel, config: PretrainedConfig, architectur
     expected = getattr(config.get_text_config(), "num_hidden_layers", len(members))
     if expected != len(members):
         raise ModelError(
-            f"{architecture}: found {len(members)} blocks in {path}, but the config has num_hidden_layers = {expected}; "
+            f"{architecture}: found {len(members)} blocks in {path}, but num_hidden_layers = {expected} in the config; "
             "models that run the same block several times, or only some of their blocks, are not supported"
         )
     roles: dict[str, Role] = {}
