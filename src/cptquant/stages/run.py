@@ -84,12 +84,12 @@ class Run:
 
     @cached_property
     def validation(self) -> "TokenSet":
-        """Held-out text on which the guard chooses; never the text that is reported on."""
+        """Held-out text on which the guard chooses, half as much; never the text that is reported on."""
         return self._tokens("validation", self.settings.eval_text, max(2, self.settings.eval_sequences // 2))
 
     @cached_property
     def test(self) -> "TokenSet":
-        """Held-out text that is reported on."""
+        """Held-out text that is reported on. A person's own file is dealt to validation and test without overlap."""
         return self._tokens("test", self.settings.eval_text, self.settings.eval_sequences)
 
     def _tokens(self, split: str, source: str | None, sequences: int) -> "TokenSet":
