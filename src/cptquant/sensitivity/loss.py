@@ -1,0 +1,225 @@
+"""What the end of a model is judged by: the task's loss, the divergence from the original, and its gradient."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cptquant.core.errors import ModelError
+from cptquant.models.load import LoadedModel
+from cptquant.models.losses import (
+    IGNORED,
+    cosine_distance,
+    mask_tokens,
+    pooled_embedding,
+    scored_targets,
+    sequence_kl,
+    sequence_nll,
+)
+from cptquant.models.stream import ModelStream
+from cptquant.models.text import TokenSet
+
+Labels = Literal["true", "sampled", "probe"]
+
+_LOGITS_AT_ONCE = 1 << 24  # 64 MB in float32
+
+
+@dataclass(frozen=True)
+class Question:
+    """Tokens as the model reads them, and what it is asked.
+
+    Attributes:
+        targets: (n, T) next or masked tokens, `IGNORED` elsewhere; (n,) class labels; None for a bare encoder.
+    """
+
+    tokens: TokenSet
+    targets: Tensor | None
+
+
+def pick_sequences(tokens: TokenSet, count: int) -> TokenSet:
+    """`count` sequences spread evenly over the set (all, if it has no more)."""
+    total = tokens.sequence_count
+    if total <= count:
+        return tokens
+    return tokens.subset(torch.linspace(0, total - 1, count).round().long())
+
+
+def pose_question(model: LoadedModel, tokens: TokenSet) -> Question:
+    """Derive the targets of the model's own task from the text.
+
+    Raises:
+        DataError: a classifier without labels. ModelError: a masked language model without a mask token.
+    """
+    if model.layout.task == "encoder":
+        return Question(tokens, None)
+    if model.layout.task != "masked_lm":
+        return Question(tokens, scored_targets(tokens, model.layout.task))
+    tokenizer = model.tokenizer
+    if tokenizer is None or tokenizer.mask_token_id is None:
+        raise ModelError(
+            f"{model.path} is a masked language model, but its tokenizer "
+            f"{'is missing' if tokenizer is None else 'has no mask token'}; its loss is measured on masked tokens: "
+            "add the tokenizer files to the model's folder"
+        )
+    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
+    mask_token_id = cast(int, tokenizer.mask_token_id)
+    masked, targets = mask_tokens(tokens, mask_token_id=mask_token_id, special_ids=special)
+    return Question(masked, targets)
+
+
+def fitting_batch_size(model: LoadedModel, tokens: TokenSet, *, at_most: int = 8) -> int:
+    """Sequences a batch so that one batch of logits stays within a bounded size."""
+    per_sequence = tokens.input_ids.shape[1] * max(1, model.layout.vocabulary_size)
+    return max(1, min(at_most, _LOGITS_AT_ONCE // per_sequence))
+
+
+@dataclass(frozen=True)
+class SequenceTotals:
+    """Per-sequence sums and counts, (n,) float64 and (n,) int64; `correct` counts top-1 hits or agreements."""
+
+    sums: Tensor
+    counts: Tensor
+    correct: Tensor
+
+
+class Objective:
+    """Judges hidden states at the end of a stream.
+
+    Args:
+        stream: on the question's tokens; only its `finish` and `batches` are used, whatever block it stands at.
+        question: tokens and targets.
+    """
+
+    def __init__(self, stream: ModelStream, question: Question) -> None:
+        self._stream, self._task = stream, stream.layout.task
+        sizes = [batch.sequence_count for batch in stream.batches]
+        self._targets = None if question.targets is None else torch.split(question.targets, sizes)
+
+    @property
+    def unit(self) -> str:
+        """Unit of the divergence."""
+        return "one_minus_cosine" if self._task == "encoder" else "kl_nats_per_token" if self._is_lm else "kl_nats"
+
+    @property
+    def _is_lm(self) -> bool:
+        return self._task in ("causal_lm", "masked_lm")
+
+    @torch.no_grad()
+    def losses(
+        self,
+        hidden: list[Tensor],  # per batch (b, T, d): the last block's output
+        reference: list[Tensor],  # the original's
+    ) -> SequenceTotals:
+        """NLL of the targets; of a bare encoder 1 - cosine to the original's pooled embedding."""
+        if self._targets is None:
+            return self.divergences(hidden, reference)
+        parts = []
+        for index, states in enumerate(hidden):
+            pieces = [
+                sequence_nll(self._stream.finish(index, states[:, part]), targets)
+                for part, targets in self._slices(index, states)
+            ]
+            parts.append([sum(getattr(piece, name) for piece in pieces) for name in ("sums", "counts", "correct")])
+        return _join(parts)
+
+    @torch.no_grad()
+    def divergences(
+        self,
+        hidden: list[Tensor],  # per batch (b, T, d): the last block's output
+        reference: list[Tensor],  # the original's
+        *,
+        changed: ModelStream | None = None,
+    ) -> SequenceTotals:
+        """KL(original ‖ changed) at the scored positions; of a bare encoder 1 - cosine of the pooled embeddings.
+
+        Args:
+            hidden, reference: last block's output of the changed and of the original model.
+            changed: the stream whose `finish` the changed model uses, where that differs too.
+        """
+        stream, end = self._stream, changed or self._stream
+        parts = []
+        for index, (states, original) in enumerate(zip(hidden, reference, strict=True)):
+            if self._targets is None:
+                mask = stream.batches[index].attention_mask
+                before = pooled_embedding(stream.finish(index, original), mask)
+                after = pooled_embedding(end.finish(index, states), mask)
+                ones = torch.ones(len(states), dtype=torch.int64)
+                parts.append([cosine_distance(before, after), ones, ones])
+                continue
+            pieces = [
+                sequence_kl(
+                    stream.finish(index, original[:, part]), end.finish(index, states[:, part]), targets != IGNORED
+                )
+                for part, targets in self._slices(index, states)
+            ]
+            parts.append([sum(getattr(piece, name) for piece in pieces) for name in ("sums", "counts", "agreements")])
+        return _join(parts)
+
+    def gradient(
+        self,
+        batch_index: int,
+        hidden: Tensor,  # (b, T, d): the last block's output
+        labels: Labels,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of each sequence's summed loss with respect to the last block's output.
+
+        Args:
+            batch_index: which batch of the stream. hidden: its states.
+            labels: "true" targets; "sampled" from the model's own distribution, which makes E[g g'] the Fisher matrix
+                instead of the empirical one; "probe": the gradient of <v, normalised pooled embedding> for a random
+                sign vector v, so that E[g g'] is J'J of a bare encoder's embedding.
+            generator: for "sampled" and "probe".
+
+        Returns:
+            (b, T, d) gradient and (b,) int64 counts of scored positions.
+        """
+        pieces: list[Tensor] = []
+        counts = torch.zeros(len(hidden), dtype=torch.int64)
+        for part, targets in self._slices(batch_index, hidden):
+            states = hidden[:, part].detach().requires_grad_(True)
+            with torch.enable_grad():
+                output = self._stream.finish(batch_index, states)
+                if targets is None or labels == "probe":
+                    loss = self._probe(batch_index, output, generator)
+                    counts += 1
+                else:
+                    nll = sequence_nll(output, _sample(output, targets, generator) if labels == "sampled" else targets)
+                    loss = nll.sums.sum()
+                    counts += nll.counts
+                pieces.append(torch.autograd.grad(loss, states)[0])
+        return torch.cat(pieces, dim=1), counts
+
+    def _probe(self, batch_index: int, output: Tensor, generator: torch.Generator) -> Tensor:
+        embedding = pooled_embedding(output, self._stream.batches[batch_index].attention_mask)
+        unit = functional.normalize(embedding, dim=-1)
+        signs = torch.randint(0, 2, unit.shape, generator=generator) * 2 - 1
+        return (unit * signs).sum()
+
+    def _slices(self, batch_index: int, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of the sequence that can be finished by themselves: only a language model's head works per token."""
+        if self._targets is None:
+            yield slice(None), hidden  # no targets: the second item is not looked at
+            return
+        targets = self._targets[batch_index]
+        if not self._is_lm:
+            yield slice(None), targets
+            return
+        length = hidden.shape[1]
+        step = max(1, _LOGITS_AT_ONCE // (len(hidden) * max(1, self._stream.layout.vocabulary_size)))
+        for start in range(0, length, step):
+            yield slice(start, start + step), targets[:, start : start + step]
+
+
+@torch.no_grad()
+def _sample(logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels drawn from softmax(logits) at the scored positions, by the Gumbel trick."""
+    noise = torch.rand(logits.shape, generator=generator).clamp_(min=1e-12).log_().neg_().log_().neg_()
+    return torch.where(targets != IGNORED, (logits + noise).argmax(dim=-1), IGNORED)
+
+
+def _join(parts: list[list[Tensor]]) -> SequenceTotals:
+    return SequenceTotals(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -1,0 +1,338 @@
+"""TDMPQ: how much the loss is expected to rise for the very change that quantization makes to a weight.
+
+Source: CPTQuant, arXiv 2412.03599, as its abstract words it (the published code takes no gradient: it adds unit noise
+to one matrix of a block and sums the logits). With d = Q(W) - W and g the gradient of the loss at the original weights,
+
+    first order    | <g, d> |                        mean over the calibration text, then the absolute value
+    second order   1/2 d' F d,   F the Fisher matrix, F ~ E[g g']
+
+For a sequence of c tokens whose losses are summed, E[g g'] is c times the Fisher matrix per token, so both are sums
+over sequences divided by the number of tokens: nats per token. Two readings of d' F d are offered: "diagonal" takes
+sum_i F_ii d_i^2 (changes of different weights assumed uncorrelated in effect), "projected" takes <g, d>^2 and so keeps
+all cross terms, at the price of more noise. With labels sampled from the model itself ("sampled") F is the true Fisher
+matrix, and the second order term is that of the KL divergence to the original; with the text's own labels
+("empirical") it is the usual substitute.
+
+A bare encoder has no labels and stands at a minimum of its embedding error, where all gradients are zero. There the
+Gauss-Newton term 1/2 |J d|^2 of the normalised pooled embedding is used, with E_v[<J'v, d>^2] over random signs v; it
+is the second order term of 1 - cosine.
+
+The input variant is the abstract's "sensitivity to a perturbation": E |<dL/dh, e>| for noise e ~ sigma rms(h) N(0, 1)
+on a block's input h. The inner product is normal, so its mean absolute value is sqrt(2/pi) sigma rms(h) |dL/dh| exactly
+and nothing is sampled.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cptquant.core.formats import QuantFormat
+from cptquant.core.layout import Site
+from cptquant.core.progress import Progress
+from cptquant.models.load import LoadedModel
+from cptquant.models.stream import ModelStream, site_modules
+from cptquant.models.text import TokenSet
+from cptquant.quantizers.rtn import Rtn
+from cptquant.sensitivity.ablation import AblationSweep
+from cptquant.sensitivity.estimates import Estimate, estimate_ratio
+from cptquant.sensitivity.loss import Objective, Question, pick_sequences, pose_question
+from cptquant.sensitivity.perturbation import (
+    BLOCK_SCORE_BITS,
+    integer_formats,
+    load_block_at,
+    nearest_format,
+    original_weight,
+    perturb,
+)
+from cptquant.sensitivity.relative_error import RULE_TEXT, relative_errors
+from cptquant.sensitivity.scores import SCORE_RULE, Scores, SiteFormats, spread_over_sites
+
+_HIDDEN_BYTES = 256 << 20
+"""Block inputs kept for the way back; longer calibration text is gone through in groups of sequences."""
+
+
+@dataclass(frozen=True)
+class Tdmpq:
+    """Hyper-parameters of TDMPQ.
+
+    Attributes:
+        variant: "weight" perturbs weights as quantization does; "input" perturbs block inputs by noise.
+        order: which Taylor terms count: "first", "second", or their "sum".
+        curvature: "diagonal" or "projected" second order term.
+        fisher: labels behind F: the text's ("empirical") or the model's own ("sampled").
+        noise: sigma of the input variant, relative to the root mean square of the input.
+        sequences: calibration sequences. outside_sequences: those for sites outside the blocks, whose divergence is
+            measured, not expanded: one pass per format is cheap there, and a gradient with respect to a large
+            vocabulary's head is not.
+        seed: of sampled labels and random signs.
+    """
+
+    name: ClassVar[str] = "tdmpq"
+
+    variant: Literal["weight", "input"] = "weight"
+    order: Literal["first", "second", "sum"] = "second"
+    curvature: Literal["diagonal", "projected"] = "diagonal"
+    fisher: Literal["empirical", "sampled"] = "empirical"
+    noise: float = 0.01
+    sequences: int = 64
+    outside_sequences: int = 16
+    seed: int = 0
+
+    def __call__(self, model: LoadedModel, tokens: TokenSet, formats: SiteFormats, progress: Progress) -> Scores:
+        """Expected rise of the loss per site and format; per block, the sum over its sites near 4 bits."""
+        used = pick_sequences(tokens, self.sequences)
+        question = pose_question(model, used)
+        chosen = integer_formats(formats, model.layout)
+        walk = _BackwardWalk(self, model, question, chosen, progress)
+        walk.run()
+        if self.variant == "input":
+            return self._scores_of_inputs(walk, model, used, chosen, progress)
+        outside = {name: row for name, row in chosen.items() if model.layout.site_by_name[name].block_index is None}
+        damages = walk.damages()
+        if outside:
+            sweep = AblationSweep(model, pick_sequences(tokens, self.outside_sequences), outside, progress)
+            damages |= sweep.measure_outside()
+        return Scores(
+            unit=_unit(model),
+            damages=damages,
+            block_scores=walk.block_sums(),
+            metadata={
+                **self._metadata(model),
+                "block_score": f"sum over the block's sites at the format nearest to {BLOCK_SCORE_BITS} bits",
+                "sites_outside_blocks": f"measured: divergence with the site quantized, {self.outside_sequences} "
+                "sequences at most",
+            },
+        )
+
+    def _scores_of_inputs(
+        self,
+        walk: "_BackwardWalk",
+        model: LoadedModel,
+        tokens: TokenSet,
+        formats: Mapping[str, tuple[QuantFormat, ...]],
+        progress: Progress,
+    ) -> Scores:
+        scores = walk.input_scores()
+        errors = relative_errors(model, tokens, formats, "output", progress)
+        return Scores(
+            unit="loss_nats_per_token_times_relative_error",
+            damages=spread_over_sites(scores, errors, model.layout),
+            block_scores=scores,
+            metadata={
+                **self._metadata(model),
+                "noise": self.noise,
+                "damage_rule": SCORE_RULE,
+                "relative_error": RULE_TEXT["output"],
+            },
+        )
+
+    def _metadata(self, model: LoadedModel) -> dict[str, str | int | float | bool | None]:
+        encoder = model.layout.task == "encoder"
+        return {
+            "variant": self.variant,
+            "order": "second" if encoder else self.order,
+            "curvature": self.curvature,
+            "fisher": "Gauss-Newton of the normalised pooled embedding, random sign probes (no labels; first-order "
+            "terms vanish at the original weights)"
+            if encoder
+            else self.fisher,
+            "quantizer": "round to nearest",
+            "seed": self.seed,
+            "stderr": "over sequences, clustered by document",
+        }
+
+
+def _unit(model: LoadedModel) -> str:
+    return {"encoder": "one_minus_cosine", "sequence_classification": "loss_nats"}.get(
+        model.layout.task, "loss_nats_per_token"
+    )
+
+
+@dataclass
+class _Terms:
+    """What one site and format collect: per sequence <g, d> and sum_i (g_i d_i)^2."""
+
+    inner: list[float] = field(default_factory=list)
+    squares: list[float] = field(default_factory=list)
+
+    def add(
+        self,
+        gradient: Tensor | None,  # (weights,); None: this sequence did not reach the site
+        change: Tensor,  # (weights,)
+    ) -> None:
+        """Take in a sequence."""
+        product = torch.zeros(1) if gradient is None else gradient * change
+        self.inner.append(float(product.sum(dtype=torch.float64)))
+        self.squares.append(float(torch.dot(product, product)))
+
+
+class _BackwardWalk:
+    """One forward and one backward pass over the calibration text, a sequence and a block at a time.
+
+    Going forward the blocks' inputs are kept; going back each block is run again with gradients, its weight gradients
+    are set against the changes of all formats at once and dropped. Sequences go one by one because a gradient is needed
+    for each: the square of a sum is not the sum of squares.
+    """
+
+    def __init__(
+        self,
+        method: Tdmpq,
+        model: LoadedModel,
+        question: Question,
+        formats: Mapping[str, tuple[QuantFormat, ...]],
+        progress: Progress,
+    ) -> None:
+        self._method, self._model, self._question, self._progress = method, model, question, progress
+        layout = model.layout
+        self._formats = {
+            name: row for name, row in formats.items() if layout.site_by_name[name].block_index is not None
+        }
+        self._terms = {name: {fmt.name: _Terms() for fmt in row} for name, row in self._formats.items()}
+        self._inputs: list[list[float]] = [[] for _ in range(layout.block_count)]
+        self._counts: list[Tensor] = []
+        self._generator = torch.Generator().manual_seed(method.seed)
+
+    def run(self) -> None:
+        """Go through all sequences, a group at a time."""
+        tokens, layout = self._question.tokens, self._model.layout
+        per_sequence = 4 * tokens.input_ids.shape[1] * layout.hidden_size * layout.block_count
+        size = max(1, _HIDDEN_BYTES // per_sequence)
+        groups = torch.arange(tokens.sequence_count).split(size)
+        for number, indices in enumerate(groups):
+            self._run_group(indices, number, len(groups))
+
+    def _run_group(self, indices: Tensor, number: int, group_count: int) -> None:
+        question = Question(
+            self._question.tokens.subset(indices),
+            None if self._question.targets is None else self._question.targets[indices],
+        )
+        stream = ModelStream(self._model, question.tokens, batch_size=1)
+        kept: list[list[Tensor]] = []
+        count = self._model.layout.block_count
+        for _ in range(count):
+            kept.append(list(stream.hidden))
+            stream.advance(stream.load_block())
+        objective = Objective(stream, question)
+        labels = "probe" if question.targets is None else "sampled" if self._method.fisher == "sampled" else "true"
+        gradients: list[Tensor] = []
+        for index, hidden in enumerate(stream.hidden):
+            gradient, counts = objective.gradient(index, hidden, labels, self._generator)
+            gradients.append(gradient)
+            self._counts.append(counts)
+        for block_index in reversed(range(count)):
+            self._go_back(stream, block_index, kept.pop(), gradients)
+            done = number * count + count - block_index
+            self._progress("gradients", done, group_count * count)
+
+    def _go_back(
+        self,
+        stream: ModelStream,
+        block_index: int,
+        inputs: list[Tensor],  # per sequence (1, T, d)
+        gradients: list[Tensor],  # per sequence (1, T, d), of the block's output; replaced by those of its input
+    ) -> None:
+        layout = self._model.layout
+        block = load_block_at(stream, block_index)
+        modules = site_modules(block, layout, block_index)
+        wanted = {name: modules[name] for name in modules if name in self._formats and self._method.variant == "weight"}
+        sites = {name: layout.site_by_name[name] for name in wanted}
+        changes = {
+            name: [
+                perturb(original_weight(self._model, site), fmt, layout, Rtn()).flatten() for fmt in self._formats[name]
+            ]
+            for name, site in sites.items()
+        }
+        for index, hidden in enumerate(inputs):
+
+            def run(states: Tensor, index: int = index) -> Tensor:
+                return stream.run_block_at(block, block_index, index, states)
+
+            weights, gradients[index] = backward(run, wanted, sites, hidden, gradients[index])
+            self._inputs[block_index].append(_input_score(hidden, gradients[index], self._method.noise))
+            for name in wanted:
+                flat = weights[name].flatten() if name in weights else None
+                for fmt, change in zip(self._formats[name], changes[name], strict=True):
+                    self._terms[name][fmt.name].add(flat, change)
+
+    def damages(self) -> dict[str, dict[str, Estimate]]:
+        """Site name -> format name -> expected rise of the loss."""
+        return {name: {fmt: self._combine([terms]) for fmt, terms in row.items()} for name, row in self._terms.items()}
+
+    def block_sums(self) -> list[Estimate]:
+        """Per block, the sum over its sites at the format nearest to `BLOCK_SCORE_BITS`."""
+        owned: list[list[_Terms]] = [[] for _ in range(self._model.layout.block_count)]
+        for site in self._model.layout.block_sites:
+            if site.name in self._formats and site.block_index is not None:
+                owned[site.block_index].append(self._terms[site.name][nearest_format(self._formats[site.name]).name])
+        return [self._combine(terms) for terms in owned]
+
+    def input_scores(self) -> list[Estimate]:
+        """Per block, the expected change of the loss under noise on its input."""
+        return [self._estimate(torch.tensor(values, dtype=torch.float64)) for values in self._inputs]
+
+    def _combine(self, terms: list[_Terms]) -> Estimate:
+        """Add up the chosen Taylor terms of some sites."""
+        sequences = self._question.tokens.sequence_count
+        total = torch.zeros(sequences, dtype=torch.float64)
+        order = "second" if self._question.targets is None else self._method.order
+        for part in terms:
+            inner = torch.tensor(part.inner, dtype=torch.float64)
+            if order != "second":
+                total += inner * math.copysign(1.0, float(inner.sum()))  # the absolute value of the mean, term by term
+            if order != "first":
+                projected = self._method.curvature == "projected"
+                total += 0.5 * (inner.square() if projected else torch.tensor(part.squares, dtype=torch.float64))
+        return self._estimate(total)
+
+    def _estimate(self, sums: Tensor) -> Estimate:
+        return estimate_ratio(sums, torch.cat(self._counts), self._question.tokens.documents).floored()
+
+
+def backward(
+    run: Callable[[Tensor], Tensor],
+    modules: Mapping[str, nn.Module],
+    sites: Mapping[str, Site],
+    hidden: Tensor,  # (1, T, d)
+    gradient: Tensor,  # (1, T, d): of the block's output
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Run a block with gradients.
+
+    Args:
+        run: the block as a function of its input. modules, sites: whose weight gradients are wanted.
+        hidden: the block's input. gradient: of the loss with respect to the block's output.
+
+    Returns:
+        Gradient of the loss with respect to each site's weight, (out_features, in_features), for the sites that took
+        part (an expert may not be called), and to the block's input, (1, T, d).
+    """
+    parameters = {name: module.get_parameter("weight") for name, module in modules.items()}
+    states = hidden.detach().requires_grad_(True)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            output = run(states)
+            found = torch.autograd.grad(output, [states, *parameters.values()], gradient, allow_unused=True)
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+    weights = {
+        name: (part.t() if sites[name].transposed else part).contiguous()
+        for name, part in zip(parameters, found[1:], strict=True)
+        if part is not None
+    }
+    return weights, torch.zeros_like(hidden) if found[0] is None else found[0]
+
+
+def _input_score(
+    hidden: Tensor,  # (1, T, d)
+    gradient: Tensor,  # (1, T, d): of the summed loss
+    noise: float,
+) -> float:
+    """E |<gradient, e>| for e ~ noise * rms(hidden) * N(0, 1)."""
+    rms = float(hidden.square().mean(dtype=torch.float64)) ** 0.5
+    return math.sqrt(2 / math.pi) * noise * rms * float(gradient.double().norm())
