@@ -7,6 +7,7 @@ are read once for their digest, for NaN and infinity, and for the largest magnit
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -67,7 +68,6 @@ def build_layout(
     _check_coverage(skeleton, blocks, sites, folder)
     dtype, digest = weights.float_dtype, digest_source(folder.path, weights)
     text_config = folder.config.get_text_config()
-    embedding = skeleton.get_input_embeddings()
     storage = dtype if dtype != "float32" else ("float16" if scan.fits_float16 else "bfloat16")
     layout = ModelLayout(
         inputs={"model": digest},
@@ -83,7 +83,7 @@ def build_layout(
         block_count=blocks.count,
         hidden_size=int(text_config.hidden_size),
         max_positions=_max_positions(skeleton, text_config),
-        vocabulary_size=int(embedding.weight.shape[0]),
+        vocabulary_size=sites[0].out_features,
         sites=sites,
         ties=tuple(_ties(sites)),
         shared_head=shared_head,
@@ -178,7 +178,7 @@ def _sites(skeleton: PreTrainedModel, blocks: Blocks) -> tuple[Site, ...]:
             continue
         target = before if name.rsplit(".", 1)[-1] in BEFORE_BLOCKS else after
         target.append(_site(name, module, suffix_role(name), None))
-    rows, columns = embedding.weight.shape
+    rows, columns = cast(nn.Embedding, embedding).weight.shape
     first = Site(name=names[id(embedding)], out_features=rows, in_features=columns, role="embedding", kind="embedding")
     inside = [
         _site(f"{blocks.path}.{index}.{path}", module, role, index)
@@ -198,7 +198,8 @@ def _block_linears(block: nn.Module, roles: dict[str, Role]) -> Iterator[tuple[s
 
 def _site(name: str, module: nn.Linear | Conv1D, role: Role, block_index: int | None) -> Site:
     transposed = isinstance(module, Conv1D)
-    rows, columns = reversed(module.weight.shape) if transposed else module.weight.shape
+    shape = cast(nn.Parameter, module.weight).shape
+    rows, columns = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
     return Site(
         name=name,
         out_features=rows,
