@@ -230,10 +230,12 @@ def _dequantized(module: PreTrainedModel, folder: ModelFolder) -> PreTrainedMode
             f"{folder.source} is quantized with {method}; evaluate reads compressed-tensors checkpoints and float "
             "models: save it dequantized"
         )
-    from compressed_tensors.compressors import ModelCompressor  # heavy, and needed here only
+    from compressed_tensors.compressors import decompress_module  # heavy, and needed here only
+    from compressed_tensors.quantization.utils import is_module_quantized
 
-    compressor = ModelCompressor.from_compression_config(module.config.quantization_config)
-    compressor.decompress_model(module)
+    for part in list(module.modules()):
+        if is_module_quantized(part):
+            decompress_module(part)
     return module
 
 

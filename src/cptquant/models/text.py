@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -187,12 +188,11 @@ def _token_stream(
     Args:
         order: in which order documents are taken until there are enough; None for file order.
     """
-    separator = tokenizer.eos_token_id
+    separator = cast(int | None, tokenizer.eos_token_id)
     encoded: dict[int, list[int]] = {}
     count = 0
     for index, ids in _encoded(texts.documents, tokenizer, order or range(len(texts.documents))):
-        ends = texts.documents[index].ends and separator is not None
-        encoded[index] = [*ids, separator] if ends else ids
+        encoded[index] = [*ids, separator] if separator is not None and texts.documents[index].ends else ids
         count += len(encoded[index])
         if count >= wanted:
             break
@@ -260,7 +260,7 @@ def _examples(
 
 
 def _label_number(document: Document, texts: Texts, model: LoadedModel) -> int:
-    names: dict[int, str] = model.module.config.id2label or {}
+    names = cast(dict[int, str], model.module.config.id2label or {})
     label = document.label
     if isinstance(label, int) and label in names:
         return label
@@ -305,7 +305,7 @@ def _passages(
 def _padded(rows: list[list[int]], model: LoadedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """(n, T) ids and mask, T the longest row."""
     padding = getattr(model.module.config, "pad_token_id", None)
-    padding = tokenizer.pad_token_id if padding is None else padding
+    padding = cast(int | None, tokenizer.pad_token_id if padding is None else padding)
     if padding is None and len({len(row) for row in rows}) > 1:
         raise ModelError(
             f"{model.layout.source} names no padding token, and examples of different length need one; set "
