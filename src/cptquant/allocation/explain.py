@@ -1,0 +1,65 @@
+"""Sentences of a plan: where a site did not get what was asked for, and why."""
+
+from cptquant.allocation.problem import Problem
+from cptquant.core.formats import QuantFormat
+from cptquant.core.layout import Site
+from cptquant.core.targets import Target, candidate_formats
+
+
+def explain_formats(problem: Problem, target: Target, formats: dict[str, QuantFormat]) -> tuple[str, ...]:
+    """Substituted group sizes, sites that can only be 16 bits, and sites outside the budget's scope."""
+    return (*_substitutions(problem, formats), *_kept_by_target(problem, target), *_kept_by_scope(problem))
+
+
+def _substitutions(problem: Problem, formats: dict[str, QuantFormat]) -> list[str]:
+    """One sentence per (requested, chosen) pair that differ."""
+    found: dict[tuple[str, str], list[Site]] = {}
+    for group in problem.groups:
+        held = tuple(formats[site.name] for site in group.sites)
+        asked = [name for name, j in group.option_of.items() if group.options[j].formats == held]
+        if not asked:
+            continue  # a pair of a shared embedding and head: each format is in its own name
+        for site, fmt in zip(group.sites, held, strict=True):
+            if not fmt.is_float and fmt.name not in asked:
+                found.setdefault((asked[0], fmt.name), []).append(site)
+    return [
+        f"{asked} was asked for, {held} is what {_count(sites)} can hold (first: {sites[0].name}, "
+        f"{sites[0].out_features} x {sites[0].in_features})"
+        for (asked, held), sites in found.items()
+    ]
+
+
+def _kept_by_target(problem: Problem, target: Target) -> list[str]:
+    """Sites in scope that had no choice but 16 bits."""
+    found: dict[str, list[Site]] = {}
+    for group in problem.groups:
+        for position, site in enumerate(group.sites):
+            if any(not option.formats[position].is_float for option in group.options):
+                continue
+            found.setdefault(_reason_for_16_bits(problem, target, site), []).append(site)
+    return [
+        f"{', '.join(site.name for site in sites[:3])}{' and others' if len(sites) > 3 else ''} "
+        f"stay{'s' if len(sites) == 1 else ''} in 16 bits: {reason}"
+        for reason, sites in found.items()
+    ]
+
+
+def _reason_for_16_bits(problem: Problem, target: Target, site: Site) -> str:
+    legal = candidate_formats(site, problem.layout, target, problem.requested)
+    if any(not fmt.is_float for fmt in legal):
+        if problem.layout.shared_head and site.name in problem.layout.shared_head:
+            return "embedding and head are one tensor, and quantized apart they would take no fewer bytes"
+        return "the table holds no other format there"
+    reasons = (target.refusal(site, fmt) for fmt in problem.requested)
+    return next((reason for reason in reasons if reason), "no other format is offered")
+
+
+def _kept_by_scope(problem: Problem) -> list[str]:
+    if not problem.kept_sites:
+        return []
+    names = ", ".join(problem.kept_sites[:3]) + (" and others" if len(problem.kept_sites) > 3 else "")
+    return [f"kept in 16 bits, since an @sites budget counts the blocks' linear sites only: {names}"]
+
+
+def _count(sites: list[Site]) -> str:
+    return "1 site" if len(sites) == 1 else f"{len(sites)} sites"
