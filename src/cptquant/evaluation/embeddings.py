@@ -13,9 +13,7 @@ LOW_QUANTILE = 0.01
 
 
 def embedding_measurements(
-    distances: Mapping[
-        str, Tensor
-    ],  # subject -> (n,) float64: 1 - cosine of a sentence's embedding to the original's
+    distances: Mapping[str, Tensor],  # subject -> (n,) float64: 1 - cosine of a sentence's embedding to the original's
 ) -> list[Measurement]:
     """`embedding_cosine` (mean over sentences), its lowest percentile, its minimum, and the mean `cosine_distance`.
 
