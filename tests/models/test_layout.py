@@ -144,7 +144,7 @@ def _tensor_bytes_on_disk(folder: Path) -> int:
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
-            total += sum(opened.get_tensor(key).nbytes for key in opened.keys())  # noqa: SIM118
+            total += sum(opened.get_tensor(key).nbytes for key in opened.keys())
     return total
 
 

@@ -135,7 +135,7 @@ def _family_path(skeleton: PreTrainedModel, below_base: str) -> str | None:
         found = skeleton.get_submodule(prefix + below_base)
     except AttributeError:
         return None
-    return prefix + below_base if isinstance(found, nn.ModuleList) else None
+    return prefix + below_base if isinstance(found, nn.ModuleList) and len(found) else None
 
 
 def _discover_path(skeleton: PreTrainedModel, architecture: str) -> str:
