@@ -1,7 +1,6 @@
 """What a person can get wrong about MODEL: each is a ModelError that says what, and what to do."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest

@@ -149,7 +149,7 @@ def _read_lines(path: Path, flag: str) -> Iterator[Document]:
         with opener(path, "rt", encoding="utf-8") as file:
             for row, line in enumerate(file, 1):
                 if line.strip():
-                    yield rows.document(json.loads(line), row, f"{flag} {path}, line {row}")
+                    yield rows.document(json.loads(line.rstrip()), row, f"{flag} {path}, line {row}")
     except json.JSONDecodeError as error:
         raise DataError(f"{flag} {path}, line {row}: not valid JSON ({error.msg} at column {error.colno})") from None
     except (OSError, EOFError, UnicodeDecodeError) as error:
