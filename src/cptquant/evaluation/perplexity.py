@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from tokenizers import decoders
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cptquant.core.evaluation import Measurement
 from cptquant.evaluation.estimates import Clusters, Estimate, estimate_ratio
@@ -63,8 +63,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
     Known exactly for byte-level BPE only (OPT, GPT-2, Llama 3, Qwen): there a token is spelled with one character per
     byte. None for other tokenizers.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not isinstance(backend.decoder, decoders.ByteLevel):
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    if not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
         return None
     special, added = set(tokenizer.all_special_tokens), tokenizer.get_added_vocab()
     vocabulary = tokenizer.get_vocab()

@@ -1,6 +1,7 @@
 """What the models read and what of it is scored: which tokens, labels or sentences, and how many."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -72,21 +73,22 @@ def prepare_text(model: LoadedModel, tokens: TokenSet) -> ScoredText:
         return ScoredText(tokens, None, every, f"{count} sentences")
     if tokens.labels is None:
         return ScoredText(tokens, None, every, f"{count} examples without labels: accuracy is not measured")
-    _check_labels(model.layout, tokens.labels, int(model.module.config.num_labels))
+    _check_labels(model.layout, tokens.labels, int(cast(int, model.module.config.num_labels)))
     return ScoredText(tokens, tokens.labels, every, f"{count} labelled examples")
 
 
 def _hide_tokens(model: LoadedModel, tokens: TokenSet) -> tuple[TokenSet, Tensor]:
-    tokenizer = model.tokenizer
-    if tokenizer is None or tokenizer.mask_token_id is None:
+    # transformers types every special token as anything its __getattr__ may return
+    mask_token_id = cast(int | None, getattr(model.tokenizer, "mask_token_id", None))
+    if model.tokenizer is None or mask_token_id is None:
         raise ModelError(
             f"{model.layout.source} is a masked language model, but its tokenizer is missing or has no mask token; add "
             "tokenizer.json and tokenizer_config.json to its folder"
         )
     return mask_tokens(
         tokens,
-        mask_token_id=int(tokenizer.mask_token_id),
-        special_ids=torch.tensor(tokenizer.all_special_ids, dtype=torch.int64),
+        mask_token_id=mask_token_id,
+        special_ids=torch.tensor(model.tokenizer.all_special_ids, dtype=torch.int64),
         fraction=_MASK_FRACTION,
         seed=_MASK_SEED,
     )
