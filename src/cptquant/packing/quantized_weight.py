@@ -115,10 +115,10 @@ def decode(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, in
                 f"tensor {name} of a {fmt.name} matrix {shape} must be {dtype} {expected}, "
                 f"found {found.dtype} {tuple(found.shape)}; the file does not belong to this plan: quantize again"
             )
-    if fmt.storage == "packed" and tuple(tensors["weight_shape"].tolist()) != tuple(shape):
-        raise ArtifactError(
-            f"tensor weight_shape says {tuple(tensors['weight_shape'].tolist())}, expected {tuple(shape)}; quantize again"
-        )
+    if fmt.storage == "packed":
+        recorded = tuple(tensors["weight_shape"].tolist())
+        if recorded != tuple(shape):
+            raise ArtifactError(f"tensor weight_shape says {recorded}, expected {tuple(shape)}; quantize again")
     zeros = tensors.get("weight_zero_point")
     if fmt.storage == "plain":
         return QuantizedWeight(fmt, tensors["weight"], tensors["weight_scale"], zeros)

@@ -1,0 +1,291 @@
+"""GPTQ (arXiv 2210.17323): round one column after the other, and let the columns not yet rounded make up for it.
+
+With U the upper Cholesky factor of the inverse Hessian (H^-1 = U' U; the paper's equations 2 to 5 and algorithm 1):
+
+    for each column k:   Q_k = round(W_k),   W_j -= (W_k - Q_k) U_kj / U_kk   for every later column j
+
+so that W always holds the best real-valued continuation of the columns rounded so far, and a group's scale is fitted to
+that when the loop enters the group.
+
+What we changed. U is found as R^-1 with H = R R', R upper triangular (the Cholesky factor of H with its axes
+reversed): H itself is never inverted and factored again, which is cheaper and loses fewer digits. Errors are spread by
+halving the columns recursively instead of in fixed blocks, so that nearly all arithmetic is matrix products; the
+result is the same.
+
+Damping is relative to the mean diagonal of the live inputs and is added to a copy; where it does not
+make the Hessian positive definite it is raised tenfold until it does and the outcome says so, never replaced by plain
+rounding. Inputs that were zero on all calibration text keep their weights, rounded (the paper sets them to 0, which
+costs more if the input ever is not zero). Scales are 16-bit before anything is rounded, and may be negative (grid.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cptquant.core.errors import DataError
+from cptquant.core.formats import QuantFormat
+from cptquant.core.manifest import SiteOutcome
+from cptquant.packing.quantized_weight import QuantizedWeight, scale_shape
+from cptquant.quantizers.grid import Grid, fit_grid
+
+_LEAF_COLUMNS = 16
+"""Below this width columns are rounded one by one; above it errors are spread by matrix products."""
+_LEAST_DAMPING = 1e-6
+"""First damping tried when the asked one is 0 and fails."""
+_PIVOT_TOLERANCE = 8.0
+"""A pivot below this many float32 roundings of the mean diagonal, per column, counts as zero."""
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """One matrix after GPTQ.
+
+    Attributes:
+        weight: codes and scales. outcome: NOMINAL, DEAD_INPUTS or RANK_DEFICIENT_HESSIAN_DAMPED.
+        damping: fraction of the mean diagonal that was really added.
+        relative_output_error: tr(E H E') / tr(W H W') with E = Q - W and the Hessian as given, undamped; None when
+            the denominator is 0.
+    """
+
+    weight: QuantizedWeight
+    outcome: SiteOutcome
+    damping: float
+    relative_output_error: float | None
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Hyper-parameters of GPTQ.
+
+    Attributes:
+        damping: fraction of the mean diagonal added to the Hessian.
+        activation_order: round the columns with the largest inputs first. Groups keep their columns, so their scales
+            are then fitted before the loop, on the original weights.
+        clip_search: search for the scale of least squared error instead of covering the largest weight.
+        diagonal_importance: weigh that squared error by the Hessian's diagonal.
+    """
+
+    damping: float = 0.01
+    activation_order: bool = False
+    clip_search: bool = True
+    diagonal_importance: bool = True
+
+    def __call__(
+        self,
+        weight: Tensor,  # (out_features, in_features) float32
+        hessian: Tensor,  # (in_features, in_features) float32: mean of x x'
+        fmt: QuantFormat,
+        scale_dtype: torch.dtype,
+    ) -> GptqResult:
+        """Quantize one matrix; see `quantize_together`."""
+        return self.quantize_together([weight], hessian, fmt, scale_dtype)[0]
+
+    def quantize_together(
+        self,
+        weights: Sequence[Tensor],  # each (out_features, in_features) float32
+        hessian: Tensor,  # (in_features, in_features) float32: mean of x x'
+        fmt: QuantFormat,
+        scale_dtype: torch.dtype,
+    ) -> list[GptqResult]:
+        """Quantize matrices that read the same input and get the same format: one factorisation, one loop.
+
+        Raises:
+            DataError: the Hessian is NaN or infinite: the calibration text overflowed the model.
+            ModelError: a weight is NaN or infinite, or needs a scale beyond the storage dtype's range.
+        """
+        factor = factor_hessian(hessian, self.damping, by_activation=self.activation_order)
+        if fmt.granularity == "tensor":  # one scale for each matrix: they cannot share a loop
+            return [self._quantize([weight], factor, hessian, fmt, scale_dtype)[0] for weight in weights]
+        return self._quantize(weights, factor, hessian, fmt, scale_dtype)
+
+    def _quantize(
+        self, weights: Sequence[Tensor], factor: "HessianFactor", hessian: Tensor, fmt: QuantFormat, dtype: torch.dtype
+    ) -> list[GptqResult]:
+        # Columns become rows of the transpose, so that the loop reads and writes memory in order.
+        columns = torch.cat([weight.t() for weight in weights], dim=1)[factor.order].contiguous()
+        loop = _Loop(columns, factor, fmt, dtype, self)
+        loop.sweep(0, columns.shape[0])
+        inverse = torch.argsort(factor.order)
+        codes = loop.codes[inverse].t().contiguous()
+        error = (columns - loop.values)[inverse]
+        outputs = columns[inverse]
+        results, start = [], 0
+        for weight in weights:
+            rows = slice(start, start + weight.shape[0])
+            start = rows.stop
+            shape = scale_shape(fmt, *weight.shape)
+            one = loop.scales if fmt.granularity == "tensor" else loop.scales[rows]
+            zero = None if loop.zeros is None else (loop.zeros if fmt.granularity == "tensor" else loop.zeros[rows])
+            quantized = QuantizedWeight(
+                fmt,
+                codes[rows].to(torch.int8),
+                one.reshape(shape).to(dtype),
+                None if zero is None else zero.reshape(shape).to(torch.int8),
+            )
+            relative = relative_output_error(error[:, rows], outputs[:, rows], hessian)
+            results.append(GptqResult(quantized, factor.outcome, factor.damping, relative))
+        return results
+
+
+def relative_output_error(
+    error: Tensor,  # (in_features, out_features): columns first
+    weight: Tensor,  # (in_features, out_features)
+    hessian: Tensor,  # (in_features, in_features)
+) -> float | None:
+    """tr(E H E') / tr(W H W'): mean squared output error over mean squared output; None if the output is zero."""
+    whole = float(torch.sum((hessian @ weight) * weight, dtype=torch.float64))
+    if whole <= 0:
+        return None
+    return max(0.0, float(torch.sum((hessian @ error) * error, dtype=torch.float64))) / whole
+
+
+@dataclass(frozen=True)
+class HessianFactor:
+    """What the loop needs of the damped Hessian, in the order in which the columns are rounded.
+
+    Attributes:
+        order: int64 (in_features,), a permutation of the columns.
+        feedback: U_kj / U_kk - I, float32 (in_features, in_features), strictly upper triangular.
+        importance: float32 (in_features,), the damped diagonal, in original order.
+        damping: fraction of the mean diagonal really added. outcome: how the factorisation went.
+    """
+
+    order: Tensor
+    feedback: Tensor
+    importance: Tensor
+    damping: float
+    outcome: SiteOutcome
+
+
+def factor_hessian(
+    hessian: Tensor,  # (in_features, in_features) float32
+    damping: float,
+    *,
+    by_activation: bool,
+) -> HessianFactor:
+    """Damp a copy of the Hessian and factor it, raising the damping until that works.
+
+    Raises:
+        DataError: the Hessian is NaN or infinite.
+    """
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(hessian).all()):
+        raise DataError(
+            "the calibration inputs of a layer are NaN or infinite: the model overflows on this text; "
+            "use other --calibration text or a model in a wider dtype"
+        )
+    dead = diagonal <= 0
+    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else torch.arange(len(diagonal))
+    tried = damping
+    while True:
+        damped = hessian[order][:, order]
+        damped.diagonal().add_(tried * mean)
+        damped.diagonal()[dead[order]] = mean
+        upper = _upper_factor(damped, mean)
+        if upper is not None:
+            break
+        # Diagonal dominance is reached at damping = in_features, so this ends.
+        tried = max(10 * tried, _LEAST_DAMPING)
+    outcome = SiteOutcome.DEAD_INPUTS if bool(dead.any()) else SiteOutcome.NOMINAL
+    if tried > damping:
+        outcome = SiteOutcome.RANK_DEFICIENT_HESSIAN_DAMPED
+    identity = torch.eye(len(diagonal), device=hessian.device)
+    inverse_factor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    feedback = (inverse_factor / inverse_factor.diagonal()[:, None]).triu_(1)
+    importance = torch.where(dead, torch.full_like(diagonal, mean), diagonal) + tried * mean
+    return HessianFactor(order, feedback, importance, tried, outcome)
+
+
+def _upper_factor(damped: Tensor, mean: float) -> Tensor | None:
+    """Upper triangular R with R R' = damped, or None if that is not safely positive definite."""
+    least = _PIVOT_TOLERANCE * torch.finfo(torch.float32).eps * damped.shape[0] * mean
+    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if int(info) or float(lower.diagonal().square().min()) < least:
+        return None
+    return lower.flip(0, 1)
+
+
+class _Loop:
+    """The columns of one stack of matrices on their way through GPTQ.
+
+    Attributes:
+        codes, values: float32 (in_features, out_features): integers and what they stand for.
+        scales, zeros: float32 (out_features, groups), in original group order.
+    """
+
+    def __init__(
+        self, columns: Tensor, factor: HessianFactor, fmt: QuantFormat, dtype: torch.dtype, gptq: Gptq
+    ) -> None:
+        count, rows = columns.shape
+        self._factor, self._fmt, self._dtype, self._gptq = factor, fmt, dtype, gptq
+        self._compensated = columns.clone()
+        self._error = torch.zeros_like(columns)
+        self.codes, self.values = torch.empty_like(columns), torch.empty_like(columns)
+        self._width = fmt.granularity if isinstance(fmt.granularity, int) else count
+        groups = fmt.group_count(count)
+        lines = 1 if fmt.granularity == "tensor" else rows
+        self.scales = columns.new_ones(lines, groups)
+        self.zeros = None if fmt.symmetric else columns.new_zeros(lines, groups)
+        self._grids: dict[int, Grid] = {}
+        self._group_of = torch.div(factor.order, self._width, rounding_mode="floor").tolist()
+        if gptq.activation_order:
+            inverse = torch.argsort(factor.order)
+            for group in range(groups):
+                self._fit(group, columns[inverse[group * self._width : (group + 1) * self._width]])
+
+    def sweep(self, start: int, stop: int) -> None:
+        """Round columns start to stop, which have received all errors of the columns before `start`."""
+        if stop - start <= _LEAF_COLUMNS:
+            for index in range(start, stop):
+                self._round_column(index, stop)
+            return
+        middle = self._split(start, stop)
+        self.sweep(start, middle)
+        feedback = self._factor.feedback[start:middle, middle:stop]
+        self._compensated[middle:stop].addmm_(feedback.t(), self._error[start:middle], alpha=-1)
+        self.sweep(middle, stop)
+
+    def _split(self, start: int, stop: int) -> int:
+        """A middle on a group's edge if there is one inside, so that a group is complete when it is fitted."""
+        middle = (start + stop) // 2
+        width = self._width
+        if width < stop - start:
+            edge = round(middle / width) * width
+            if start < edge < stop:
+                return edge
+        return start + -(-(middle - start) // _LEAF_COLUMNS) * _LEAF_COLUMNS
+
+    def _round_column(self, index: int, stop: int) -> None:
+        group = self._group_of[index]
+        if group not in self._grids:  # entering the group: fit it to the weights as compensated so far
+            self._fit(group, self._compensated[index : min(index + self._width, len(self._group_of))])
+        column, grid = self._compensated[index], self._grids[group]
+        if self._fmt.granularity == "tensor":
+            column = column[None]
+        codes = grid.round(column)
+        value = grid.value(codes).reshape(-1)
+        self.codes[index], self.values[index] = codes.reshape(-1), value
+        error = torch.sub(self._compensated[index], value, out=self._error[index])
+        if index + 1 < stop:
+            self._compensated[index + 1 : stop].addr_(self._factor.feedback[index, index + 1 : stop], error, alpha=-1)
+
+    def _fit(
+        self,
+        group: int,
+        columns: Tensor,  # (group columns, out_features)
+    ) -> None:
+        rows = columns.t().contiguous()
+        importance = None
+        if self._gptq.diagonal_importance:
+            importance = self._factor.importance[group * self._width : group * self._width + rows.shape[1]]
+        if self._fmt.granularity == "tensor":
+            importance = None if importance is None else importance.repeat(rows.shape[0])
+            rows = rows.reshape(1, -1)
+        grid = fit_grid(rows, self._fmt, self._dtype, importance=importance, clip_search=self._gptq.clip_search)
+        self._grids[group] = grid
+        self.scales[:, group] = grid.scales
+        if self.zeros is not None and grid.zeros is not None:
+            self.zeros[:, group] = grid.zeros

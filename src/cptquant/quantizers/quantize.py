@@ -1,0 +1,264 @@
+"""The verb `quantize_sites`: carry out a plan, block after block, on the stream the quantized model really produces."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from cptquant.core.errors import DataError, ModelError, UserError
+from cptquant.core.formats import QuantFormat
+from cptquant.core.layout import Site
+from cptquant.core.manifest import SiteOutcome, SiteRecord
+from cptquant.core.plan import Plan
+from cptquant.models.load import LoadedModel
+from cptquant.models.stream import ModelStream, read_weight, site_modules, write_weight_
+from cptquant.models.text import TokenSet
+from cptquant.packing.quantized_weight import QuantizedWeight
+from cptquant.quantizers.gptq import Gptq, GptqResult
+from cptquant.quantizers.hessian import InputHessians, collect_block_hessians, collect_outer_hessians
+from cptquant.quantizers.rtn import Rtn
+
+BlockWeights = Mapping[str, QuantizedWeight]
+"""The quantized sites of one block, by site name."""
+
+Sink = Callable[[int | None, dict[str, QuantizedWeight], list[SiteRecord]], None]
+"""Takes a finished block (its index; None for all sites outside the blocks, which come last)."""
+
+
+def quantize_sites(
+    model: LoadedModel,
+    plan: Plan,
+    quantizer: Rtn | Gptq,
+    tokens: TokenSet | None,
+    sink: Sink,
+    *,
+    resume: Mapping[int, BlockWeights] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Quantize every site as the plan says and hand each block to `sink` as soon as it is done.
+
+    GPTQ goes through the blocks in order; each sees the inputs that the blocks before it, already quantized, produce.
+    Embeddings come first (they are the stream's input) and are rounded to nearest. Round-to-nearest looks at no text.
+
+    The result depends on model, plan, quantizer and tokens only: a run resumed after any block gives the same bits.
+    Memory: one block in float32, the Hessians of its inputs, and the stream (tokens x width float32).
+
+    Args:
+        model: never changed. plan: a format for every site. tokens: calibration text, needed by GPTQ.
+        sink: called once per block in order, then once with None for the sites outside the blocks.
+        resume: blocks that are finished already; `sink` is not called for them again.
+        progress: called with (blocks done, blocks in all) after each block.
+
+    Raises:
+        DataError: GPTQ without tokens, or text on which the model overflows.
+        ModelError: a weight is NaN or infinite; names the site.
+    """
+    task = _Task(model, plan, quantizer, sink, dict(resume or {}))
+    count = model.layout.block_count
+    if isinstance(quantizer, Rtn):
+        _round_everything(task, model, progress)
+        return
+    if tokens is None:
+        raise DataError("--quantizer gptq needs calibration text: give --calibration FILE, or use --quantizer rtn")
+    outer = task.quantize_entry(tokens)
+    stream = ModelStream(model, tokens, weights=task)
+    for index in range(count):
+        block = stream.load_block()  # with its quantized weights, if it is finished already
+        if index not in task.resume:
+            task.hand_over(index, task.quantize_block(index, block, stream))
+        stream.advance(block)
+        del block
+        if progress is not None:
+            progress(index + 1, count)
+    outer.extend(task.quantize_exit(stream))
+    task.hand_over(None, outer)
+
+
+def _round_everything(task: "_Task", model: LoadedModel, progress: Callable[[int, int], None] | None) -> None:
+    count = model.layout.block_count
+    for index in range(count):
+        if index not in task.resume:
+            task.hand_over(index, task.round_all(_sites_of_block(model, index)))
+        if progress is not None:
+            progress(index + 1, count)
+    entry, leaving = _outer_sites(model)
+    task.hand_over(None, task.round_all([*entry, *leaving]))
+
+
+def _sites_of_block(model: LoadedModel, index: int) -> list[Site]:
+    return [site for site in model.layout.sites if site.block_index == index]
+
+
+def _outer_sites(model: LoadedModel) -> tuple[list[Site], list[Site]]:
+    """Sites outside the blocks, before and after them; the layout lists sites in forward order."""
+    sites = model.layout.sites
+    first = next(position for position, site in enumerate(sites) if site.block_index is not None)
+    entry = [site for site in sites[:first] if site.block_index is None]
+    return entry, [site for site in sites[first:] if site.block_index is None]
+
+
+def _relative_error(changed: Tensor, original: Tensor) -> float:
+    """||changed - original||^2 / ||original||^2; 0 for two zero matrices."""
+    norm = float(original.square().sum(dtype=torch.float64))
+    error = float((changed - original).square_().sum(dtype=torch.float64))
+    return error / norm if norm > 0 else error
+
+
+@dataclass
+class _Results:
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    records: list[SiteRecord] = field(default_factory=list)
+
+    def extend(self, other: "_Results") -> None:
+        self.weights.update(other.weights)
+        self.records.extend(other.records)
+
+
+class _Task:
+    """What stays the same from block to block; also the stream's source of finished weights."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        plan: Plan,
+        quantizer: Rtn | Gptq,
+        sink: Sink,
+        resume: dict[int, BlockWeights],
+    ) -> None:
+        self._model, self._quantizer, self._sink = model, quantizer, sink
+        self._formats = plan.quant_formats
+        self._scale_dtype = torch.float16 if model.layout.storage_dtype == "float16" else torch.bfloat16
+        self._entry: dict[str, QuantizedWeight] = {}
+        self.resume = resume
+
+    def format_of(self, site: Site) -> QuantFormat:
+        """The plan's format of a site."""
+        return self._formats[site.name]
+
+    def hand_over(self, index: int | None, results: _Results) -> None:
+        """Give a finished block to the sink, its records in the layout's order."""
+        order = {site.name: position for position, site in enumerate(self._model.layout.sites)}
+        self._sink(index, results.weights, sorted(results.records, key=lambda record: order[record.site]))
+
+    # The stream asks here for finished weights.
+
+    def quantized(self, site_name: str) -> QuantizedWeight | None:
+        """Codes of a finished site."""
+        block_index = self._model.layout.site_by_name[site_name].block_index
+        finished = self._entry if block_index is None else self.resume.get(block_index, {})
+        return finished.get(site_name)
+
+    def weight(self, site_name: str) -> Tensor | None:
+        """Float32 weight (out_features, in_features) of a finished site."""
+        quantized = self.quantized(site_name)
+        return None if quantized is None else quantized.dequantize()
+
+    # Quantizing.
+
+    def quantize_entry(self, tokens: TokenSet) -> _Results:
+        """Sites the hidden states pass before the first block: embeddings, then projections of their width."""
+        entry, _ = _outer_sites(self._model)
+        results = self.round_all([site for site in entry if site.kind == "embedding"])
+        self._entry.update(results.weights)
+        linear = [site for site in entry if site.kind == "linear"]
+        if any(not self.format_of(site).is_float for site in linear):
+            stream = ModelStream(self._model, tokens, weights=self)
+            results.extend(self._apply_gptq_outside(linear, stream))
+            self._entry.update(results.weights)
+        else:
+            results.extend(self.round_all(linear))
+        return results
+
+    def quantize_exit(self, stream: ModelStream) -> _Results:
+        """Sites after the last block: final projections, pooler, head."""
+        _, leaving = _outer_sites(self._model)
+        return self._apply_gptq_outside(leaving, stream)
+
+    def quantize_block(self, index: int, block: nn.Module, stream: ModelStream) -> _Results:
+        """The sites of one block, in place in `block` (a private copy) as well."""
+        modules = site_modules(block, self._model.layout, index)
+        sites = _sites_of_block(self._model, index)
+        wanted = {site.name: modules[site.name] for site in sites if not self.format_of(site).is_float}
+        results = self.apply_gptq(sites, collect_block_hessians(stream, block, wanted) if wanted else None)
+        for site in sites:
+            if site.name in results.weights:
+                write_weight_(modules[site.name], site, results.weights[site.name].dequantize())
+        return results
+
+    def _apply_gptq_outside(self, sites: Sequence[Site], stream: ModelStream) -> _Results:
+        modules = stream.outer_modules()
+        wanted = {site.name: modules[site.name] for site in sites if not self.format_of(site).is_float}
+        return self.apply_gptq(sites, collect_outer_hessians(stream, wanted) if wanted else None)
+
+    def original(self, site: Site) -> Tensor:
+        """The site's weight in the given model, float32 (out_features, in_features)."""
+        weight = read_weight(self._model.module.get_submodule(site.name), site).detach().float()
+        if not bool(torch.isfinite(weight).all()):
+            raise ModelError(f"{site.parameter_name} holds NaN or infinite values; this model cannot be quantized")
+        return weight
+
+    def round_all(self, sites: Sequence[Site]) -> _Results:
+        """Sites that need no text: kept ones, embeddings, and all of them under round-to-nearest."""
+        results = _Results()
+        for site in sites:
+            self._round(site, results, SiteOutcome.NOMINAL)
+        return results
+
+    def apply_gptq(self, sites: Sequence[Site], hessians: InputHessians | None) -> _Results:
+        """GPTQ on the sites the plan quantizes; those that read the same input in the same format go together."""
+        if not isinstance(self._quantizer, Gptq):
+            raise TypeError(f"expected a Gptq, got {type(self._quantizer).__name__}")
+        results = _Results()
+        together: dict[tuple[str, QuantFormat], list[Site]] = {}
+        for site in sites:
+            fmt = self.format_of(site)
+            if fmt.is_float:
+                self._round(site, results, SiteOutcome.KEPT_BY_PLAN)
+            elif hessians is None or not hessians.has(site.name):
+                self._round(site, results, SiteOutcome.NO_CALIBRATION_INPUT)
+            else:
+                together.setdefault((hessians.leader[site.name], fmt), []).append(site)
+        if hessians is None:
+            return results
+        for (leader, fmt), group in together.items():
+            weights = [self.original(site) for site in group]
+            try:
+                found = self._quantizer.quantize_together(weights, hessians.hessian(leader), fmt, self._scale_dtype)
+            except UserError as error:
+                raise type(error)(f"{group[0].name}: {error}") from None
+            for site, weight, result in zip(group, weights, found, strict=True):
+                self._keep(site, weight, result, results)
+        return results
+
+    def _keep(self, site: Site, weight: Tensor, result: GptqResult, results: _Results) -> None:
+        results.weights[site.name] = result.weight
+        results.records.append(
+            SiteRecord(
+                site=site.name,
+                format=self.format_of(site).name,
+                outcome=result.outcome,
+                relative_weight_error=_relative_error(result.weight.dequantize(), weight),
+                relative_output_error=result.relative_output_error,
+                damping=result.damping,
+            )
+        )
+
+    def _round(self, site: Site, results: _Results, outcome: SiteOutcome) -> None:
+        fmt, weight = self.format_of(site), self.original(site)
+        if fmt.is_float:
+            outcome = SiteOutcome.KEPT_BY_PLAN
+            rounded = weight.to(torch.float16 if fmt.storage == "float16" else torch.bfloat16).float()
+        else:
+            if site.kind == "embedding" and isinstance(self._quantizer, Gptq):
+                outcome = SiteOutcome.ROUNDED_TO_NEAREST
+            results.weights[site.name] = Rtn(clip_search=self._quantizer.clip_search)(weight, fmt, self._scale_dtype)
+            rounded = results.weights[site.name].dequantize()
+        results.records.append(
+            SiteRecord(
+                site=site.name,
+                format=fmt.name,
+                outcome=outcome,
+                relative_weight_error=_relative_error(rounded, weight),
+            )
+        )

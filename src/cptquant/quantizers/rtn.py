@@ -1,0 +1,42 @@
+"""Round to nearest: every weight on its own, no calibration text."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cptquant.core.formats import QuantFormat
+from cptquant.packing.quantized_weight import QuantizedWeight
+from cptquant.quantizers.grid import round_to_grid
+
+
+@dataclass(frozen=True)
+class Rtn:
+    """Hyper-parameters of round-to-nearest.
+
+    Attributes:
+        clip_search: search for the scale of least squared error (and, where symmetric, its sign) instead of covering
+            the largest weight.
+    """
+
+    clip_search: bool = True
+
+    def __call__(
+        self,
+        weight: Tensor,  # (out_features, in_features) float32
+        fmt: QuantFormat,
+        scale_dtype: torch.dtype,
+        *,
+        importance: Tensor | None = None,  # (in_features,) float32
+    ) -> QuantizedWeight:
+        """Quantize one matrix.
+
+        Args:
+            weight: any shape, groups need not divide it. fmt: an integer format.
+            scale_dtype: float16 or bfloat16.
+            importance: weight of each column's squared errors in the search, e.g. mean squared inputs.
+
+        Raises:
+            ModelError: a weight is NaN or infinite, or needs a scale beyond the storage dtype's range.
+        """
+        return round_to_grid(weight, fmt, scale_dtype, importance=importance, clip_search=self.clip_search)
