@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cptquant.allocation.choices import build_problem
 from cptquant.allocation.damages import sum_damages
-from cptquant.allocation.explain import explain_formats
+from cptquant.allocation.explain import explain_choice
 from cptquant.allocation.problem import Allocator, Problem
 from cptquant.allocation.reach import check_reach, spell_budget
 from cptquant.core.budget import Budget
@@ -90,7 +90,7 @@ def solve_problem(
         predicted_damage=sum_damages(table, layout, read_sites) if table else None,
         status=solution.status,
         optimality_gap=solution.optimality_gap,
-        notes=(*solution.notes, *explain_formats(problem, target, formats)),
+        notes=(*solution.notes, *explain_choice(problem, target, solution.choice)),
     )
 
 

@@ -137,22 +137,25 @@ def _group(
 ) -> ChoiceGroup:
     """The formats that all sites of a group can hold, by the name they were requested under."""
     sites = tuple(layout.site_by_name[name] for name in names)
-    options: dict[tuple[QuantFormat, ...], int] = {}
-    made: list[Option] = []
+    options: list[Option] = []
     option_of: dict[str, int] = {}
+    known: dict[tuple[str, ...], int] = {}
     for fmt in requested:
-        fitted = tuple(found for site in sites if (found := fitting.fit(site, fmt)) is not None)
+        fitted = [found for site in sites if (found := fitting.fit(site, fmt)) is not None]
         if len(fitted) < len(sites):
             continue
         if not strict and table is not None and not _measured(table, sites, fitted):
             continue  # a table's own formats need not all occur at every site
-        if fitted not in options:
-            options[fitted] = len(made)
-            pairs = list(zip(sites, fitted, strict=True))
-            size_bytes = sum(found.stored_bytes(site.out_features, site.in_features) for site, found in pairs)
-            made.append(Option(fitted, size_bytes, sum(find_damage(table, site, found) for site, found in pairs)))
-        option_of[fmt.name] = options[fitted]
-    return ChoiceGroup(sites, tuple(made), option_of)
+        key = tuple([found.name for found in fitted])
+        if key not in known:
+            size_bytes, damage = 0, 0.0
+            for site, found in zip(sites, fitted, strict=True):
+                size_bytes += found.stored_bytes(site.out_features, site.in_features)
+                damage += find_damage(table, site, found)
+            known[key] = len(options)
+            options.append(Option(tuple(fitted), size_bytes, damage))
+        option_of[fmt.name] = known[key]
+    return ChoiceGroup(sites, tuple(options), option_of)
 
 
 def _measured(table: SensitivityTable, sites: Sequence[Site], fitted: Sequence[QuantFormat]) -> bool:

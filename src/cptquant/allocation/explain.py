@@ -1,25 +1,23 @@
 """Sentences of a plan: where a site did not get what was asked for, and why."""
 
-from cptquant.allocation.problem import Problem
-from cptquant.core.formats import QuantFormat
+from cptquant.allocation.problem import Choice, Problem
 from cptquant.core.layout import Site
 from cptquant.core.targets import Target, candidate_formats
 
 
-def explain_formats(problem: Problem, target: Target, formats: dict[str, QuantFormat]) -> tuple[str, ...]:
+def explain_choice(problem: Problem, target: Target, choice: Choice) -> tuple[str, ...]:
     """Substituted group sizes, sites that can only be 16 bits, and sites outside the budget's scope."""
-    return (*_substitutions(problem, formats), *_kept_by_target(problem, target), *_kept_by_scope(problem))
+    return (*_substitutions(problem, choice), *_kept_by_target(problem, target), *_kept_by_scope(problem))
 
 
-def _substitutions(problem: Problem, formats: dict[str, QuantFormat]) -> list[str]:
+def _substitutions(problem: Problem, choice: Choice) -> list[str]:
     """One sentence per (requested, chosen) pair that differ."""
     found: dict[tuple[str, str], list[Site]] = {}
-    for group in problem.groups:
-        held = tuple(formats[site.name] for site in group.sites)
-        asked = [name for name, j in group.option_of.items() if group.options[j].formats == held]
+    for group, chosen in zip(problem.groups, choice, strict=True):
+        asked = [name for name, j in group.option_of.items() if j == chosen]
         if not asked:
-            continue  # a pair of a shared embedding and head: each format is in its own name
-        for site, fmt in zip(group.sites, held, strict=True):
+            continue  # a pair of a shared embedding and head: no one format was asked for
+        for site, fmt in zip(group.sites, group.options[chosen].formats, strict=True):
             if not fmt.is_float and fmt.name not in asked:
                 found.setdefault((asked[0], fmt.name), []).append(site)
     return [

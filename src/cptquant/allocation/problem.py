@@ -53,10 +53,9 @@ class ChoiceGroup:
 
     @cached_property
     def smallest(self) -> int:
-        """Index of the option with the fewest bytes, the wider one of equals."""
-        return min(
-            range(len(self.options)), key=lambda j: (self.options[j].size_bytes, -self.options[j].narrowest_bits)
-        )
+        """Index of the option with the fewest bytes."""
+        sizes = [option.size_bytes for option in self.options]
+        return sizes.index(min(sizes))
 
 
 Choice = Sequence[int]

@@ -48,10 +48,10 @@ def check_reach(problem: Problem, budget: Budget, target: Target) -> None:
     """
     layout, limit = problem.layout, budget.limit_bytes(problem.layout)
     low, high = problem.smallest_bytes, problem.bytes_at_16_bit
-    if low <= limit <= high:
-        return
     if not problem.groups:
         raise BudgetError(f"--budget {spell_budget(budget)}: {layout.source} has no site in the scope of this budget")
+    if low <= limit <= high:
+        return
     counted = "the whole file" if budget.scope == "file" else "the blocks' linear sites"
     span = (
         f"reachable for {counted} under --target {target.name}: {_spell(layout, budget, low, math.ceil)} "

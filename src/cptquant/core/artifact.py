@@ -1,5 +1,6 @@
 """Stage files: frozen, typed, versioned JSON, written whole or not at all."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -65,7 +66,7 @@ class Artifact(Frozen):
         found, version = raw.pop("schema", None), raw.pop("schema_version", None)
         if found != cls.SCHEMA:
             raise ArtifactError(f"{path} holds schema {found!r}, expected {cls.SCHEMA!r}; make it with: {cls.MADE_BY}")
-        if version != cls.SCHEMA_VERSION:
+        if version != cls.SCHEMA_VERSION or isinstance(version, bool):
             raise ArtifactError(
                 f"{path} has schema_version {version!r}, this cptquant reads {cls.SCHEMA_VERSION}; "
                 f"make it anew with: {cls.MADE_BY}"
@@ -98,7 +99,7 @@ def read_json(path: Path, *, made_by: str) -> dict[str, Any]:
         raise ArtifactError(f"{path} does not exist; make it with: {made_by}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); make it anew with: {made_by}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON ({error}); make it anew with: {made_by}") from None
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} holds a JSON {type(value).__name__}, expected an object; make it anew: {made_by}")
@@ -119,7 +120,8 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be what is missing
+            partial.unlink()
         raise output_error(path, error) from None
 
 

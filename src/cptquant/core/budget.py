@@ -10,7 +10,8 @@ from cptquant.core.layout import ModelLayout
 _UNIT_BYTES = {
     "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30,
 }  # fmt: skip
-_TEXT = re.compile(r"^\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-zA-Z%]+)\s*(?P<scope>@sites)?\s*$")
+_TOO_LARGE = 1e15  # beyond it no unit means anything, and floats stop counting single bytes
+_TEXT = re.compile(r"\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-zA-Z%]+)\s*(?P<scope>@sites)?\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class Budget:
             BudgetError: unreadable, zero, or a scope where it has no meaning.
         """
         allowed = "write --budget as 4bpw, 3.25bpw@sites, 25%, 12MB, 120MiB or 1.2GB"
-        match = _TEXT.match(text)
+        match = _TEXT.fullmatch(text)
         if match is None:
             raise BudgetError(f"--budget {text!r} is not readable; {allowed}")
         value, unit, scope = float(match["number"]), match["unit"].lower(), match["scope"]
-        if value <= 0:
-            raise BudgetError(f"--budget {text!r} must be above zero; {allowed}")
+        if not 0 < value < _TOO_LARGE:
+            raise BudgetError(f"--budget {text!r} must be above zero and below 1e15; {allowed}")
         if unit in _UNIT_BYTES:
             if scope:
                 raise BudgetError(f"--budget {text!r}: @sites goes with bpw only; {allowed}")

@@ -9,13 +9,15 @@ import re
 from functools import cached_property
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cptquant.core.errors import FormatError
 
 INTEGER_CODE_BITS = (2, 3, 4, 5, 6, 7, 8)
 _WEIGHT_SHAPE_BYTES = 16  # compressed-tensors stores (rows, columns) as two int64 beside each packed matrix
-_NAME = re.compile(r"^int(?P<bits>[2-8])-(?P<granularity>g\d+|channel|tensor)(?P<asym>-asym)?(?P<plain>-plain)?$")
+_NAME = re.compile(
+    r"int(?P<bits>[2-8])-(?P<granularity>g\d+|channel|tensor)(?P<asym>-asym)?(?P<plain>-plain)?", re.ASCII
+)
 
 Granularity = int | Literal["channel", "tensor"]
 """Weights that share a scale: a group of that many consecutive input columns in a row, a row, or the matrix."""
@@ -111,7 +113,7 @@ class QuantFormat(BaseModel):
             return FLOAT16
         if name == "bfloat16":
             return BFLOAT16
-        match = _NAME.match(name)
+        match = _NAME.fullmatch(name)
         if match is None:
             raise FormatError(
                 f"format {name!r} is not readable; write int<2..8>-g<group size>, int<2..8>-channel or "
@@ -127,8 +129,9 @@ class QuantFormat(BaseModel):
                 symmetric=match["asym"] is None,
                 storage="plain" if match["plain"] else "packed",
             )
-        except ValueError as error:
-            raise FormatError(f"format {name!r}: {error}") from None
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise FormatError(f"format {name!r}: {reason}") from None
 
 
 FLOAT16 = QuantFormat(code_bits=16, storage="float16")
