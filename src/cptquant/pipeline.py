@@ -8,14 +8,16 @@ Each step is a function in `stages/` that leaves a file in the run folder; this 
 from dataclasses import dataclass
 from pathlib import Path
 
+from cptquant.allocation.reach import check_budget
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.settings import RunSettings
+from cptquant.core.targets import find_target
 from cptquant.reports.html import render_report
-from cptquant.stages.check import check_choices
 from cptquant.stages.allocate import allocate_stage, baseline_plan, needs_table
+from cptquant.stages.check import check_choices
 from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
 from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
@@ -59,7 +61,7 @@ def quantize_model(
     check_choices(settings)
     run = Run.start(output, settings, progress)
     layout = inspect_stage(run)
-    settings.parsed_budget.limit_bytes(layout)
+    check_budget(layout, settings.parsed_budget, find_target(settings.target), settings.quant_formats)
     table = measure_stage(run, layout) if needs_table(settings.allocator) else None
     allocate_stage(run, layout, table)
     return _from_plan(run, layout)

@@ -20,9 +20,7 @@ ModelOrRun = Annotated[
         show_default=False,
     ),
 ]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Run folder; made if missing.", show_default=False)
-]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; made if missing.", show_default=False)]
 BudgetText = Annotated[
     str | None,
     typer.Option(
@@ -45,9 +43,7 @@ Allocator = Annotated[
         show_default=False,
     ),
 ]
-Quantizer = Annotated[
-    str | None, typer.Option("--quantizer", help="gptq or rtn.  [default: gptq]", show_default=False)
-]
+Quantizer = Annotated[str | None, typer.Option("--quantizer", help="gptq or rtn.  [default: gptq]", show_default=False)]
 TargetName = Annotated[
     str | None,
     typer.Option(
@@ -92,7 +88,9 @@ SequenceLength = Annotated[
     int | None,
     typer.Option("--sequence-length", min=8, help="Tokens a sequence.  [default: 256]", show_default=False),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.  [default: 0]", show_default=False)]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Seed of every random choice.  [default: 0]", show_default=False)
+]
 TrustRemoteCode = Annotated[
     bool | None,
     typer.Option("--trust-remote-code", help="Run code that comes with the model folder.", show_default=False),

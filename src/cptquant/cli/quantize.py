@@ -101,10 +101,15 @@ def _is_run(name: str) -> bool:
 
 def _print_estimate(model: str, changes: dict[str, object], as_json: bool) -> None:
     from cptquant.cli.terminal import print_json, print_text
-    from cptquant.estimate import estimate_run
+    from cptquant.core.settings import RunSettings
     from cptquant.reports.tables import estimate_table
+    from cptquant.stages.estimate import estimate_run
 
-    estimate = estimate_run(model, changes)
+    if _is_run(model):
+        settings = RunSettings.load(Path(model) / "settings.json").model_copy(update=changes)
+    else:
+        settings = RunSettings.model_validate({"model": model, **changes})
+    estimate = estimate_run(settings)
     if as_json:
         print_json(estimate)
     else:

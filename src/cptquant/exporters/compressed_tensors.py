@@ -18,12 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cptquant.core.artifact import output_error
-from cptquant.core.errors import CptquantError
+from cptquant.core.artifact import output_error, read_json
+from cptquant.core.errors import CptquantError, ModelError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
+from cptquant.models.gpt2 import attention_row_order, rewrite_config, rewrite_dense, rewrite_quantized
 from cptquant.models.load import LoadedModel
+from cptquant.packing.quantized_weight import encode
 from cptquant.packing.shards import ShardFolder
 
 _MAX_FILE_BYTES = 1 << 29
@@ -133,10 +135,46 @@ def _all_tensors(model: LoadedModel, plan: Plan, shards: ShardFolder) -> Iterato
     if layout.shared_head is not None and kept_sites.issuperset(layout.shared_head):
         kept_sites.discard(layout.shared_head[1])  # one tensor, stored once under the embedding's name
     names += [f"{name}.weight" for name in sorted(kept_sites)]
+    rewrite = _Gpt2Rewrite(model) if layout.model_type == "gpt2" else None
     for name in names:
-        tensor = state[name]
+        tensor = state[name] if rewrite is None else rewrite.dense(name, state[name])
         yield name, tensor.to(storage) if tensor.is_floating_point() else tensor
-    yield from shards.tensors()
+    yield from shards.tensors() if rewrite is None else rewrite.quantized(shards, layout)
+
+
+class _Gpt2Rewrite:
+    """GPT-2's Conv1D cannot be packed; the checkpoint is the equal GPT-BigCode model (decision 0003)."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        config: Any = model.module.config
+        self._order = attention_row_order(config.n_embd, config.n_head)
+
+    def dense(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor kept in 16 bits."""
+        return rewrite_dense(name, tensor, self._order)
+
+    def quantized(self, shards: ShardFolder, layout: ModelLayout) -> Iterator[tuple[str, Tensor]]:
+        """The quantized sites' tensors."""
+        for site in layout.sites:
+            weight = shards.quantized(site.name)
+            if weight is not None:
+                for name, tensor in encode(rewrite_quantized(site.name, weight, self._order)).items():
+                    yield f"{site.name}.{name}", tensor
+
+
+def check_exportable(model: LoadedModel) -> None:
+    """Refuse, before anything is quantized, a model whose checkpoint could not be written.
+
+    Raises:
+        ModelError: a GPT-2 that has no equal GPT-BigCode model, or another architecture built from Conv1D.
+    """
+    if model.layout.model_type == "gpt2":
+        rewrite_config(read_json(model.path / "config.json", made_by="the model's authors"))
+    elif any(site.transposed for site in model.layout.sites):
+        raise ModelError(
+            f"{model.layout.architecture} is built from Conv1D layers, which compressed-tensors cannot hold; of those "
+            "only GPT-2 can be written, as the equal GPT-BigCode"
+        )
 
 
 def _write_weights(layout: ModelLayout, tensors: Iterator[tuple[str, Tensor]], folder: Path) -> list[Path]:
@@ -177,6 +215,8 @@ def _write_weights(layout: ModelLayout, tensors: Iterator[tuple[str, Tensor]], f
 def _write_config(model: LoadedModel, plan: Plan, folder: Path) -> None:
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
+    if model.layout.model_type == "gpt2":
+        config = rewrite_config(config)
     config["dtype"] = model.layout.storage_dtype
     quantization = quantization_config(model.layout, plan)
     if quantization is not None:

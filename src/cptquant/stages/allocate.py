@@ -12,6 +12,11 @@ from cptquant.core.targets import candidate_formats, find_target
 from cptquant.stages.run import Run
 
 
+def needs_table(allocator: str) -> bool:
+    """Whether an allocator reads a sensitivity table; the baselines do not."""
+    return allocator in ("knapsack", "kmeans")
+
+
 def site_formats(run: Run, layout: ModelLayout) -> dict[str, tuple[QuantFormat, ...]]:
     """Candidate formats of every site under the run's target.
 
@@ -55,7 +60,9 @@ def baseline_plan(run: Run, layout: ModelLayout, plan: Plan, allocator: str) -> 
     limit_bytes = plan.size_bytes if plan.budget_scope == "file" else plan.site_bytes
     budget = Budget(limit_bytes, "bytes", plan.budget_scope, f"{limit_bytes} bytes ({plan.budget_scope}), as the plan")
     formats = {name for name in plan.formats.values() if not QuantFormat.parse(name).is_float}
-    offered = tuple(dict.fromkeys((*run.settings.quant_formats, *(QuantFormat.parse(name) for name in sorted(formats)))))
+    offered = tuple(
+        dict.fromkeys((*run.settings.quant_formats, *(QuantFormat.parse(name) for name in sorted(formats))))
+    )
     inputs = {"plan": plan.digest(), "formats": ",".join(map(str, offered)), "seed": str(run.settings.seed)}
     return run.stage(
         f"plan-{allocator}.json",

@@ -51,7 +51,12 @@ def evaluate_stage(
 
     def make() -> EvaluationReport:
         sources: dict[str, WeightSource] = {name: variant.shards for name, variant in variants.items()}
-        sources["quantized"] = CheckpointWeights(run.folder / "checkpoint", layout, plans["quantized"].quant_formats)
+        sources["quantized"] = variants[written].shards
+        if (
+            layout.model_type != "gpt2"
+        ):  # whose checkpoint is another architecture (decision 0003), with other row order
+            formats = plans["quantized"].quant_formats
+            sources["quantized"] = CheckpointWeights(run.folder / "checkpoint", layout, formats)
         measured = evaluate(run.model, sources, run.test, progress=run.progress)
         weight_bytes = {"original": layout.source_bytes, **{name: plan.size_bytes for name, plan in plans.items()}}
         return EvaluationReport(

@@ -7,7 +7,7 @@ from cptquant.core.artifact import digest_file, digest_json
 from cptquant.core.layout import ModelLayout
 from cptquant.core.manifest import CheckpointRecord, Manifest
 from cptquant.core.plan import Plan
-from cptquant.exporters.compressed_tensors import write_checkpoint
+from cptquant.exporters.compressed_tensors import check_exportable, write_checkpoint
 from cptquant.packing.shards import ShardFolder
 from cptquant.quantizers.methods import find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
@@ -30,6 +30,7 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
     they depend on, so equal plans share them.
     """
     check_plan(plan, layout)
+    check_exportable(run.model)
     quantizer = find_quantizer(run.settings.quantizer)
     inputs = {
         "plan": digest_json(plan.formats),
