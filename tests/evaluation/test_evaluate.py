@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -354,3 +355,27 @@ def test_standard_errors_are_clustered_by_the_tokens_documents(tiny: Tiny):
     first, second = (find(found, "nll_nats_per_token", "original") for found in (by_document, by_window))
     assert first.value == second.value and first.stderr != second.stderr
     assert second.note.endswith("standard error over 12 windows of a single document")
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["reference-llama", "reference-opt"])
+def test_trained_models_are_judged_as_transformers_runs_them(name: str):
+    from cptquant.models.load import load_model
+
+    shared = Path(__file__).parents[3] / "shared"
+    if not (shared / "models" / name).is_dir():
+        pytest.skip(f"no {name} beside the project")
+    model = load_model(str(shared / "models" / name))
+    text = (shared / "data" / "text" / "general" / "test.txt").read_text(encoding="utf-8")[:6000]
+    ids = torch.tensor(model.require_tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"][: 6 * 64])
+    ids = ids.reshape(6, 64)
+    tokens = TokenSet.build(ids, torch.ones_like(ids), None, torch.arange(6), "general")
+    weights = coarse(model, "int4-g64")
+    original, changed = outputs(model, weights, tokens)
+    log_p, log_q = (torch.log_softmax(logits[:, :-1].double(), dim=-1) for logits in (original, changed))
+    found = evaluate(model, {"quantized": weights}, tokens, batch_size=4)
+    nll = -log_q.gather(2, ids[:, 1:, None]).mean().item()
+    assert find(found, "nll_nats_per_token").value == pytest.approx(nll, rel=1e-5)
+    kl = find(found, "kl_nats_per_token")
+    assert kl.value == pytest.approx((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item(), rel=1e-4)
+    assert kl.stderr is not None and 0.003 < kl.value < 0.012 and kl.stderr < kl.value / 5
