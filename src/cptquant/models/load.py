@@ -1,11 +1,12 @@
 """Load a model for measuring and quantizing: in its own dtype, in evaluation mode, never changed afterwards."""
 
+import copy
 import inspect
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def load_any(source: str | Path, *, trust_remote_code: bool = False) -> LoadedMo
         if opened.folder.quantization_method is None:
             module = _load_module(opened, dtype=getattr(torch, opened.layout.source_dtype))
         else:
-            module = _dequantized(_load_module(opened, dtype=torch.float32), opened.folder)
+            module = _dequantized(_load_module(opened, dtype=torch.float32), opened)
         return _finish(opened, module)
 
 
@@ -144,6 +145,11 @@ def _open(source: str | Path, *, trust_remote_code: bool, allow_quantized: bool)
         raise ModelError(
             f"{source} is already quantized ({method}); give the original float model "
             "(cptquant evaluate takes quantized folders too)"
+        )
+    if method not in (None, "compressed-tensors"):
+        raise ModelError(
+            f"{source} is quantized with {method}; evaluate reads compressed-tensors checkpoints and float models: "
+            "save it dequantized"
         )
     weights = read_weight_files(folder.path)
     scan = scan_weights(weights)
@@ -223,20 +229,25 @@ def _check_report(report: dict[str, Any], folder: ModelFolder) -> None:
         )
 
 
-def _dequantized(module: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel:
-    method = folder.quantization_method
-    if method != "compressed-tensors":
-        raise ModelError(
-            f"{folder.source} is quantized with {method}; evaluate reads compressed-tensors checkpoints and float "
-            "models: save it dequantized"
-        )
+def _dequantized(module: PreTrainedModel, opened: _Opened) -> PreTrainedModel:
+    """The dequantized weights in a model of plain layers: compressed-tensors leaves hooks on the one it decompresses."""
     from compressed_tensors.compressors import decompress_module  # heavy, and needed here only
     from compressed_tensors.quantization.utils import is_module_quantized
 
     for part in list(module.modules()):
         if is_module_quantized(part):
             decompress_module(part)
-    return module
+    config = copy.deepcopy(opened.folder.config)
+    del config.quantization_config
+    plain = _skeleton(replace(opened.folder, config=config), opened.arguments)
+    found = module.state_dict()
+    plain.load_state_dict({name: found[name] for name in plain.state_dict()}, assign=True)
+    for name, buffer in module.named_buffers():
+        parent, _, leaf = name.rpartition(".")
+        if leaf in (target := plain.get_submodule(parent))._buffers:
+            target._buffers[leaf] = buffer  # not in a state dict, hence still without memory
+    plain.tie_weights()
+    return plain
 
 
 def _finish(opened: _Opened, module: PreTrainedModel) -> LoadedModel:

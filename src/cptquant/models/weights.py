@@ -182,13 +182,20 @@ def _scan(identities: tuple[tuple[Path, int, int], ...]) -> WeightScan:
     largest, non_finite = 0.0, {}
     for file, _, _ in identities:
         for name, piece in _float_pieces(file):
-            top = piece.abs().max().item() if piece.numel() else 0.0
-            if not math.isfinite(top):
+            if not math.isfinite(_largest(piece)):
                 finite = torch.isfinite(piece)
                 non_finite[name] = non_finite.get(name, 0) + int(piece.numel() - finite.sum().item())
-                top = piece[finite].abs().max().item() if finite.any() else 0.0
-            largest = max(largest, top)
+                piece = piece[finite]
+            largest = max(largest, _largest(piece))
     return WeightScan(largest, non_finite)
+
+
+def _largest(piece: torch.Tensor) -> float:
+    """Largest magnitude; NaN if there is one, 0 of nothing. Reads the piece once and copies nothing."""
+    if not piece.numel():
+        return 0.0
+    low, high = torch.aminmax(piece)
+    return max(abs(low.item()), abs(high.item()))
 
 
 def _float_pieces(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
