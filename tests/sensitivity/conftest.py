@@ -25,10 +25,14 @@ BUILDERS = {
     ),
     "opt-projected": lambda: hf.OPTForCausalLM(
         hf.OPTConfig(
-            **SMALL, max_position_embeddings=64, ffn_dim=64, word_embed_proj_dim=16, init_std=0.2,
+            **SMALL,
+            max_position_embeddings=64,
+            ffn_dim=64,
+            word_embed_proj_dim=16,
+            init_std=0.2,
             do_layer_norm_before=False,
         )
-    ),  # fmt: skip
+    ),
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**WIDE, num_key_value_heads=2, tie_word_embeddings=False)),
     "gpt2": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(vocab_size=96, n_embd=32, n_layer=4, n_head=4, n_positions=64, initializer_range=0.2)

@@ -6,7 +6,7 @@ how the errors of several sites add up; neither do the methods it judges.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -30,7 +30,15 @@ from cptquant.sensitivity.perturbation import (
     run_to_end,
     scale_dtype,
 )
-from cptquant.sensitivity.scores import Scores, SiteFormats, entry_sites, exit_sites
+from cptquant.sensitivity.relative_error import RULE_TEXT, relative_errors
+from cptquant.sensitivity.scores import (
+    SCORE_RULE,
+    Scores,
+    SiteFormats,
+    entry_sites,
+    exit_sites,
+    spread_over_sites,
+)
 
 _VARIANT_BYTES = 256 << 20  # hidden states of changed models carried through the blocks at once
 
@@ -41,36 +49,38 @@ class Ablation:
 
     Attributes:
         sequences: calibration sequences used.
-        sites: measure every site alone. blocks: measure every block as a whole, each of its sites in the format nearest
-            to `BLOCK_SCORE_BITS`; without, a block's score is the sum over its sites.
+        granularity: "site" measures every site alone in every format; "block" only whole blocks, each of its sites in
+            the format nearest to `BLOCK_SCORE_BITS`, and gives a block's score to its sites by `SCORE_RULE`. Block
+            scores are measured on whole blocks either way.
     """
 
     name: ClassVar[str] = "ablation"
 
     sequences: int = 16
-    sites: bool = True
-    blocks: bool = True
+    granularity: Literal["site", "block"] = "site"
 
     def __call__(self, model: LoadedModel, tokens: TokenSet, formats: SiteFormats, progress: Progress) -> Scores:
         """KL(original ‖ one site quantized), per site and format, and the same per block."""
         chosen = integer_formats(formats, model.layout)
-        sweep = AblationSweep(model, pick_sequences(tokens, self.sequences), chosen, progress)
-        damages, block_scores = sweep.run(sites=self.sites, blocks=self.blocks)
-        if self.sites:
-            damages |= sweep.measure_outside()
+        used = pick_sequences(tokens, self.sequences)
+        sweep = AblationSweep(model, used, chosen, progress)
+        metadata: dict[str, str | int | float | bool | None] = {
+            "divergence": "1 - cosine of the pooled embeddings"
+            if model.layout.task == "encoder"
+            else "KL(original ‖ changed)",
+            "granularity": self.granularity,
+            "quantizer": "round to nearest",
+            "block_score": f"the whole block, each site at the format nearest to {BLOCK_SCORE_BITS} bits",
+            "stderr": "over sequences, clustered by document",
+        }
+        if self.granularity == "site":
+            damages, scores = sweep.run(sites=True)
+            return Scores(sweep.unit, damages | sweep.measure_outside(), scores, metadata)
+        _, scores = sweep.run(sites=False)
+        errors = relative_errors(model, used, chosen, "output", progress)
+        metadata |= {"damage_rule": SCORE_RULE, "relative_error": RULE_TEXT["output"]}
         return Scores(
-            unit=sweep.unit,
-            damages=damages,
-            block_scores=block_scores,
-            metadata={
-                "divergence": "KL(original ‖ one site in that format, the rest untouched); 1 - cosine of the pooled "
-                "embeddings for a bare encoder",
-                "quantizer": "round to nearest",
-                "block_score": f"the whole block, each site at the format nearest to {BLOCK_SCORE_BITS} bits"
-                if self.blocks
-                else f"sum over the block's sites at the format nearest to {BLOCK_SCORE_BITS} bits",
-                "stderr": "over sequences, clustered by document",
-            },
+            f"{sweep.unit}_times_relative_error", spread_over_sites(scores, errors, model.layout), scores, metadata
         )
 
 
@@ -103,26 +113,25 @@ class AblationSweep:
     def _new_stream(self, change: OneSite | None = None) -> ModelStream:
         return ModelStream(self._model, self._question.tokens, weights=change, batch_size=self._batch_size)
 
-    def run(self, *, sites: bool, blocks: bool) -> tuple[dict[str, dict[str, Estimate]], list[Estimate]]:
-        """Damages of the sites inside the blocks, and the blocks' scores."""
+    def run(self, *, sites: bool) -> tuple[dict[str, dict[str, Estimate]], list[Estimate]]:
+        """Damages of the sites inside the blocks (none, if they are not asked for), and the blocks' scores."""
         damages: dict[str, dict[str, Estimate]] = {}
         scores: list[Estimate] = []
         for index in range(self._layout.block_count):
-            damages |= self._run_block_sites(index, sites=sites, blocks=blocks, scores=scores)
+            found, score = self._run_block(index, sites=sites)
+            damages |= found
+            scores.append(score)
             self._progress("ablation", index + 1, self._layout.block_count)
         return damages, scores
 
-    def _run_block_sites(
-        self, index: int, *, sites: bool, blocks: bool, scores: list[Estimate]
-    ) -> dict[str, dict[str, Estimate]]:
+    def _run_block(self, index: int, *, sites: bool) -> tuple[dict[str, dict[str, Estimate]], Estimate]:
         stream, layout = self._stream, self._layout
         block = stream.load_block()
         modules = {name: module for name, module in site_modules(block, layout, index).items() if name in self._formats}
         changes: list[dict[str, QuantFormat]] = []
         if sites:
             changes += [{name: fmt} for name in modules for fmt in self._formats[name]]
-        if blocks:
-            changes.append({name: nearest_format(self._formats[name]) for name in modules})
+        changes.append({name: nearest_format(self._formats[name]) for name in modules})
         results: list[Estimate] = []
         at_once = self._variants_at_once()
         for start in range(0, len(changes), at_once):
@@ -133,16 +142,11 @@ class AblationSweep:
             run_to_end(stream, index + 1, variants)
             results += [self._diverge(variant) for variant in variants]
         stream.advance(block)
-        if blocks:
-            scores.append(results.pop())
         damages: dict[str, dict[str, Estimate]] = {}
-        for change, result in zip(changes, results, strict=False):
+        for change, result in zip(changes[:-1], results[:-1], strict=True):
             ((name, fmt),) = change.items()
             damages.setdefault(name, {})[fmt.name] = result
-        if not blocks:
-            rows = [damages[name][nearest_format(self._formats[name]).name] for name in modules]
-            scores.append(Estimate(sum(row.value for row in rows), None, self._question.tokens.sequence_count))
-        return damages
+        return damages, results[-1]
 
     def _variants_at_once(self) -> int:
         return max(1, _VARIANT_BYTES // sum(states.numel() * 4 for states in self._start))

@@ -19,13 +19,9 @@ class Estimate:
         """Times a non-negative factor that is taken as known."""
         return Estimate(self.value * factor, None if self.stderr is None else self.stderr * factor, self.n)
 
-    def magnitude(self) -> "Estimate":
-        """Absolute value, same error."""
-        return Estimate(abs(self.value), self.stderr, self.n)
-
     def floored(self) -> "Estimate":
-        """max(0, value), same error: a loss that seems to fall under damage is noise, not a gain."""
-        return Estimate(max(0.0, self.value), self.stderr, self.n)
+        """max(0, value), same error: a loss that seems to fall under damage is noise, not a gain. NaN stays NaN."""
+        return Estimate(0.0 if self.value < 0 else self.value, self.stderr, self.n)
 
 
 def estimate_ratio(

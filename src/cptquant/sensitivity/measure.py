@@ -70,7 +70,7 @@ def _check_finite(model: LoadedModel, scores: Scores) -> None:
     found = {f"block {index}": score for index, score in enumerate(scores.block_scores)}
     found |= {f"{site} in {fmt}": value for site, row in scores.damages.items() for fmt, value in row.items()}
     for where, estimate in found.items():
-        if not math.isfinite(estimate.value):
+        if not math.isfinite(estimate.value) or not math.isfinite(estimate.stderr or 0.0):
             raise ModelError(
                 f"the sensitivity of {where} of {model.layout.source} is {estimate.value}: the model overflows on the "
                 "calibration text; check the model with `cptquant evaluate`, or give other text with --calibration"
