@@ -1,0 +1,84 @@
+import pytest
+from allocation.made_layouts import FUSED, TRANSFORMERS, make_layout, parse_formats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cptquant.core.errors import FormatError
+from cptquant.core.layout import Site
+from cptquant.core.targets import TARGETS, candidate_formats, find_target
+
+LINEAR = Site(name="block.0.q", out_features=8, in_features=96, block_index=0)
+EMBEDDING = Site(name="embedding", out_features=20, in_features=96, kind="embedding", role="embedding")
+LAYOUT = make_layout([[(8, 64)]] * 2, ties=[["block.0.0", "block.1.0"]])
+
+
+def reason(site, name):
+    return TRANSFORMERS.refusal(site, parse_formats(name)[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["int4-g32", "int2-channel", "int8-tensor", "int4-tensor-asym", "float16", "bfloat16", "int3-g96"]
+)
+def test_linear_sites_hold(name):
+    assert reason(LINEAR, name) is None
+
+
+@pytest.mark.parametrize("name", ["int8-channel-plain", "int8-g32-plain", "int8-tensor-plain", "float16"])
+def test_embeddings_hold(name):
+    assert reason(EMBEDDING, name) is None
+
+
+def test_refusals_give_their_reason():
+    assert reason(LINEAR, "int4-g64") == (
+        "compressed-tensors needs the group size to divide the row: 96 columns, groups of 64"
+    )
+    assert reason(EMBEDDING, "int8-g64-plain") == reason(LINEAR, "int4-g64")
+    asymmetric = (
+        "compressed-tensors 0.20 writes packed zero points that transformers 5.23 cannot load (the meta-device layout "
+        "leaves them unpacked); use the symmetric format, or one zero point per tensor"
+    )
+    assert reason(LINEAR, "int4-g32-asym") == reason(LINEAR, "int4-channel-asym") == asymmetric
+    assert reason(LINEAR, "int8-channel-plain") == "plain storage is for embeddings; linear layers are packed"
+    packed = (
+        "transformers 5.23 cannot load an embedding packed by compressed-tensors 0.20 (its initializer reads a "
+        "`weight` that packing removed); embeddings are held in 8 bits plain (int8-channel-plain) or 16"
+    )
+    assert reason(EMBEDDING, "int8-channel") == reason(EMBEDDING, "int4-channel") == packed
+    assert reason(EMBEDDING, "int8-channel-asym-plain") == packed
+
+
+def test_candidates_are_fitted_to_the_site():
+    formats = parse_formats("int4-g64", "int4-g32", "int8-g64", "int4-channel-asym", "int2-channel")
+    assert [fmt.name for fmt in candidate_formats(LINEAR, LAYOUT, TRANSFORMERS, formats)] == [
+        "int4-g32", "int8-g32", "int2-channel", "float16",
+    ]  # fmt: skip
+    assert [fmt.name for fmt in candidate_formats(EMBEDDING, LAYOUT, TRANSFORMERS, formats)] == [
+        "int8-g32-plain", "float16",
+    ]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(1, 300), st.integers(1, 200), st.sampled_from(["linear", "embedding"]), st.integers(2, 8))
+def test_candidates_are_always_legal_and_end_in_16_bits(columns, group, kind, bits):
+    site = Site(name="s", out_features=3, in_features=columns, kind=kind)
+    (asked,) = parse_formats(f"int{bits}-g{group}")
+    found = candidate_formats(site, LAYOUT, TRANSFORMERS, [asked])
+    assert all(TRANSFORMERS.refusal(site, fmt) is None for fmt in found)
+    assert found[-1] == LAYOUT.keep_format
+    if kind == "linear":
+        assert found[0].code_bits == bits  # the width that was asked for is never lost
+        granularity = found[0].granularity
+        assert granularity == "channel" or (columns % granularity == 0 and granularity <= group)
+        assert granularity == group or columns % group
+
+
+def test_only_engines_that_fuse_have_ties():
+    assert TRANSFORMERS.ties(LAYOUT) == ()
+    assert [tie.sites for tie in FUSED.ties(LAYOUT)] == [("block.0.0", "block.1.0")]
+
+
+def test_an_unknown_target_is_refused_with_the_known_ones():
+    assert find_target("transformers") is TARGETS["transformers"]
+    with pytest.raises(FormatError) as caught:
+        find_target("vllm")
+    assert str(caught.value) == "--target 'vllm' is unknown; choose one of: transformers, transformers-fused"
