@@ -1,8 +1,8 @@
 """Train the embedded classifier ``bert-mini``: from which package does a snippet come?
 
-    python runs/train_bert_mini.py --minutes 33 --output /tmp/bert-mini
-    python runs/train_bert_mini.py --continue-from /tmp/bert-mini --minutes 11 --rate 5e-4 \\
-        --output /tmp/bert-mini-2
+    python runs/train_bert_mini.py --minutes 33 --output bert-mini
+    python runs/train_bert_mini.py --continue-from bert-mini --minutes 11 --rate 5e-4 \\
+        --output bert-mini-2
     python runs/train_bert_mini.py --evaluate src/cptquant/models/embedded_data/bert-mini
 
 Masked-language-model training on the whole train split, then fine-tuning on snippets of the ten

@@ -1,6 +1,6 @@
 """Train the embedded causal language model ``opt-mini`` on Python's standard library.
 
-    python runs/train_opt_mini.py --minutes 43 --output /tmp/opt-mini
+    python runs/train_opt_mini.py --minutes 43 --output opt-mini
     python runs/train_opt_mini.py --evaluate src/cptquant/models/embedded_data/opt-mini
 
 Hardware and time: one thread of an AMD EPYC (Zen 5, avx512_bf16), shared with other work; the
