@@ -1,0 +1,173 @@
+"""What stands in a run folder: every artifact that is there, and a sentence for each stage that is not."""
+
+import json
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar, cast
+
+from cptquant.core.artifact import Artifact, digest_json
+from cptquant.core.errors import ArtifactError
+from cptquant.core.evaluation import EvaluationReport
+from cptquant.core.layout import ModelLayout
+from cptquant.core.manifest import CheckpointRecord, Manifest
+from cptquant.core.plan import Plan
+from cptquant.core.sensitivity import SensitivityTable
+
+A = TypeVar("A", bound=Artifact)
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One plan of a sweep over budgets: bytes of all tensors, and the damage its table predicts."""
+
+    size_bytes: float
+    predicted_damage: float
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder, read.
+
+    Attributes:
+        tables: sensitivity tables, the one that the plan was made from first.
+        plan: what the allocator proposed. baselines: plan-NAME.json by name.
+        manifests: "quantized" and baselines by name.
+        stale: one sentence for each file that was made from something other than what stands beside it.
+    """
+
+    folder: Path
+    layout: ModelLayout
+    tables: tuple[SensitivityTable, ...] = ()
+    plan: Plan | None = None
+    baselines: dict[str, Plan] | None = None
+    manifests: dict[str, Manifest] | None = None
+    checkpoint: CheckpointRecord | None = None
+    evaluation: EvaluationReport | None = None
+    frontier: tuple[FrontierPoint, ...] = ()
+    stale: tuple[str, ...] = ()
+
+    @property
+    def written(self) -> str:
+        """Which variant's weights are in checkpoint/: "quantized", or "uniform" where the guard chose it."""
+        chosen = self.evaluation.written if self.evaluation else None
+        return "uniform" if chosen == "uniform" and "uniform" in (self.baselines or {}) else "quantized"
+
+    @property
+    def written_plan(self) -> Plan | None:
+        """The plan of what was written."""
+        return (self.baselines or {})["uniform"] if self.written == "uniform" else self.plan
+
+    @property
+    def written_manifest(self) -> Manifest | None:
+        """The site records of what was written."""
+        return (self.manifests or {}).get(self.written)
+
+    def command(self, kind: type[Artifact]) -> str:
+        """The command that makes a file of this kind, with this run's folder filled in."""
+        return kind.MADE_BY.replace("RUN", shlex.quote(str(self.folder)))
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read everything a report can show; only layout.json is needed.
+
+    Raises:
+        ArtifactError: layout.json is missing, a file is damaged or of another version, or a file names sites that the
+            layout does not have.
+    """
+    layout = ModelLayout.load(folder / "layout.json")
+    tables = _read_tables(folder)
+    plan = _read(folder / "plan.json", Plan)
+    baselines = {_suffix(path, "plan"): Plan.load(path) for path in sorted(folder.glob("plan-*.json"))}
+    manifests = {_suffix(path, "manifest"): Manifest.load(path) for path in sorted(folder.glob("manifest-*.json"))}
+    manifest = _read(folder / "manifest.json", Manifest)
+    if manifest is not None:
+        manifests = {"quantized": manifest, **manifests}
+    for table in tables:
+        _check_sites(layout, table, "sensitivity.json", list(table.damages))
+    for name, found in (("plan", plan), *baselines.items()):
+        if found is not None:
+            _check_sites(layout, found, f"{name}.json" if found is plan else f"plan-{name}.json", list(found.formats))
+    for name, found in manifests.items():
+        file_name = "manifest.json" if name == "quantized" else f"manifest-{name}.json"
+        _check_sites(layout, found, file_name, [record.site for record in found.sites])
+    record = RunRecord(
+        folder=folder,
+        layout=layout,
+        tables=tables,
+        plan=plan,
+        baselines=baselines,
+        manifests=manifests,
+        checkpoint=_read(folder / "checkpoint.json", CheckpointRecord),
+        evaluation=_read(folder / "evaluation.json", EvaluationReport),
+        frontier=_read_frontier(folder / "frontier.json"),
+    )
+    return _with_stale(record)
+
+
+def _read(path: Path, kind: type[A]) -> A | None:
+    return kind.load(path) if path.exists() else None
+
+
+def _suffix(path: Path, stem: str) -> str:
+    return path.stem.removeprefix(f"{stem}-")
+
+
+def _read_tables(folder: Path) -> tuple[SensitivityTable, ...]:
+    """sensitivity.json first; a sensitivity-METHOD.json that repeats its content is not shown twice."""
+    paths = [folder / "sensitivity.json", *sorted(folder.glob("sensitivity-*.json"))]
+    tables: dict[str, SensitivityTable] = {}
+    for path in paths:
+        if path.exists():
+            table = SensitivityTable.load(path)
+            tables.setdefault(table.digest(), table)
+    return tuple(tables.values())
+
+
+def _check_sites(layout: ModelLayout, artifact: Artifact, file_name: str, names: list[str]) -> None:
+    unknown = [name for name in names if name not in layout.site_by_name]
+    if unknown:
+        raise ArtifactError(
+            f"{file_name} names {len(unknown)} sites that layout.json does not have (first: {unknown[0]!r}); "
+            f"make it anew with: {artifact.MADE_BY}"
+        )
+
+
+def _read_frontier(path: Path) -> tuple[FrontierPoint, ...]:
+    """A list of {size_bytes, predicted_damage}, or an object that holds it under `points`."""
+    if not path.exists():
+        return ()
+    made_by = "cptquant allocate RUN --budget BUDGET"
+    try:
+        value: object = json.loads(path.read_text(encoding="utf-8"))
+        rows = cast(dict[str, object], value)["points"] if isinstance(value, dict) else value
+        if not isinstance(rows, list):
+            raise TypeError(f"a list of points was expected, found {type(rows).__name__}")
+        points = [
+            FrontierPoint(float(row["size_bytes"]), float(row["predicted_damage"]))
+            for row in cast(list[dict[str, float]], rows)
+        ]
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise ArtifactError(
+            f"{path} is no list of {{size_bytes, predicted_damage}} ({type(error).__name__}: {error}); "
+            f"remove it or make it anew with: {made_by}"
+        ) from None
+    return tuple(sorted(points, key=lambda point: point.size_bytes))
+
+
+def _with_stale(record: RunRecord) -> RunRecord:
+    """A later `allocate` leaves an older manifest and evaluation in place; a report must not mix them silently."""
+    sentences: list[str] = []
+    manifests = record.manifests or {}
+    plans = {"quantized": record.plan, **(record.baselines or {})}
+    for name, manifest in manifests.items():
+        plan = plans.get(name)
+        if plan is not None and manifest.inputs.get("plan", "") not in ("", digest_json(dict(plan.formats))):
+            what = "manifest.json" if name == "quantized" else f"manifest-{name}.json"
+            sentences.append(f"{what} was made from another plan than the one beside it.")
+    evaluation, written = record.evaluation, record.written_plan
+    if evaluation is not None and written is not None:
+        known = evaluation.inputs.get("plan quantized", "")
+        if known not in ("", digest_json(dict(written.formats))):
+            sentences.append("evaluation.json was made from another plan than the one beside it.")
+    return replace(record, stale=tuple(sentences))
