@@ -42,6 +42,20 @@ def test_loading_says_nothing_and_leaves_the_settings_alone(save_toy, capfd):
     assert saved == ""
 
 
+@pytest.mark.parametrize("name", ["opt", "bert-mlm", "llama", "gpt2", "gpt-neox"])
+def test_attention_equals_the_eager_one_with_padding(name, save_toy):
+    fast = load_model(str(save_toy(name))).module
+    slow = load_model(str(save_toy(name))).module
+    slow.set_attn_implementation("eager")
+    assert (fast.config._attn_implementation, slow.config._attn_implementation) == ("sdpa", "eager")
+    ids = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    with torch.no_grad():
+        found, expected = (model(input_ids=ids, attention_mask=mask).logits[mask.bool()] for model in (fast, slow))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 # --- quantized checkpoints ---
 
 

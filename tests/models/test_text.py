@@ -73,9 +73,6 @@ def _stream(model: LoadedModel, documents: list[str]) -> list[int]:
     return ids
 
 
-# --- windows ---
-
-
 def test_plain_text_is_evaluated_in_consecutive_windows_from_its_beginning(opt, write):
     text = "\n".join(prose(400))
     tokens = load_tokens(opt, write("eval.txt", text), "test", sequences=20, length=64, seed=3)
@@ -258,9 +255,6 @@ def test_subset_keeps_rows_together_and_changes_the_digest(bert):
     assert part.digest != tokens.digest
     assert tokens.subset(range(20)).digest == tokens.digest
     assert tokens.subset(slice(0, 5)).sequence_count == 5
-
-
-# --- files ---
 
 
 def test_gzipped_lines_read_like_plain_ones(opt, tmp_path, write):

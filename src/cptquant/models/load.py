@@ -91,6 +91,9 @@ def read_layout(source: str | Path, *, trust_remote_code: bool = False) -> Model
 def load_model(source: str | Path, *, trust_remote_code: bool = False) -> LoadedModel:
     """Load a float model to be measured or quantized.
 
+    Weights stay mapped from their files until they are used. Attention is torch's scaled_dot_product_attention where
+    the class supports it (equal to the eager one within float32 rounding, padding included; tested), else eager.
+
     Args:
         source: local folder, hub id, or `embedded:opt-mini`, `embedded:bert-mini`.
         trust_remote_code: allow the model folder's own Python code to run.
@@ -230,14 +233,14 @@ def _check_report(report: dict[str, Any], folder: ModelFolder) -> None:
 
 
 def _dequantized(module: PreTrainedModel, opened: _Opened) -> PreTrainedModel:
-    """The dequantized weights in a model of plain layers: compressed-tensors leaves hooks on the one it decompresses."""
+    """The dequantized weights in a model of plain layers: compressed-tensors leaves hooks on its own."""
     from compressed_tensors.compressors import decompress_module  # heavy, and needed here only
     from compressed_tensors.quantization.utils import is_module_quantized
 
     for part in list(module.modules()):
         if is_module_quantized(part):
             decompress_module(part)
-    config = copy.deepcopy(opened.folder.config)
+    config: Any = copy.deepcopy(opened.folder.config)
     del config.quantization_config
     plain = _skeleton(replace(opened.folder, config=config), opened.arguments)
     found = module.state_dict()
