@@ -193,11 +193,13 @@ def _kl(
     p = log_p.exp()
     difference = logits - reference
     difference -= (p * difference).sum(dim=-1, keepdim=True)
-    near = difference.abs().amax(dim=-1) < 1
-    small = torch.where(near.unsqueeze(-1), difference, 0.0)
-    stable = torch.log1p((p * (torch.expm1(small) - small)).sum(dim=-1))
-    textbook = (p * (log_p - torch.log_softmax(logits, dim=-1))).sum(dim=-1)
-    return torch.where(near, stable, textbook).clamp(min=0)
+    far = difference.abs().amax(dim=-1) >= 1
+    difference[far] = 0
+    divergence = torch.log1p(p.mul_(torch.expm1(difference) - difference).sum(dim=-1))
+    if bool(far.any()):
+        far_p = log_p[far]
+        divergence[far] = (far_p.exp() * (far_p - torch.log_softmax(logits[far], dim=-1))).sum(dim=-1).clamp(min=0)
+    return divergence
 
 
 def _with_positions(logits: Tensor, per_position: Tensor) -> tuple[Tensor, Tensor]:
