@@ -41,7 +41,9 @@ def test_codes_are_those_of_the_oracle(code_bits, group, columns, symmetric, by_
     weight, hessian = problem(12, columns, seed=code_bits)
     granularity = "channel" if group == columns else group
     fmt = QuantFormat(code_bits=code_bits, granularity=granularity, symmetric=symmetric)
-    result = Gptq(clip_search=False, activation_order=by_activation)(weight, hessian, fmt, torch.float16)
+    result = Gptq(clip_search=False, activation_order=by_activation, descent_rounds=0)(
+        weight, hessian, fmt, torch.float16
+    )
     order = torch.argsort(hessian.diagonal(), descending=True).tolist() if by_activation else None
     codes, values = oracle.gptq(
         weight.double().numpy(), hessian.double().numpy(), code_bits, group, 0.01, symmetric=symmetric, order=order
@@ -118,7 +120,7 @@ def test_weights_on_the_grid_come_back_unchanged(by_activation: bool) -> None:
 def test_independent_inputs_leave_nothing_to_compensate() -> None:
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     fmt = QuantFormat.parse("int3-g8")
-    result = Gptq(diagonal_importance=False)(weight, torch.eye(32), fmt, torch.float16)
+    result = Gptq(diagonal_importance=False, descent_rounds=0)(weight, torch.eye(32), fmt, torch.float16)
     assert torch.equal(result.weight.codes, Rtn()(weight, fmt, torch.float16).codes)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from cptquant.core.errors import CptquantError
-from cptquant.quantizers.hessian import HessianAccumulator, InputHessians
+from cptquant.quantizers.hessian import Complete, HessianAccumulator, InputHessians
 
 
 def test_streamed_mean_of_outer_products_without_padding() -> None:
@@ -105,3 +105,19 @@ def test_vectors_that_are_no_tokens_are_not_masked() -> None:
         pooled = torch.randn(2, 6)
         pooler(pooled)
     assert torch.allclose(hessians.hessian("pooler"), pooled.t() @ pooled / 2, atol=1e-6)
+
+
+def test_a_pass_ends_once_everything_was_seen() -> None:
+    model, reached = Attention(), []
+    model.o.register_forward_hook(lambda *_: reached.append("o"))
+    modules = {name: getattr(model, name) for name in ("v", "q", "o")}
+    with torch.no_grad(), InputHessians(modules, stops_early=True) as hessians:
+        for _ in range(2):
+            hessians.start_batch(torch.ones(1, 4))
+            with pytest.raises(Complete):
+                model(torch.randn(1, 4, 6))
+    assert not reached and all(hessians.has(site) for site in modules)
+    with torch.no_grad(), InputHessians({**modules, "odd": model.odd}, stops_early=True) as hessians:
+        hessians.start_batch(torch.ones(1, 4))
+        model(torch.randn(1, 4, 6))
+    assert reached == ["o"]

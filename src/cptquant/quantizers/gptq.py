@@ -28,7 +28,8 @@ from cptquant.core.errors import DataError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteOutcome
 from cptquant.packing.quantized_weight import QuantizedWeight, scale_shape
-from cptquant.quantizers.grid import Grid, fit_grid
+from cptquant.quantizers.descent import Rounded, descend_
+from cptquant.quantizers.grid import Grid, code_range, fit_grid
 
 _LEAF_COLUMNS = 16
 """Below this width columns are rounded one by one; above it errors are spread by matrix products."""
@@ -65,12 +66,14 @@ class Gptq:
             are then fitted before the loop, on the original weights.
         clip_search: search for the scale of least squared error instead of covering the largest weight.
         diagonal_importance: weigh that squared error by the Hessian's diagonal.
+        descent_rounds: rounds of coordinate descent on scales and codes afterwards (descent.py); 0 is the paper's GPTQ.
     """
 
     damping: float = 0.01
     activation_order: bool = False
     clip_search: bool = True
     diagonal_importance: bool = True
+    descent_rounds: int = 2
 
     def __call__(
         self,
@@ -107,26 +110,35 @@ class Gptq:
         columns = torch.cat([weight.t() for weight in weights], dim=1)[factor.order].contiguous()
         loop = _Loop(columns, factor, fmt, dtype, self)
         loop.sweep(0, columns.shape[0])
+        rounded = loop.rounded()
+        if self.descent_rounds:
+            descend_(rounded, columns, factor.damped, self.descent_rounds)
         inverse = torch.argsort(factor.order)
-        codes = loop.codes[inverse].t().contiguous()
-        error = (columns - loop.values)[inverse]
-        outputs = columns[inverse]
+        columns, values = columns[inverse], rounded.values()[inverse]
+        codes = rounded.shifted if loop.zeros is None else rounded.shifted + loop.zeros[rounded.group_of]
+        codes = codes[inverse].t().to(torch.int8)
         results, start = [], 0
         for weight in weights:
             rows = slice(start, start + weight.shape[0])
             start = rows.stop
-            shape = scale_shape(fmt, *weight.shape)
-            one = loop.scales if fmt.granularity == "tensor" else loop.scales[rows]
-            zero = None if loop.zeros is None else (loop.zeros if fmt.granularity == "tensor" else loop.zeros[rows])
+            lines = slice(None) if fmt.granularity == "tensor" else rows
             quantized = QuantizedWeight(
                 fmt,
-                codes[rows].to(torch.int8),
-                one.reshape(shape).to(dtype),
-                None if zero is None else zero.reshape(shape).to(torch.int8),
+                codes[rows].contiguous(),
+                _per_row(rounded.scales[:, lines], weight, fmt).to(dtype),
+                None if loop.zeros is None else _per_row(loop.zeros[:, lines], weight, fmt).to(torch.int8),
             )
-            relative = relative_output_error(error[:, rows], outputs[:, rows], hessian)
+            relative = relative_output_error(values[:, rows] - columns[:, rows], columns[:, rows], hessian)
             results.append(GptqResult(quantized, factor.outcome, factor.damping, relative))
         return results
+
+
+def _per_row(
+    per_group: Tensor,  # (groups, out_features), or (1, 1) per tensor
+    weight: Tensor,
+    fmt: QuantFormat,
+) -> Tensor:
+    return per_group.t().reshape(scale_shape(fmt, *weight.shape))
 
 
 def relative_output_error(
@@ -148,12 +160,14 @@ class HessianFactor:
     Attributes:
         order: int64 (in_features,), a permutation of the columns.
         feedback: U_kj / U_kk - I, float32 (in_features, in_features), strictly upper triangular.
-        importance: float32 (in_features,), the damped diagonal, in original order.
+        damped: float32 (in_features, in_features), the damped Hessian.
+        importance: float32 (in_features,), its diagonal, in original order.
         damping: fraction of the mean diagonal really added. outcome: how the factorisation went.
     """
 
     order: Tensor
     feedback: Tensor
+    damped: Tensor
     importance: Tensor
     damping: float
     outcome: SiteOutcome
@@ -195,8 +209,8 @@ def factor_hessian(
     identity = torch.eye(len(diagonal), device=hessian.device)
     inverse_factor = torch.linalg.solve_triangular(upper, identity, upper=True)
     feedback = (inverse_factor / inverse_factor.diagonal()[:, None]).triu_(1)
-    importance = torch.where(dead, torch.full_like(diagonal, mean), diagonal) + tried * mean
-    return HessianFactor(order, feedback, importance, tried, outcome)
+    importance = damped.diagonal()[torch.argsort(order)]
+    return HessianFactor(order, feedback, damped, importance, tried, outcome)
 
 
 def _upper_factor(damped: Tensor, mean: float) -> Tensor | None:
@@ -212,8 +226,8 @@ class _Loop:
     """The columns of one stack of matrices on their way through GPTQ.
 
     Attributes:
-        codes, values: float32 (in_features, out_features): integers and what they stand for.
-        scales, zeros: float32 (out_features, groups), in original group order.
+        codes: float32 of integers (in_features, out_features), in the order of the factor.
+        scales, zeros: float32 (groups, out_features), groups in original order; (1, 1) per tensor.
     """
 
     def __init__(
@@ -223,18 +237,26 @@ class _Loop:
         self._factor, self._fmt, self._dtype, self._gptq = factor, fmt, dtype, gptq
         self._compensated = columns.clone()
         self._error = torch.zeros_like(columns)
-        self.codes, self.values = torch.empty_like(columns), torch.empty_like(columns)
+        self.codes = torch.empty_like(columns)
         self._width = fmt.granularity if isinstance(fmt.granularity, int) else count
         groups = fmt.group_count(count)
         lines = 1 if fmt.granularity == "tensor" else rows
-        self.scales = columns.new_ones(lines, groups)
-        self.zeros = None if fmt.symmetric else columns.new_zeros(lines, groups)
+        self.scales = columns.new_ones(groups, lines)
+        self.zeros = None if fmt.symmetric else columns.new_zeros(groups, lines)
         self._grids: dict[int, Grid] = {}
-        self._group_of = torch.div(factor.order, self._width, rounding_mode="floor").tolist()
+        self._group_index = torch.div(factor.order, self._width, rounding_mode="floor")
+        self._group_of = self._group_index.tolist()
         if gptq.activation_order:
             inverse = torch.argsort(factor.order)
             for group in range(groups):
                 self._fit(group, columns[inverse[group * self._width : (group + 1) * self._width]])
+
+    def rounded(self) -> Rounded:
+        """The result, once all columns are through."""
+        low, high = code_range(self._fmt)
+        zeros = torch.zeros_like(self.scales) if self.zeros is None else self.zeros
+        shifted = self.codes if self.zeros is None else self.codes - self.zeros[self._group_index]
+        return Rounded(shifted, self.scales, low - zeros, high - zeros, self._group_index, self._dtype)
 
     def sweep(self, start: int, stop: int) -> None:
         """Round columns start to stop, which have received all errors of the columns before `start`."""
@@ -266,11 +288,11 @@ class _Loop:
         if self._fmt.granularity == "tensor":
             column = column[None]
         codes = grid.round(column)
-        value = grid.value(codes).reshape(-1)
-        self.codes[index], self.values[index] = codes.reshape(-1), value
-        error = torch.sub(self._compensated[index], value, out=self._error[index])
+        self.codes[index] = codes.reshape(-1)
+        error = torch.sub(self._compensated[index], grid.value(codes).reshape(-1), out=self._error[index])
         if index + 1 < stop:
-            self._compensated[index + 1 : stop].addr_(self._factor.feedback[index, index + 1 : stop], error, alpha=-1)
+            feedback = self._factor.feedback[index, index + 1 : stop]
+            self._compensated[index + 1 : stop].addr_(feedback, error, alpha=-1)
 
     def _fit(
         self,
@@ -286,6 +308,6 @@ class _Loop:
             rows = rows.reshape(1, -1)
         grid = fit_grid(rows, self._fmt, self._dtype, importance=importance, clip_search=self._gptq.clip_search)
         self._grids[group] = grid
-        self.scales[:, group] = grid.scales
+        self.scales[group] = grid.scales
         if self.zeros is not None and grid.zeros is not None:
-            self.zeros[:, group] = grid.zeros
+            self.zeros[group] = grid.zeros

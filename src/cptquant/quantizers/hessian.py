@@ -1,5 +1,6 @@
 """Second moments of layer inputs: the Hessian of the layer's squared output error, up to a factor of two."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -53,6 +54,10 @@ class HessianAccumulator:
         return (upper + upper.triu(1).t()) / self.count
 
 
+class Complete(BaseException):
+    """Ends a forward pass once all inputs asked for were seen."""
+
+
 @dataclass
 class InputHessians:
     """Collects the Hessians of several modules while the model runs; modules that read the same tensor share one.
@@ -61,15 +66,18 @@ class InputHessians:
     one forward pass have the same Hessian.
 
     Attributes:
+        modules: site -> module. stops_early: end a forward pass by raising `Complete` once every module was called.
         leader: site -> the site whose Hessian it shares (itself, if it is the first to read that tensor).
     """
 
     modules: dict[str, nn.Module]
+    stops_early: bool = False
     leader: dict[str, str] = field(default_factory=dict)
     _accumulators: dict[str, HessianAccumulator] = field(default_factory=dict)
     _inputs: list[tuple[Tensor, int, str]] = field(default_factory=list)
     _handles: list[RemovableHandle] = field(default_factory=list)
     _mask: Tensor | None = None
+    _missing: set[str] = field(default_factory=set)
 
     def start_batch(
         self,
@@ -78,6 +86,7 @@ class InputHessians:
         """Call before each forward pass."""
         self._inputs.clear()
         self._mask = mask
+        self._missing = set(self.modules)
 
     def has(self, site: str) -> bool:
         """Whether any input reached the site."""
@@ -104,7 +113,12 @@ class InputHessians:
         self._inputs.clear()
 
     def _see(self, site: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs = arguments[0]
+        self._take(site, arguments[0])
+        self._missing.discard(site)
+        if self.stops_early and not self._missing:
+            raise Complete
+
+    def _take(self, site: str, inputs: Tensor) -> None:
         # Holding the tensors until the batch ends keeps their memory from being handed out again, so that an equal
         # address means the same tensor; the version counter rules out a change in place in between.
         for other, version, leader in self._inputs:
@@ -134,37 +148,25 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 def collect_block_hessians(stream: ModelStream, block: nn.Module, modules: dict[str, nn.Module]) -> InputHessians:
     """Run a block once over all batches of the stream and return the Hessians of its modules' inputs.
 
-    The stream is not advanced. Padding does not count.
+    The stream is not advanced. Padding does not count. A pass ends where the last module's work would begin.
     """
-    with torch.no_grad(), InputHessians(modules) as hessians:
-        for index, (batch, hidden) in enumerate(zip(stream.batches, stream.hidden, strict=True)):
-            hessians.start_batch(batch.attention_mask)
-            stream.run_block(block, index, hidden)
-    return hessians
-
-
-class _Enough(BaseException):
-    """Ends a forward pass once the last input asked for was seen; never leaves this module."""
+    return _collect(stream, modules, lambda index, hidden: stream.run_block(block, index, hidden))
 
 
 def collect_outer_hessians(stream: ModelStream, modules: dict[str, nn.Module]) -> InputHessians:
-    """The same for modules outside the blocks, in forward order, given the stream's hidden states after the last block.
+    """The same for modules outside the blocks, given the stream's hidden states after the last block.
 
-    The forward pass ends where the last module begins: the logits of a large vocabulary are never computed.
+    As a pass ends where the last module's work would begin, the logits of a large vocabulary are not computed.
     """
+    return _collect(stream, modules, stream.finish)
 
-    def stop(_module: nn.Module, _args: object) -> None:
-        raise _Enough
 
-    with torch.no_grad(), InputHessians(modules) as hessians:
-        handle = list(modules.values())[-1].register_forward_pre_hook(stop)
-        try:
-            for index, (batch, hidden) in enumerate(zip(stream.batches, stream.hidden, strict=True)):
-                hessians.start_batch(batch.attention_mask)
-                try:
-                    stream.finish(index, hidden)
-                except _Enough:
-                    continue
-        finally:
-            handle.remove()
+def _collect(stream: ModelStream, modules: dict[str, nn.Module], run: Callable[[int, Tensor], Tensor]) -> InputHessians:
+    with torch.no_grad(), InputHessians(modules, stops_early=True) as hessians:
+        for index, (batch, hidden) in enumerate(zip(stream.batches, stream.hidden, strict=True)):
+            hessians.start_batch(batch.attention_mask)
+            try:
+                run(index, hidden)
+            except Complete:
+                continue
     return hessians
