@@ -286,6 +286,8 @@ def _quality_measurements(task: Task) -> list[Measurement]:
             add("accuracy", "fraction", 0.8123 - 0.004 * harm, 0.0124, n=1000)
         if subject == "original":
             continue
+        if task == "causal_lm":
+            add("nll_increase_nats_per_token", "nats/token", 0.0208 * harm, 0.00092)
         if task == "encoder":
             add("embedding_cosine", "cosine", 1 - 0.0021 * harm, 0.00007, n=1000)
             add("embedding_cosine_distance", "1 - cosine", 0.0021 * harm, 0.00007, n=1000)

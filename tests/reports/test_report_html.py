@@ -47,7 +47,7 @@ def test_the_headline_says_what_was_asked_and_what_came_out(opt_run: Path, read_
     assert "The budget, 4bpw, allowed 1.46 MB (1.39 MiB)." in text
     assert f"{plan.bits_per_weight:.3f}" in text
     assert "× smaller than FP16 (5.25 MB)" in text and "× smaller than FP32 (10.5 MB)" in text
-    assert "Perplexity 23.39 ± 0.28 original 22.91 ± 0.28 n = 32,640" in text
+    assert "Perplexity 23.39 ± 0.28 original 22.91 ± 0.28 NLL +0.02080 ± 0.00092 nats/token, paired n = 32,640" in text
     assert "KL to original 0.02134 ± 0.00061 uniform bits 0.03414 ± 0.00098 random bits 0.0726 ± 0.0021" in text
     assert "Uniform bits and random bits took no more bytes than the plan." in text
     assert "Guard. KL on validation text: plan 0.0213" in text

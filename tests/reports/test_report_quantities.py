@@ -84,7 +84,7 @@ def test_counts_shares_and_ticks() -> None:
     assert [spell_count(n) for n in (9_999, 10_000, 2_622_976, 999_600_000)] == ["9,999", "10.0 k", "2.62 M", "1.00 B"]
     assert [spell_share(part, 1000) for part in (0, 0.5, 333, 1000)] == ["0.0 %", "< 0.1 %", "33.3 %", "100 %"]
     assert spell_share(1, 0) == "–"
-    assert [spell_tick(value) for value in (0.01, 0.3, 3e-4, 20, 0.25)] == ["0.01", "0.3", "3×10⁻⁴", "20", "0.25"]
+    assert [spell_tick(value) for value in (0.01, 0.3, 3e-4, 1e-5, 20)] == ["0.01", "0.3", "3×10⁻⁴", "10⁻⁵", "20"]
 
 
 def test_units_and_measurements_for_people() -> None:

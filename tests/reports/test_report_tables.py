@@ -43,6 +43,7 @@ def test_result_table_says_all_a_person_needs() -> None:
     assert "0.02134 ± 0.00061" in cells["Quantized"] and "0.03414 ± 0.00098" in cells["Uniform bits"]
     assert "5.25 MB (5.00 MiB) of float16 weights became 1.46 MB (1.39 MiB), 27.8 % of the original." in text
     assert "74 of 74 sites quantized, 0 kept in 16 bits." in text
+    assert "NLL +0.02080 ± 0.00092 nats/token, paired with the original on the same text." in text
     assert "Guard: KL on validation text" in text
     assert max(len(line) for line in lines[:7]) <= 100
 

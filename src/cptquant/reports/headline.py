@@ -33,6 +33,10 @@ QUALITIES = ("perplexity", "accuracy", "embedding_cosine")
 """Measurements of what a model is good for, whichever its task has."""
 
 
+INCREASES = ("nll_increase_nats_per_token", "nll_increase_nats_per_example")
+"""Paired differences to the original on the same text."""
+
+
 def find_measurement(evaluation: EvaluationReport | None, names: Sequence[str], subject: str) -> Measurement | None:
     """The first of these measurements that the evaluation has for the subject."""
     if evaluation is None:
@@ -110,6 +114,9 @@ def _quality_card(evaluation: EvaluationReport | None) -> Card | None:
         return None
     before = evaluation.find(after.name, "original")
     details = [f"original {spell_value(before)}"] if before else []
+    paired = spell_increase(evaluation)
+    if paired:
+        details.append(paired)
     details.append(f"n = {after.n:,}")
     return Card(spell_name(after.name), *_split_error(after), tuple(details), f"{after.value!r}")
 
@@ -135,9 +142,18 @@ def _split_error(measurement: Measurement) -> tuple[str, str]:
     return (value, f"± {error}") if sign and not text.startswith("(") else (text, "")
 
 
+def spell_increase(evaluation: EvaluationReport) -> str:
+    """The paired increase of NLL over the original, whose error is far below that of either perplexity."""
+    found = find_measurement(evaluation, INCREASES, "quantized")
+    if found is None:
+        return ""
+    sign = "+" if found.value >= 0 else ""
+    return f"NLL {sign}{spell_value(found)} {spell_unit(found.name)}, paired"
+
+
 def comparison_columns(evaluation: EvaluationReport) -> list[str]:
     """Measurement names worth a column of the comparison, in reading order."""
-    wanted = ("weight_bytes", "bits_per_weight", *QUALITIES, *DISTANCES, "top1_agreement")
+    wanted = ("weight_bytes", "bits_per_weight", *QUALITIES, *INCREASES, *DISTANCES, "top1_agreement")
     present = {measurement.name for measurement in evaluation.measurements}
     return [name for name in wanted if name in present]
 
@@ -159,7 +175,7 @@ def comparison_rows(evaluation: EvaluationReport, written: str, *, brief: bool =
 
 
 def _cell(measurement: Measurement | None, name: str, subject: str, brief: bool) -> str:
-    if measurement is None and subject == "original" and name in (*DISTANCES, "top1_agreement"):
+    if measurement is None and subject == "original" and name in (*INCREASES, *DISTANCES, "top1_agreement"):
         return "reference"
     return spell_value(measurement, brief=brief)
 

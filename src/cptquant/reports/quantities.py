@@ -23,12 +23,14 @@ def spell_number(value: float, digits: int = 3) -> str:
 
 
 def spell_tick(value: float) -> str:
-    """An axis label: two significant digits without trailing zeros, e.g. `0.01`, `0.3`, `3×10⁻⁴`."""
+    """An axis label: two significant digits without trailing zeros, e.g. `0.01`, `0.3`, `3×10⁻⁴`, `10⁻⁵`."""
     text = spell_number(value, 2)
     digits, power = text.split("×", 1) if "×" in text else (text, "")
     if "." in digits:
         digits = digits.rstrip("0").removesuffix(".")
-    return f"{digits}×{power}" if power else digits
+    if power:
+        return power if digits == "1" else f"{digits}×{power}"
+    return digits
 
 
 def spell_measured(value: float, stderr: float | None) -> str:

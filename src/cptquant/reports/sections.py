@@ -206,6 +206,7 @@ class ErrorSection:
     columns: list[str]
     rows: list[list[Cell]]
     outcomes: list[tuple[str, str, int, str]]
+    settings: list[tuple[str, str]]
 
 
 def error_section(record: RunRecord) -> ErrorSection | None:
@@ -223,6 +224,7 @@ def error_section(record: RunRecord) -> ErrorSection | None:
         columns=["Site", "Block", "Role", "Format", "Weight error", "Output error", "Damping", "Outcome"],
         rows=_error_rows(manifest, record.layout),
         outcomes=_outcomes(manifest),
+        settings=[(key.replace("_", " "), _spell_setting(value)) for key, value in manifest.settings.items()],
     )
 
 

@@ -10,12 +10,14 @@ from cptquant.core.sensitivity import SensitivityTable
 from cptquant.reports.composition import portions_by_role
 from cptquant.reports.figures.arrangement import format_of_width, reference_code_bits, row_label
 from cptquant.reports.headline import (
+    INCREASES,
     SUBJECT_LABELS,
     comparison_columns,
     comparison_rows,
     damage_points,
     spell_change,
     spell_distance,
+    spell_increase,
 )
 from cptquant.reports.quantities import (
     METHOD_NAMES,
@@ -97,8 +99,11 @@ def result_rows(layout: ModelLayout, plan: Plan, evaluation: EvaluationReport) -
     Args:
         plan: of the weights that were written.
     """
-    columns = comparison_columns(evaluation)
-    rows = [[row.label, *row.cells] for row in comparison_rows(evaluation, evaluation.written or "", brief=True)]
+    every = comparison_columns(evaluation)
+    shown = [index for index, name in enumerate(every) if name not in INCREASES]  # a line below: columns are scarce
+    columns = [every[index] for index in shown]
+    compared = comparison_rows(evaluation, evaluation.written or "", brief=True)
+    rows = [[row.label, *(row.cells[index] for index in shown)] for row in compared]
     kept = sum(plan.quant_formats[site.name].is_float for site in layout.sites if site.name in plan.quant_formats)
     lines = [
         spell_change(layout, plan),
@@ -107,11 +112,13 @@ def result_rows(layout: ModelLayout, plan: Plan, evaluation: EvaluationReport) -
     distance, pairs = damage_points(evaluation, ("quantized",))
     if pairs:
         lines.append(f"{spell_distance(distance)}: n = {pairs[0][1].n:,}; values are ± one standard error.")
+    increase = spell_increase(evaluation)
+    if increase:
+        lines.append(f"{increase} with the original on the same text.")
     if evaluation.guard:
         lines.append(f"Guard: {evaluation.guard}.")
-    return TextTable(
-        layout.source, ("", *(_HEADINGS.get(name, spell_name(name)) for name in columns)), rows, lines=tuple(lines)
-    )
+    headings = ("", *(_HEADINGS.get(name, spell_name(name)) for name in columns))
+    return TextTable(layout.source, headings, rows, lines=tuple(lines))
 
 
 def result_table(layout: ModelLayout, plan: Plan, evaluation: EvaluationReport) -> str:
