@@ -1,0 +1,48 @@
+"""Wall and processor seconds and peak memory of a stretch of work, counted alike for every contestant.
+
+Imported by the peers' scripts under the peers' own interpreters, so it needs the standard library only.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def processor_seconds() -> float:
+    """User and system seconds of this process, all its threads, and the children it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Account:
+    """Figures of one contestant's run, printed as the last line of its output."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.figures: dict[str, object] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Count a named stretch: `<name>_wall_seconds`, `<name>_cpu_seconds`."""
+        wall, cpu = time.perf_counter(), processor_seconds()
+        yield
+        self.figures[f"{name}_wall_seconds"] = time.perf_counter() - wall
+        self.figures[f"{name}_cpu_seconds"] = processor_seconds() - cpu
+        self.figures[f"{name}_peak_memory_bytes"] = peak_resident_bytes()
+
+    def print_figures(self) -> None:
+        """Print everything as one line of JSON that begins with `RESULT `."""
+        self.figures["process_wall_seconds"] = time.perf_counter() - self._began
+        self.figures["process_cpu_seconds"] = processor_seconds()
+        self.figures["process_peak_memory_bytes"] = peak_resident_bytes()
+        print("\nRESULT " + json.dumps(self.figures), flush=True)

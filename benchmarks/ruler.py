@@ -1,0 +1,141 @@
+"""One ruler for every contestant: KL(original || quantized) on held-out tokens, computed with stock transformers.
+
+It uses nothing of cptquant's evaluation, so that our outputs and the peers' are judged by neither's own code. Weights
+are decoded to float32 as code * scale from what the tool wrote, put into the original model, and run in float32.
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Mean over tokens; standard error over windows."""
+
+    kl_nats_per_token: float
+    stderr: float
+    windows: int
+    top1_agreement: float
+
+    def __str__(self) -> str:
+        return f"{self.kl_nats_per_token:.5f} ± {self.stderr:.5f}"
+
+
+def cut_windows(model: Path, text: str, windows: int, length: int) -> Tensor:
+    """The first windows * length tokens of a text as (windows, length) int64.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    enough = text[: 16 * windows * length]
+    token_ids = tokenizer(enough, add_special_tokens=False, verbose=False).input_ids[: windows * length]
+    if len(token_ids) < windows * length:
+        raise ValueError(f"{windows} windows of {length} tokens need more text than {len(text)} characters")
+    return torch.tensor(token_ids).view(windows, length)
+
+
+class Ruler:
+    """Holds the original model in float32 and its log-probabilities on the test windows."""
+
+    def __init__(self, model: Path, test_windows: Tensor, *, batch_size: int = 4) -> None:
+        self.original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.original.requires_grad_(False)
+        self.batches = test_windows.split(batch_size)
+
+    @torch.inference_mode()
+    def judge(self, weights: dict[str, Tensor]) -> Divergence:
+        """Divergence of the original with some weights replaced; names and shapes as in its state dict.
+
+        Raises:
+            KeyError: a name that the original has not. ValueError: a shape that differs.
+        """
+        changed = copy.deepcopy(self.original)
+        parameters = dict(changed.named_parameters())
+        for name, weight in weights.items():
+            if parameters[name].shape != weight.shape:
+                raise ValueError(f"{name}: {tuple(weight.shape)} instead of {tuple(parameters[name].shape)}")
+            parameters[name].copy_(weight)
+        means, agreements = [], []
+        for batch in self.batches:
+            reference = self.original(batch).logits[:, :-1].log_softmax(-1)
+            candidate = changed(batch).logits[:, :-1].log_softmax(-1)
+            means.append((reference.exp() * (reference - candidate)).sum(-1).double().mean(1))
+            agreements.append((reference.argmax(-1) == candidate.argmax(-1)).double().mean(1))
+        kl = torch.cat(means)
+        return Divergence(
+            kl_nats_per_token=kl.mean().item(),
+            stderr=(kl.std() / len(kl) ** 0.5).item(),
+            windows=len(kl),
+            top1_agreement=torch.cat(agreements).mean().item(),
+        )
+
+
+def decode_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """Float32 weights, (out, in), of the quantized linear layers of a compressed-tensors or GPTQ checkpoint.
+
+    Raises:
+        ValueError: the folder holds neither.
+    """
+    stored: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        stored |= load_file(path)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    if config["quant_method"] == "compressed-tensors":
+        return _decode_compressed_tensors(stored, config)
+    if config["quant_method"] == "gptq":
+        return _decode_gptq(stored, config["bits"])
+    raise ValueError(f"{folder}: unknown quant_method {config['quant_method']!r}")
+
+
+def _decode_compressed_tensors(stored: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """Symmetric groups or rows in dense int32 words; the width is the group's, or follows from the words."""
+    dense = {}
+    for packed_name in [name for name in stored if name.endswith(".weight_packed")]:
+        module = packed_name.removesuffix(".weight_packed")
+        shape = torch.Size(stored[f"{module}.weight_shape"].tolist())
+        bits = _code_bits(module, config)
+        codes = unpack_from_int32(stored[packed_name], bits, shape).float()
+        scales = stored[f"{module}.weight_scale"].float()
+        if f"{module}.weight_g_idx" in stored:
+            columns = stored[f"{module}.weight_g_idx"].long()
+        else:
+            columns = torch.arange(shape[1]) // (shape[1] // scales.shape[1])
+        dense[f"{module}.weight"] = codes * scales[:, columns]
+    return dense
+
+
+def _code_bits(module: str, config: dict) -> int:
+    groups = config["config_groups"].values()
+    for group in groups:
+        if module in group["targets"]:
+            return group["weights"]["num_bits"]
+    (only,) = [group for group in groups if group["targets"] == ["Linear"]]
+    return only["weights"]["num_bits"]
+
+
+def _decode_gptq(stored: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """GPTQ (v1): codes of consecutive input rows, low bits first, in int32 words; the stored zero is one less."""
+    dense = {}
+    for name in [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]:
+        codes = _read_words(stored[f"{name}.qweight"], bits)  # (in, out)
+        zeros = _read_words(stored[f"{name}.qzeros"].T.contiguous(), bits).T + 1  # (groups, out)
+        scales = stored[f"{name}.scales"].float()  # (groups, out)
+        group = stored[f"{name}.g_idx"].long()  # (in,)
+        dense[f"{name}.weight"] = ((codes - zeros[group]).float() * scales[group]).T.contiguous()
+    return dense
+
+
+def _read_words(words: Tensor, bits: int) -> Tensor:
+    """int32 words (rows * bits / 32, columns) to unsigned codes (rows, columns); a code may straddle two words."""
+    positions = torch.arange(32, dtype=torch.int32)[None, :, None]
+    stream = ((words[:, None, :] >> positions) & 1).reshape(-1, bits, words.shape[1])
+    return (stream.long() << torch.arange(bits)[None, :, None]).sum(1)
