@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.brute_force_plan import best_columns
+from oracles.brute_force_plan import best_columns, least_damages
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from cptquant.allocation.core_search import SearchLimits
@@ -55,6 +55,23 @@ def test_equals_brute_force_over_fourteen_orders_of_magnitude(instance):
     assert excess == 0
     assert size <= limit
     assert value == pytest.approx(float(best[0]), rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_equals_the_textbook_recursion_on_thirty_sites(seed):
+    """Large enough for the search to fathom most states; damages in 64ths, so that sums are exact."""
+    rng = np.random.default_rng(seed)
+    groups, width = 30, int(rng.integers(2, 7))
+    size_bytes = np.sort(rng.integers(1, 90, (groups, width)), axis=1)
+    damage = np.floor(rng.uniform(0, 64 * 20, (groups, width)) * 0.5 ** rng.integers(0, 8, (groups, 1))) / 64
+    low, high = int(size_bytes.min(axis=1).sum()), int(size_bytes.max(axis=1).sum())
+    least = least_damages(size_bytes, damage, high)
+    for limit in rng.integers(low, high + 1, 12):
+        columns, excess, _ = solve_knapsack(size_bytes, damage, int(limit))
+        value, size = chosen(size_bytes, damage, columns)
+        assert excess == 0
+        assert value == least[limit]
+        assert size == int(np.flatnonzero(least == value)[0])  # no fewer bytes give as little damage
 
 
 def test_a_large_unavoidable_damage_does_not_drown_small_ones():

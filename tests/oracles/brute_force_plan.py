@@ -77,3 +77,15 @@ def best_columns(
         if size <= limit_bytes and all(value != float("inf") for _, value in picked):
             fitting.append((sum((Fraction(value) for _, value in picked), Fraction(0)), size))
     return min(fitting, default=None)
+
+
+def least_damages(size_bytes: NDArray[np.int64], damage: NDArray[np.float64], limit_bytes: int) -> NDArray[np.float64]:
+    """Least damage with at most b bytes, for every b up to the limit, by the textbook recursion over bytes."""
+    least = np.zeros(limit_bytes + 1)
+    for sizes, damages in zip(size_bytes, damage, strict=True):
+        extended = np.full(limit_bytes + 1, np.inf)
+        for size, value in zip(sizes, damages, strict=True):
+            if size <= limit_bytes:
+                extended[size:] = np.minimum(extended[size:], least[: limit_bytes + 1 - size] + value)
+        least = extended
+    return least
