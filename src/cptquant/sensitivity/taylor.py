@@ -82,7 +82,7 @@ class Tdmpq:
     curvature: Curvature = "rows"
     fisher: Literal["empirical", "sampled"] = "sampled"
     noise: float = 0.01
-    sequences: int = 64
+    sequences: int = 32
     outside_sequences: int = 16
     seed: int = 0
 
