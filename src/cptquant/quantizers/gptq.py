@@ -73,7 +73,7 @@ class Gptq:
     activation_order: bool = False
     clip_search: bool = True
     diagonal_importance: bool = True
-    descent_rounds: int = 2
+    descent_rounds: int = 4
 
     def __call__(
         self,
