@@ -121,9 +121,7 @@ def test_substituted_sites_change_the_output_as_in_a_changed_model(
         write_weight_(module, site, weights[site.name])
         assert torch.equal(read_weight(module, site), weights[site.name])
     expected = run_whole(model, tokens)
-    torch.testing.assert_close(
-        real_positions(streamed, tokens), real_positions(expected, tokens), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(real_positions(streamed, tokens), real_positions(expected, tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_are_private_copies_in_float32(tmp_path: Path) -> None:

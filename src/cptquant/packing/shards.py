@@ -13,6 +13,7 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteRecord
 from cptquant.packing.quantized_weight import QuantizedWeight, decode, encode
 
+
 class ShardFolder:
     """A folder of finished pieces of a quantized model.
 
