@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cptquant.core.errors import ArtifactError
 from cptquant.core.formats import FLOAT16, QuantFormat
-from cptquant.packing.quantized_weight import QuantizedWeight, decode, encode, scale_shape
+from cptquant.packing.quantized_weight import QuantizedWeight, decode, encode, join_rows, scale_shape
 
 
 @st.composite
@@ -122,3 +122,15 @@ def test_float_formats_and_wrong_shapes_are_no_quantized_weight() -> None:
         QuantizedWeight(QuantFormat.parse("int4-g2"), codes, torch.ones(2, 1, dtype=torch.float16))
     with pytest.raises(ValueError, match="needs zero points"):
         QuantizedWeight(QuantFormat.parse("int4-g2-asym"), codes, torch.ones(2, 2, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("name", ["int3-g32", "int4-channel-asym", "int4-tensor-asym"])
+def test_rows_can_be_taken_and_joined(name: str) -> None:
+    weight = random_weight(QuantFormat.parse(name), 9, 70, seed=0)
+    index = torch.tensor([7, 0, 3])
+    assert torch.equal(weight.rows(index).dequantize(), weight.dequantize()[index])
+    assert torch.equal(weight.rows(slice(2, 5)).dequantize(), weight.dequantize()[2:5])
+    if weight.format.granularity != "tensor":
+        joined = join_rows([weight.rows(slice(0, 4)), weight.rows(slice(4, 9))])
+        assert torch.equal(joined.dequantize(), weight.dequantize())
+        assert join_rows([weight]) is weight

@@ -85,6 +85,23 @@ def test_matrices_that_share_an_input_do_not_disturb_each_other() -> None:
             assert alone.relative_output_error == pytest.approx(result.relative_output_error, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["int3-g16-asym", "int4-channel", "int4-tensor"])
+def test_tall_matrices_go_through_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = problem(40, 64)
+    fmt, parts = QuantFormat.parse(name), [weight[:7], weight[7:39], weight[39:]]
+    whole = Gptq().quantize_together(parts, hessian, fmt, torch.float16)
+    rounded = Rtn()(weight, fmt, torch.float16)
+    monkeypatch.setattr("cptquant.quantizers.gptq.ROWS_ENTRIES", 64 * 11)
+    monkeypatch.setattr("cptquant.quantizers.grid.ROWS_ENTRIES", 64 * 11)
+    for part, one, other in zip(
+        parts, whole, Gptq().quantize_together(parts, hessian, fmt, torch.float16), strict=True
+    ):
+        assert one.weight.codes.shape == part.shape
+        assert torch.equal(one.weight.codes, other.weight.codes) and torch.equal(one.weight.scales, other.weight.scales)
+        assert one.relative_output_error == pytest.approx(other.relative_output_error, rel=1e-5)
+    assert torch.equal(Rtn()(weight, fmt, torch.float16).codes, rounded.codes)
+
+
 def test_rows_may_be_permuted() -> None:
     weight, hessian = problem(16, 64)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(3))

@@ -205,7 +205,7 @@ def test_a_weight_that_is_no_number_is_named(quantizer: Rtn | Gptq, tmp_path: Pa
     model = make_model("llama", tmp_path)
     with torch.no_grad():
         model.module.get_submodule("model.layers.2.mlp.up_proj").weight[3, 4] = float("nan")
-    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.up_proj\.weight holds NaN"):
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\..*up_proj: a weight to quantize is NaN"):
         run(model, make_plan(model), quantizer, make_tokens())
 
 
@@ -213,5 +213,5 @@ def test_an_overflowing_activation_is_named(tmp_path: Path) -> None:
     model = make_model("llama", tmp_path)
     with torch.no_grad():
         model.module.get_submodule("model.layers.1.input_layernorm").weight.fill_(3e38)
-    with pytest.raises(DataError, match=r"layers\.1\.self_attn\.q_proj: the calibration inputs .* NaN or infinite"):
+    with pytest.raises(DataError, match=r"layers\.1\.self_attn\.q_proj.*: the calibration inputs .* NaN or infinite"):
         run(model, make_plan(model), Gptq(), make_tokens())

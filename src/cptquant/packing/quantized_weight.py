@@ -5,7 +5,7 @@ down the columns) for linear layers and `int-quantized` (one int8 a code) for em
 library's `pack_to_int32`; sizes are `QuantFormat.stored_bytes`, checked equal in the tests.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,12 +59,32 @@ class QuantizedWeight:
             values -= self._spread(self.zeros)
         return values.mul_(self._spread(self.scales))
 
+    def rows(self, index: slice | Tensor) -> "QuantizedWeight":
+        """Some rows of the matrix, in the same format."""
+        if self.format.granularity == "tensor":
+            return QuantizedWeight(self.format, self.codes[index], self.scales, self.zeros)
+        zeros = None if self.zeros is None else self.zeros[index]
+        return QuantizedWeight(self.format, self.codes[index], self.scales[index], zeros)
+
     def _spread(self, per_group: Tensor) -> Tensor:
         """Scales or zeros as float32, broadcastable against the codes."""
         per_group = per_group.float()
         if not isinstance(self.format.granularity, int):
             return per_group
         return per_group.repeat_interleave(self.format.granularity, dim=1)[:, : self.codes.shape[1]]
+
+
+def join_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Matrices of one format, not "tensor", set one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return QuantizedWeight(
+        parts[0].format,
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(zeros) if zeros else None,
+    )
 
 
 def scale_shape(fmt: QuantFormat, out_features: int, in_features: int) -> tuple[int, ...]:

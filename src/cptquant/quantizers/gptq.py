@@ -27,9 +27,9 @@ from torch import Tensor
 from cptquant.core.errors import DataError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteOutcome
-from cptquant.packing.quantized_weight import QuantizedWeight, scale_shape
+from cptquant.packing.quantized_weight import QuantizedWeight, join_rows, scale_shape
 from cptquant.quantizers.descent import Rounded, descend_
-from cptquant.quantizers.grid import Grid, code_range, fit_grid
+from cptquant.quantizers.grid import ROWS_ENTRIES, Grid, code_range, fit_grid
 
 _LEAF_COLUMNS = 16
 """Below this width columns are rounded one by one; above it errors are spread by matrix products."""
@@ -63,7 +63,7 @@ class Gptq:
     Attributes:
         damping: fraction of the mean diagonal added to the Hessian.
         activation_order: round the columns with the largest inputs first. Groups keep their columns, so their scales
-            are then fitted before the loop, on the original weights.
+            are then fitted before the loop, on the original weights; at 2 bits that costs more than the order gains.
         clip_search: search for the scale of least squared error instead of covering the largest weight.
         diagonal_importance: weigh that squared error by the Hessian's diagonal.
         descent_rounds: rounds of coordinate descent on scales and codes afterwards (descent.py); 0 is the paper's GPTQ.
@@ -77,7 +77,7 @@ class Gptq:
 
     def __call__(
         self,
-        weight: Tensor,  # (out_features, in_features) float32
+        weight: Tensor,  # (out_features, in_features), any float dtype
         hessian: Tensor,  # (in_features, in_features) float32: mean of x x'
         fmt: QuantFormat,
         scale_dtype: torch.dtype,
@@ -87,37 +87,50 @@ class Gptq:
 
     def quantize_together(
         self,
-        weights: Sequence[Tensor],  # each (out_features, in_features) float32
+        weights: Sequence[Tensor],  # each (out_features, in_features), any float dtype
         hessian: Tensor,  # (in_features, in_features) float32: mean of x x'
         fmt: QuantFormat,
         scale_dtype: torch.dtype,
     ) -> list[GptqResult]:
         """Quantize matrices that read the same input and get the same format: one factorisation, one loop.
 
+        Rows do not depend on each other: tall matrices go through the loop in pieces, so that memory stays bounded.
+
         Raises:
             DataError: the Hessian is NaN or infinite: the calibration text overflowed the model.
             ModelError: a weight is NaN or infinite, or needs a scale beyond the storage dtype's range.
         """
         factor = factor_hessian(hessian, self.damping, by_activation=self.activation_order)
-        if fmt.granularity == "tensor":  # one scale for each matrix: they cannot share a loop
-            return [self._quantize([weight], factor, hessian, fmt, scale_dtype)[0] for weight in weights]
-        return self._quantize(weights, factor, hessian, fmt, scale_dtype)
+        pieces: list[list[_Piece]] = [[] for _ in weights]
+        for stack in _stacks(weights, fmt):
+            done = self._quantize([weights[index][rows] for index, rows in stack], factor, hessian, fmt, scale_dtype)
+            for (index, _), piece in zip(stack, done, strict=True):
+                pieces[index].append(piece)
+        return [
+            GptqResult(
+                join_rows([piece.weight for piece in parts]),
+                factor.outcome,
+                factor.damping,
+                _ratio(sum(piece.error for piece in parts), sum(piece.power for piece in parts)),
+            )
+            for parts in pieces
+        ]
 
     def _quantize(
         self, weights: Sequence[Tensor], factor: "HessianFactor", hessian: Tensor, fmt: QuantFormat, dtype: torch.dtype
-    ) -> list[GptqResult]:
+    ) -> list["_Piece"]:
         # Columns become rows of the transpose, so that the loop reads and writes memory in order.
-        columns = torch.cat([weight.t() for weight in weights], dim=1)[factor.order].contiguous()
+        columns = torch.cat([weight.float().t() for weight in weights], dim=1)[factor.order].contiguous()
         loop = _Loop(columns, factor, fmt, dtype, self)
         loop.sweep(0, columns.shape[0])
         rounded = loop.rounded()
         if self.descent_rounds:
             descend_(rounded, columns, factor.damped, self.descent_rounds)
         inverse = torch.argsort(factor.order)
-        columns, values = columns[inverse], rounded.values()[inverse]
         codes = rounded.shifted if loop.zeros is None else rounded.shifted + loop.zeros[rounded.group_of]
         codes = codes[inverse].t().to(torch.int8)
-        results, start = [], 0
+        error, columns = (rounded.values() - columns)[inverse], columns[inverse]
+        pieces, start = [], 0
         for weight in weights:
             rows = slice(start, start + weight.shape[0])
             start = rows.stop
@@ -128,9 +141,37 @@ class Gptq:
                 _per_row(rounded.scales[:, lines], weight, fmt).to(dtype),
                 None if loop.zeros is None else _per_row(loop.zeros[:, lines], weight, fmt).to(torch.int8),
             )
-            relative = relative_output_error(values[:, rows] - columns[:, rows], columns[:, rows], hessian)
-            results.append(GptqResult(quantized, factor.outcome, factor.damping, relative))
-        return results
+            pieces.append(_Piece(quantized, _power(error[:, rows], hessian), _power(columns[:, rows], hessian)))
+        return pieces
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of a matrix: tr(E H E') and tr(W H W') over them."""
+
+    weight: QuantizedWeight
+    error: float
+    power: float
+
+
+def _stacks(weights: Sequence[Tensor], fmt: QuantFormat) -> list[list[tuple[int, slice]]]:
+    """Which rows of which matrix go through the loop together: [(matrix, rows), ...] a stack."""
+    if fmt.granularity == "tensor":  # one scale for all rows of a matrix
+        return [[(index, slice(0, weight.shape[0]))] for index, weight in enumerate(weights)]
+    room = max(1, ROWS_ENTRIES // weights[0].shape[1])
+    stacks: list[list[tuple[int, slice]]] = []
+    free = 0
+    for index, weight in enumerate(weights):
+        start = 0
+        while start < weight.shape[0]:
+            if free == 0:
+                stacks.append([])
+                free = room
+            stop = min(weight.shape[0], start + free)
+            stacks[-1].append((index, slice(start, stop)))
+            free -= stop - start
+            start = stop
+    return stacks
 
 
 def _per_row(
@@ -147,10 +188,16 @@ def relative_output_error(
     hessian: Tensor,  # (in_features, in_features)
 ) -> float | None:
     """tr(E H E') / tr(W H W'): mean squared output error over mean squared output; None if the output is zero."""
-    whole = float(torch.sum((hessian @ weight) * weight, dtype=torch.float64))
-    if whole <= 0:
-        return None
-    return max(0.0, float(torch.sum((hessian @ error) * error, dtype=torch.float64))) / whole
+    return _ratio(_power(error, hessian), _power(weight, hessian))
+
+
+def _power(matrix: Tensor, hessian: Tensor) -> float:
+    """tr(M' H M), at least 0."""
+    return max(0.0, float(torch.sum((hessian @ matrix).mul_(matrix), dtype=torch.float64)))
+
+
+def _ratio(error: float, power: float) -> float | None:
+    return error / power if power > 0 else None
 
 
 @dataclass(frozen=True)

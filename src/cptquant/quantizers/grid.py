@@ -21,10 +21,13 @@ from torch import Tensor
 
 from cptquant.core.errors import ModelError
 from cptquant.core.formats import QuantFormat
-from cptquant.packing.quantized_weight import QuantizedWeight, scale_shape
+from cptquant.packing.quantized_weight import QuantizedWeight, join_rows, scale_shape
 
 _CHUNK_ENTRIES = 1 << 18
 """Weights searched at a time: three float32 buffers of this size stay inside the processor's cache."""
+
+ROWS_ENTRIES = 1 << 23
+"""Weights held in float32 at a time; rows do not depend on each other, so a tall matrix is taken in pieces."""
 
 _SHRINK_FACTORS = {2: (1.0, 0.3, 15), 3: (1.0, 0.45, 12), 4: (1.0, 0.6, 10)}
 """Code bits -> first, last and number of factors tried on the min-max scale; above 4 bits clipping gains little."""
@@ -230,7 +233,7 @@ def round_scale(
 
 
 def round_to_grid(
-    weight: Tensor,  # (out_features, in_features) float32
+    weight: Tensor,  # (out_features, in_features), any float dtype
     fmt: QuantFormat,
     scale_dtype: torch.dtype,
     *,
@@ -239,14 +242,33 @@ def round_to_grid(
 ) -> QuantizedWeight:
     """Fit every group of a matrix and round to nearest; the last group of a row may be shorter.
 
+    Large matrices are cast to float32 a few rows at a time.
+
     Args, Raises: as `fit_grid`, on whole matrices.
     """
     rows, columns = weight.shape
     if fmt.granularity == "tensor":
-        flat = None if importance is None else importance.repeat(rows)
-        grid = fit_grid(weight.reshape(1, -1), fmt, scale_dtype, importance=flat, clip_search=clip_search)
-        codes = grid.round(weight.reshape(1, -1)).reshape(rows, columns)
-        return _assemble(fmt, scale_dtype, codes, grid.scales, grid.zeros)
+        flat, all_importance = weight.float().reshape(1, -1), None
+        if importance is not None:
+            all_importance = importance.repeat(rows)
+        grid = fit_grid(flat, fmt, scale_dtype, importance=all_importance, clip_search=clip_search)
+        return _assemble(fmt, scale_dtype, grid.round(flat).reshape(rows, columns), grid.scales, grid.zeros)
+    step = max(1, ROWS_ENTRIES // columns)
+    parts = [
+        _round_rows(weight[start : start + step].float(), fmt, scale_dtype, importance, clip_search)
+        for start in range(0, rows, step)
+    ]
+    return join_rows(parts)
+
+
+def _round_rows(
+    weight: Tensor,  # (rows, columns) float32
+    fmt: QuantFormat,
+    scale_dtype: torch.dtype,
+    importance: Tensor | None,
+    clip_search: bool,
+) -> QuantizedWeight:
+    rows, columns = weight.shape
     width = fmt.granularity if isinstance(fmt.granularity, int) else columns
     whole = columns // width
     codes, scales, zeros = torch.empty_like(weight), [], []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from cptquant.core.errors import DataError, ModelError, UserError
+from cptquant.core.errors import DataError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import Site
 from cptquant.core.manifest import SiteOutcome, SiteRecord
@@ -16,6 +16,7 @@ from cptquant.models.stream import ModelStream, read_weight, site_modules, write
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import QuantizedWeight
 from cptquant.quantizers.gptq import Gptq, GptqResult
+from cptquant.quantizers.grid import ROWS_ENTRIES
 from cptquant.quantizers.hessian import InputHessians, collect_block_hessians, collect_outer_hessians
 from cptquant.quantizers.rtn import Rtn
 
@@ -98,10 +99,21 @@ def _outer_sites(model: LoadedModel) -> tuple[list[Site], list[Site]]:
     return entry, [site for site in sites[first:] if site.block_index is None]
 
 
-def _relative_error(changed: Tensor, original: Tensor) -> float:
-    """||changed - original||^2 / ||original||^2; 0 for two zero matrices."""
-    norm = float(original.square().sum(dtype=torch.float64))
-    error = float((changed - original).square_().sum(dtype=torch.float64))
+def _relative_error(
+    weight: Tensor,  # (out_features, in_features), any float dtype
+    changed: QuantizedWeight | torch.dtype,
+) -> float:
+    """||changed - weight||^2 / ||weight||^2 of a quantized or cast matrix, a few rows at a time."""
+    error = norm = 0.0
+    step = max(1, ROWS_ENTRIES // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        original = weight[start : start + step].float()
+        if isinstance(changed, QuantizedWeight):
+            difference = changed.rows(slice(start, start + step)).dequantize() - original
+        else:
+            difference = original.to(changed).float() - original
+        error += float(difference.square_().sum(dtype=torch.float64))
+        norm += float(original.square_().sum(dtype=torch.float64))
     return error / norm if norm > 0 else error
 
 
@@ -191,12 +203,9 @@ class _Task:
         wanted = {site.name: modules[site.name] for site in sites if not self.format_of(site).is_float}
         return self.apply_gptq(sites, collect_outer_hessians(stream, wanted) if wanted else None)
 
-    def original(self, site: Site) -> Tensor:
-        """The site's weight in the given model, float32 (out_features, in_features)."""
-        weight = read_weight(self._model.module.get_submodule(site.name), site).detach().float()
-        if not bool(torch.isfinite(weight).all()):
-            raise ModelError(f"{site.parameter_name} holds NaN or infinite values; this model cannot be quantized")
-        return weight
+    def _original(self, site: Site) -> Tensor:
+        """The site's weight in the given model, (out_features, in_features), in its own dtype."""
+        return read_weight(self._model.module.get_submodule(site.name), site).detach()
 
     def round_all(self, sites: Sequence[Site]) -> _Results:
         """Sites that need no text: kept ones, embeddings, and all of them under round-to-nearest."""
@@ -222,11 +231,11 @@ class _Task:
         if hessians is None:
             return results
         for (leader, fmt), group in together.items():
-            weights = [self.original(site) for site in group]
+            weights = [self._original(site) for site in group]
             try:
                 found = self._quantizer.quantize_together(weights, hessians.hessian(leader), fmt, self._scale_dtype)
             except UserError as error:
-                raise type(error)(f"{group[0].name}: {error}") from None
+                raise type(error)(f"{', '.join(site.name for site in group)}: {error}") from None
             for site, weight, result in zip(group, weights, found, strict=True):
                 self._keep(site, weight, result, results)
         return results
@@ -238,27 +247,27 @@ class _Task:
                 site=site.name,
                 format=self.format_of(site).name,
                 outcome=result.outcome,
-                relative_weight_error=_relative_error(result.weight.dequantize(), weight),
+                relative_weight_error=_relative_error(weight, result.weight),
                 relative_output_error=result.relative_output_error,
                 damping=result.damping,
             )
         )
 
     def _round(self, site: Site, results: _Results, outcome: SiteOutcome) -> None:
-        fmt, weight = self.format_of(site), self.original(site)
+        fmt, weight = self.format_of(site), self._original(site)
         if fmt.is_float:
             outcome = SiteOutcome.KEPT_BY_PLAN
-            rounded = weight.to(torch.float16 if fmt.storage == "float16" else torch.bfloat16).float()
+            error = _relative_error(weight, torch.float16 if fmt.storage == "float16" else torch.bfloat16)
         else:
             if site.kind == "embedding" and isinstance(self._quantizer, Gptq):
                 outcome = SiteOutcome.ROUNDED_TO_NEAREST
-            results.weights[site.name] = Rtn(clip_search=self._quantizer.clip_search)(weight, fmt, self._scale_dtype)
-            rounded = results.weights[site.name].dequantize()
+            rtn = Rtn(clip_search=self._quantizer.clip_search)
+            try:
+                quantized = rtn(weight, fmt, self._scale_dtype)
+            except UserError as error:
+                raise type(error)(f"{site.name}: {error}") from None
+            results.weights[site.name] = quantized
+            error = _relative_error(weight, quantized)
         results.records.append(
-            SiteRecord(
-                site=site.name,
-                format=fmt.name,
-                outcome=outcome,
-                relative_weight_error=_relative_error(rounded, weight),
-            )
+            SiteRecord(site=site.name, format=fmt.name, outcome=outcome, relative_weight_error=error)
         )

@@ -23,7 +23,7 @@ class Rtn:
 
     def __call__(
         self,
-        weight: Tensor,  # (out_features, in_features) float32
+        weight: Tensor,  # (out_features, in_features), any float dtype
         fmt: QuantFormat,
         scale_dtype: torch.dtype,
         *,
