@@ -10,7 +10,7 @@ from cptquant.core.sensitivity import SensitivityTable
 from cptquant.models.losses import IGNORED
 from cptquant.sensitivity.ablation import Ablation
 from cptquant.sensitivity.correlation import Cmpq
-from cptquant.sensitivity.loss import Objective, pick_sequences, pose_question
+from cptquant.sensitivity.loss import Objective, pick_sequences, pose_question, probe_logits
 from cptquant.sensitivity.measure import measure_sensitivity
 from cptquant.sensitivity.methods import METHODS, find_method
 from cptquant.sensitivity.pruning import Pmpq
@@ -109,7 +109,7 @@ def test_logits_in_slices_change_nothing(toy, text, monkeypatch):
         return (
             objective.losses(shifted, whole[0]).sums,
             objective.divergences(shifted, whole[0]).sums,
-            objective.gradient(0, shifted[0], "true", generator)[0],
+            objective.gradient(0, shifted[0], "empirical", generator)[0],
         )
 
     before = judge()
@@ -120,13 +120,11 @@ def test_logits_in_slices_change_nothing(toy, text, monkeypatch):
     assert counts.tolist() == (question.targets != IGNORED).sum(1).tolist()
 
 
-def test_sampled_labels_follow_the_models_distribution(toy, text):
-    from cptquant.sensitivity.loss import _sample
-
-    logits = torch.tensor([[[0.0, 1.0, 2.0]]]).expand(1, 20000, 3)
-    targets = torch.zeros(1, 20000, dtype=torch.int64)
-    targets[0, 0] = IGNORED
-    drawn = _sample(logits, targets, torch.Generator().manual_seed(0))
-    assert drawn[0, 0] == IGNORED
-    shares = torch.bincount(drawn[0, 1:], minlength=3) / 19999
-    torch.testing.assert_close(shares, logits[0, 0].softmax(-1), atol=0.02, rtol=0)
+def test_probes_have_the_covariance_of_the_labels():
+    logits = torch.tensor([0.0, 1.0, 4.0]).expand(1, 40000, 3)
+    scored = torch.ones(1, 40000, dtype=torch.bool)
+    scored[0, 0] = False
+    found = probe_logits(logits, scored, torch.Generator().manual_seed(0))[0]
+    assert found[0].tolist() == [0, 0, 0]
+    p = logits[0, 0].softmax(-1)
+    torch.testing.assert_close(found.t() @ found / 39999, p.diag() - p.outer(p), atol=2e-3, rtol=0)

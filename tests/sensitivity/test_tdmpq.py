@@ -83,7 +83,7 @@ def test_terms_equal_plain_autograd_sequence_by_sequence(toy, text, candidates, 
 def test_first_order_predicts_a_small_step_of_the_loss(toy, text, candidates):
     model = toy("llama")
     tokens, formats = text(), candidates(model, ("int4-g16",))
-    table = measure_sensitivity(model, tokens, formats, Tdmpq(order="first", fisher="empirical"))
+    table = measure_sensitivity(model, tokens, formats, Tdmpq(order="first"))
     site = model.layout.block_sites[3]
     weight = original_weight(model, site).float()
     change = 0.02 * perturb(weight, formats[site.name][0], model.layout, Rtn())
@@ -102,7 +102,7 @@ def test_second_order_with_the_true_fisher_approaches_the_oracle_at_8_bits(toy, 
     model = toy(name)
     tokens, formats = text(model.layout.task, sequences=40), candidates(model, ("int8-g16",))
     exact = measure_sensitivity(model, tokens, formats, Ablation(sequences=40)).damages
-    found = measure_sensitivity(model, tokens, formats, Tdmpq(fisher="sampled", curvature=curvature)).damages
+    found = measure_sensitivity(model, tokens, formats, Tdmpq(curvature=curvature)).damages
     names = [site.name for site in model.layout.block_sites]
     ratios = torch.tensor([found[site]["int8-g16"].value / exact[site]["int8-g16"].value for site in names])
     assert 0.7 < float(ratios.log().mean().exp()) < 1.4
@@ -122,7 +122,7 @@ def test_a_planted_fragile_block_ranks_first(toy, text, candidates, fragile, ord
 def test_input_variant_equals_its_own_monte_carlo(toy, text, candidates):
     model = toy("opt")
     tokens = text(sequences=1)
-    table = measure_sensitivity(model, tokens, candidates(model), Tdmpq(variant="input", noise=0.1, fisher="empirical"))
+    table = measure_sensitivity(model, tokens, candidates(model), Tdmpq(variant="input", noise=0.1))
     # The gradient at the first block's input is that at the embeddings' output plus positions.
     module = model.module.float()
     seen = {}
@@ -158,9 +158,9 @@ def test_every_site_gets_a_damage_and_the_table_says_how(toy, text, candidates, 
 def test_groups_of_sequences_and_repeats_change_nothing(toy, text, candidates, monkeypatch):
     model = toy("llama")
     tokens, formats = text(), candidates(model)
-    first = measure_sensitivity(model, tokens, formats, Tdmpq(fisher="sampled"))
-    assert measure_sensitivity(model, tokens, formats, Tdmpq(fisher="sampled")) == first
+    first = measure_sensitivity(model, tokens, formats, Tdmpq())
+    assert measure_sensitivity(model, tokens, formats, Tdmpq()) == first
     monkeypatch.setattr("cptquant.sensitivity.taylor._HIDDEN_BYTES", 1)
-    apart = measure_sensitivity(model, tokens, formats, Tdmpq(fisher="sampled"))
+    apart = measure_sensitivity(model, tokens, formats, Tdmpq())
     name = model.layout.block_sites[0].name
     assert apart.damages[name]["int4-g16"].value == pytest.approx(first.damages[name]["int4-g16"].value, rel=1e-4)

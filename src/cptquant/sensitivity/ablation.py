@@ -17,7 +17,7 @@ from cptquant.models.stream import ModelStream, site_modules
 from cptquant.models.text import TokenSet
 from cptquant.quantizers.rtn import Rtn
 from cptquant.sensitivity.estimates import Estimate, estimate_ratio
-from cptquant.sensitivity.loss import Objective, fitting_batch_size, pick_sequences, pose_question
+from cptquant.sensitivity.loss import Objective, fitting_batch_size, pick_for_task, pose_question
 from cptquant.sensitivity.perturbation import (
     BLOCK_SCORE_BITS,
     OneSite,
@@ -48,7 +48,8 @@ class Ablation:
     """Hyper-parameters of the oracle.
 
     Attributes:
-        sequences: calibration sequences used.
+        sequences, examples: how much calibration text is used: windows for a language model, texts for a classifier or
+            a bare encoder, which answer each text only once.
         granularity: "site" measures every site alone in every format; "block" only whole blocks, each of its sites in
             the format nearest to `BLOCK_SCORE_BITS`, and gives a block's score to its sites by `SCORE_RULE`. Block
             scores are measured on whole blocks either way.
@@ -57,12 +58,13 @@ class Ablation:
     name: ClassVar[str] = "ablation"
 
     sequences: int = 16
+    examples: int = 64
     granularity: Literal["site", "block"] = "site"
 
     def __call__(self, model: LoadedModel, tokens: TokenSet, formats: SiteFormats, progress: Progress) -> Scores:
         """KL(original ‖ one site quantized), per site and format, and the same per block."""
         chosen = integer_formats(formats, model.layout)
-        used = pick_sequences(tokens, self.sequences)
+        used = pick_for_task(model, tokens, self.sequences, self.examples)
         sweep = AblationSweep(model, used, chosen, progress)
         metadata: dict[str, str | int | float | bool | None] = {
             "divergence": "1 - cosine of the pooled embeddings"

@@ -22,7 +22,7 @@ from cptquant.models.losses import (
 from cptquant.models.stream import ModelStream
 from cptquant.models.text import TokenSet
 
-Labels = Literal["true", "sampled", "probe"]
+Fisher = Literal["empirical", "true"]
 
 _LOGITS_AT_ONCE = 1 << 24  # 64 MB in float32
 
@@ -45,6 +45,12 @@ def pick_sequences(tokens: TokenSet, count: int) -> TokenSet:
     if total <= count:
         return tokens
     return tokens.subset(torch.linspace(0, total - 1, count).round().long())
+
+
+def pick_for_task(model: LoadedModel, tokens: TokenSet, sequences: int, examples: int) -> TokenSet:
+    """`sequences` windows for a language model, `examples` texts for a model that gives one answer to each."""
+    is_lm = model.layout.task in ("causal_lm", "masked_lm")
+    return pick_sequences(tokens, sequences if is_lm else examples)
 
 
 def pose_question(model: LoadedModel, tokens: TokenSet) -> Question:
@@ -162,17 +168,19 @@ class Objective:
         self,
         batch_index: int,
         hidden: Tensor,  # (b, T, d): the last block's output
-        labels: Labels,
+        fisher: Fisher,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        """Gradient of each sequence's summed loss with respect to the last block's output.
+        """A gradient g with respect to the last block's output whose products E[g g'] are the wanted Fisher matrix.
 
         Args:
             batch_index: which batch of the stream. hidden: its states.
-            labels: "true" targets; "sampled" from the model's own distribution, which makes E[g g'] the Fisher matrix
-                instead of the empirical one; "probe": the gradient of <v, normalised pooled embedding> for a random
-                sign vector v, so that E[g g'] is J'J of a bare encoder's embedding.
-            generator: for "sampled" and "probe".
+            fisher: "empirical": the gradient of each sequence's summed loss. "true": the gradient of no loss, but of
+                <A v, logits> with random signs v and A A' = diag(p) - p p', the Hessian of the cross entropy with
+                respect to the logits. Labels drawn from the model's own p would have the same mean product, but a
+                confident model then gives nothing for most draws and much for a few. A bare encoder has no labels:
+                either way the gradient of <v, normalised pooled embedding>, whose mean product is J'J.
+            generator: of the random signs.
 
         Returns:
             (b, T, d) gradient and (b,) int64 counts of scored positions.
@@ -183,21 +191,23 @@ class Objective:
             states = hidden[:, part].detach().requires_grad_(True)
             with torch.enable_grad():
                 output = self._stream.finish(batch_index, states)
-                if targets is None or labels == "probe":
-                    loss = self._probe(batch_index, output, generator)
+                if self._targets is None:
+                    loss = self._probe_embedding(batch_index, output, generator)
                     counts += 1
+                elif fisher == "true":
+                    loss = (probe_logits(output.detach(), targets != IGNORED, generator) * output).sum()
+                    counts += (targets != IGNORED).reshape(len(hidden), -1).sum(dim=1)
                 else:
-                    nll = sequence_nll(output, _sample(output, targets, generator) if labels == "sampled" else targets)
+                    nll = sequence_nll(output, targets)
                     loss = nll.sums.sum()
                     counts += nll.counts
                 pieces.append(torch.autograd.grad(loss, states)[0])
         return torch.cat(pieces, dim=1), counts
 
-    def _probe(self, batch_index: int, output: Tensor, generator: torch.Generator) -> Tensor:
+    def _probe_embedding(self, batch_index: int, output: Tensor, generator: torch.Generator) -> Tensor:
         embedding = pooled_embedding(output, self._stream.batches[batch_index].attention_mask)
         unit = functional.normalize(embedding, dim=-1)
-        signs = torch.randint(0, 2, unit.shape, generator=generator) * 2 - 1
-        return (unit * signs).sum()
+        return (unit * random_signs(unit.shape, generator)).sum()
 
     def _slices(self, batch_index: int, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Parts of the sequence that can be finished by themselves: only a language model's head works per token."""
@@ -214,11 +224,20 @@ class Objective:
             yield slice(start, start + step), targets[:, start : start + step]
 
 
-@torch.no_grad()
-def _sample(logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Labels drawn from softmax(logits) at the scored positions, by the Gumbel trick."""
-    noise = torch.rand(logits.shape, generator=generator).clamp_(min=1e-12).log_().neg_().log_().neg_()
-    return torch.where(targets != IGNORED, (logits + noise).argmax(dim=-1), IGNORED)
+def probe_logits(
+    logits: Tensor,  # (b, T, V), or (b, C)
+    scored: Tensor,  # (b, T) or (b,) bool
+    generator: torch.Generator,
+) -> Tensor:
+    """A v = sqrt(p) v - p <sqrt(p), v> for random signs v; 0 where nothing is scored. Shape of the logits."""
+    p = torch.softmax(logits, dim=-1)
+    signed = p.sqrt().mul_(random_signs(logits.shape, generator))
+    return (signed - p * signed.sum(dim=-1, keepdim=True)).mul_(scored.unsqueeze(-1))
+
+
+def random_signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """+1 or -1 with equal chance, float32."""
+    return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1).float()
 
 
 def _join(parts: list[list[Tensor]]) -> SequenceTotals:

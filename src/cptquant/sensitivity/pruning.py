@@ -21,7 +21,14 @@ from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, read_weight, site_modules
 from cptquant.models.text import TokenSet
 from cptquant.sensitivity.estimates import Estimate, estimate_ratio
-from cptquant.sensitivity.loss import Objective, SequenceTotals, fitting_batch_size, pick_sequences, pose_question
+from cptquant.sensitivity.loss import (
+    Objective,
+    SequenceTotals,
+    fitting_batch_size,
+    pick_for_task,
+    pick_sequences,
+    pose_question,
+)
 from cptquant.sensitivity.perturbation import changed_weights, integer_formats, run_block_on_all, run_to_end
 from cptquant.sensitivity.relative_error import RULE_TEXT, ErrorRule, relative_errors
 from cptquant.sensitivity.scores import SCORE_RULE, Scores, SiteFormats, spread_over_sites
@@ -35,7 +42,9 @@ class Pmpq:
         sparsity: share of a matrix's entries set to zero for the score. curve: further sparsities, for the report.
         granularity: "block" prunes whole blocks and gives a block's score to all its sites; "site" also prunes every
             site alone, for damages of its own, at a cost of sites / blocks times as much.
-        sequences, error_sequences: calibration sequences for the scores, and for the relative errors.
+        sequences, examples: how much calibration text is used for the scores: windows for a language model, texts for a
+            classifier or a bare encoder, which answer each text only once.
+        error_sequences: sequences for the relative errors.
         rule: which relative error turns the score into damages.
     """
 
@@ -45,13 +54,14 @@ class Pmpq:
     curve: tuple[float, ...] = (0.1, 0.3, 0.5)
     granularity: Literal["block", "site"] = "block"
     sequences: int = 32
+    examples: int = 128
     error_sequences: int = 32
     rule: ErrorRule = "output"
 
     def __call__(self, model: LoadedModel, tokens: TokenSet, formats: SiteFormats, progress: Progress) -> Scores:
         """One score per block; damages by `SCORE_RULE`."""
         layout = model.layout
-        sweep = _PruningSweep(model, pick_sequences(tokens, self.sequences), progress)
+        sweep = _PruningSweep(model, pick_for_task(model, tokens, self.sequences, self.examples), progress)
         sparsities = sorted({self.sparsity, *self.curve})
         increases, drops, single = sweep.run(sparsities, self.sparsity if self.granularity == "site" else None)
         scores = [row.floored() for row in increases[self.sparsity]]

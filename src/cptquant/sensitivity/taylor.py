@@ -10,10 +10,10 @@ For a sequence of c tokens whose losses are summed, E[g g'] is c times the Fishe
 over sequences divided by the number of tokens: nats per token. Three readings of d' F d are offered, by which products
 of two weights they keep: "diagonal" takes sum_i F_ii d_i^2, the paper's wording read plainly; "rows" takes, over output
 features j, sum_j <g_j, d_j>^2, hence all products inside a row, where correlated inputs make errors add up;
-"projected" takes <g, d>^2, all products, at the price of a single noisy number a sequence. With labels sampled from the
-model itself ("sampled") F is the true Fisher matrix, and the second order term is that of the KL divergence to the
-original; with the text's own labels ("empirical") it is the usual substitute. The defaults are those that came closest
-to the oracle on validation text (docs/sensitivity.md).
+"projected" takes <g, d>^2, all products, at the price of a single noisy number a sequence. With the "empirical" Fisher
+matrix g is the gradient of the text's own labels; with the "true" one the expectation is over the model's predictions
+(random-sign probes, see `Objective.gradient`), and the second order term is that of the KL divergence to the original.
+The defaults are those that came closest to the oracle on validation text (docs/sensitivity.md).
 
 A bare encoder has no labels and stands at a minimum of its embedding error, where all gradients are zero. There the
 Gauss-Newton term 1/2 |J d|^2 of the normalised pooled embedding is used, with E_v[<J'v, d>^2] over random signs v; it
@@ -41,7 +41,7 @@ from cptquant.models.text import TokenSet
 from cptquant.quantizers.rtn import Rtn
 from cptquant.sensitivity.ablation import AblationSweep
 from cptquant.sensitivity.estimates import Estimate, estimate_ratio
-from cptquant.sensitivity.loss import Objective, Question, pick_sequences, pose_question
+from cptquant.sensitivity.loss import Fisher, Objective, Question, pick_for_task, pick_sequences, pose_question
 from cptquant.sensitivity.perturbation import (
     BLOCK_SCORE_BITS,
     integer_formats,
@@ -67,12 +67,14 @@ class Tdmpq:
         variant: "weight" perturbs weights as quantization does; "input" perturbs block inputs by noise.
         order: which Taylor terms count: "first", "second", or their "sum".
         curvature: which products the second order term keeps: "diagonal", "rows" or "projected".
-        fisher: labels behind F: the text's ("empirical") or the model's own ("sampled").
+        fisher: "empirical" (the text's labels) or "true" (the model's own predictions). First order terms and the input
+            variant take the text's labels whatever is set here: without a label there is no loss to rise.
         noise: sigma of the input variant, relative to the root mean square of the input.
-        sequences: calibration sequences. outside_sequences: those for sites outside the blocks, whose divergence is
-            measured, not expanded: one pass per format is cheap there, and a gradient with respect to a large
-            vocabulary's head is not.
-        seed: of sampled labels and random signs.
+        sequences, examples: how much calibration text is used: windows for a language model, texts for a classifier or
+            a bare encoder, which answer each text only once.
+        outside_sequences: sequences for sites outside the blocks, whose divergence is measured, not expanded: one pass
+            per format is cheap there, and a gradient with respect to a large vocabulary's head is not.
+        seed: of the random signs.
     """
 
     name: ClassVar[str] = "tdmpq"
@@ -80,15 +82,16 @@ class Tdmpq:
     variant: Literal["weight", "input"] = "weight"
     order: Literal["first", "second", "sum"] = "second"
     curvature: Curvature = "rows"
-    fisher: Literal["empirical", "sampled"] = "sampled"
+    fisher: Fisher = "true"
     noise: float = 0.01
     sequences: int = 32
+    examples: int = 128
     outside_sequences: int = 16
     seed: int = 0
 
     def __call__(self, model: LoadedModel, tokens: TokenSet, formats: SiteFormats, progress: Progress) -> Scores:
         """Expected rise of the loss per site and format; per block, the sum over its sites near 4 bits."""
-        used = pick_sequences(tokens, self.sequences)
+        used = pick_for_task(model, tokens, self.sequences, self.examples)
         question = pose_question(model, used)
         chosen = integer_formats(formats, model.layout)
         walk = _BackwardWalk(self, model, question, chosen, progress)
@@ -111,6 +114,11 @@ class Tdmpq:
                 "sequences at most",
             },
         )
+
+    @property
+    def used_fisher(self) -> Fisher:
+        """ "empirical" wherever a first order term is asked for."""
+        return self.fisher if self.variant == "weight" and self.order == "second" else "empirical"
 
     def _scores_of_inputs(
         self,
@@ -143,7 +151,7 @@ class Tdmpq:
             "fisher": "Gauss-Newton of the normalised pooled embedding, random sign probes (no labels; first-order "
             "terms vanish at the original weights)"
             if encoder
-            else self.fisher,
+            else self.used_fisher,
             "quantizer": "round to nearest",
             "seed": self.seed,
             "stderr": "over sequences, clustered by document",
@@ -231,10 +239,9 @@ class _BackwardWalk:
             kept.append(list(stream.hidden))
             stream.advance(stream.load_block())
         objective = Objective(stream, question)
-        labels = "probe" if question.targets is None else "sampled" if self._method.fisher == "sampled" else "true"
         gradients: list[Tensor] = []
         for index, hidden in enumerate(stream.hidden):
-            gradient, counts = objective.gradient(index, hidden, labels, self._generator)
+            gradient, counts = objective.gradient(index, hidden, self._method.used_fisher, self._generator)
             gradients.append(gradient)
             self._counts.append(counts)
         for block_index in reversed(range(count)):
