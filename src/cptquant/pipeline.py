@@ -16,7 +16,7 @@ from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.settings import RunSettings
 from cptquant.core.targets import find_target
 from cptquant.reports.html import render_report
-from cptquant.stages.allocate import allocate_stage, baseline_plan, needs_table
+from cptquant.stages.allocate import allocate_stage, baseline_plans, check_plan, needs_table
 from cptquant.stages.check import check_choices
 from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
 from cptquant.stages.inspect import inspect_stage
@@ -62,6 +62,7 @@ def quantize_model(
     run = Run.start(output, settings, progress)
     layout = inspect_stage(run)
     check_budget(layout, settings.parsed_budget, find_target(settings.target), settings.quant_formats)
+    run.read_all_text()
     table = measure_stage(run, layout) if needs_table(settings.allocator) else None
     allocate_stage(run, layout, table)
     return _from_plan(run, layout)
@@ -90,9 +91,9 @@ def _from_plan(run: Run, layout: ModelLayout) -> Result:
 def _quantize_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:
     """The plan and its baselines at no more bytes, each quantized the same way."""
     plan = run.load("plan.json", Plan)
-    plans = {"quantized": plan}
-    for name in run.settings.baselines_for(layout):
-        plans[name] = baseline_plan(run, layout, plan, name)
+    check_plan(plan, layout)
+    run.read_all_text()
+    plans = {"quantized": plan, **baseline_plans(run, layout, plan)}
     return {name: Variant(plans[name], quantize_stage(run, layout, plans[name], name)) for name in plans}
 
 

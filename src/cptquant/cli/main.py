@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from cptquant.cli import allocate, evaluate, inspect, measure, quantize, report
-from cptquant.core.errors import CptquantError, UserError
+from cptquant.core.errors import CptquantError
 
 app = typer.Typer(
     name="cptquant",
@@ -46,12 +46,12 @@ for command in (quantize.quantize, inspect.inspect, measure.measure, allocate.al
     app.command()(command)
 
 
-class _Interrupted(UserError):
-    """Raised by the signal handler, so that an interruption ends like any other message."""
+class _Interrupted(BaseException):
+    """Raised by the signal handler; no library's `except Exception` may take it for a failure of its own."""
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
-    raise _Interrupted("interrupted; finished stages are kept: run the same command again to go on")
+    raise _Interrupted
 
 
 def main() -> None:
@@ -60,6 +60,8 @@ def main() -> None:
         signal.signal(number, _interrupt)
     try:
         app()
+    except _Interrupted:
+        _fail("interrupted; finished stages are kept: run the same command again to go on", 2)
     except CptquantError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
@@ -80,5 +82,7 @@ def _fail(message: str, code: int) -> None:
         import traceback
 
         traceback.print_exc()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not turn this message into a traceback
+        signal.signal(number, signal.SIG_IGN)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

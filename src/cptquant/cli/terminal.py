@@ -20,9 +20,12 @@ def print_text(text: str) -> None:
 
 @contextmanager
 def watch(*, quiet: bool = False) -> Iterator[Progress]:
-    """Progress bars, one line a stage, on standard error; nothing when quiet or not a terminal's business."""
+    """Progress on standard error: bars with the remaining time on a terminal, a line per finished stage elsewhere."""
     if quiet:
         yield ignore_progress
+        return
+    if not sys.stderr.isatty():
+        yield _print_finished
         return
     from rich.console import Console
     from rich.progress import (
@@ -53,3 +56,8 @@ def watch(*, quiet: bool = False) -> Iterator[Progress]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show
+
+
+def _print_finished(stage: str, done: int, total: int) -> None:
+    if done == total:
+        print(f"{stage}: {done}/{total}", file=sys.stderr)

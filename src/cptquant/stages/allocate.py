@@ -3,7 +3,7 @@
 from cptquant.allocation.allocate import allocate
 from cptquant.allocation.methods import find_allocator
 from cptquant.core.budget import Budget
-from cptquant.core.errors import ArtifactError, UserError
+from cptquant.core.errors import ArtifactError, BudgetError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
@@ -14,7 +14,7 @@ from cptquant.stages.run import Run
 
 def needs_table(allocator: str) -> bool:
     """Whether an allocator reads a sensitivity table; the baselines do not."""
-    return allocator in ("knapsack", "kmeans")
+    return find_allocator(allocator).needs_table
 
 
 def site_formats(run: Run, layout: ModelLayout) -> dict[str, tuple[QuantFormat, ...]]:
@@ -55,7 +55,22 @@ def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None
     )  # fmt: skip
 
 
-def baseline_plan(run: Run, layout: ModelLayout, plan: Plan, allocator: str) -> Plan:
+def baseline_plans(run: Run, layout: ModelLayout, plan: Plan) -> dict[str, Plan]:
+    """The wanted baselines at no more bytes than the plan, by name.
+
+    A plan near the fewest possible bytes can leave no room for one width everywhere: that baseline is then left out,
+    and the guard's sentence says that there is none.
+    """
+    plans: dict[str, Plan] = {}
+    for name in run.settings.baselines_for(layout):
+        try:
+            plans[name] = _baseline_plan(run, layout, plan, name)
+        except BudgetError:
+            (run.folder / f"plan-{name}.json").unlink(missing_ok=True)
+    return plans
+
+
+def _baseline_plan(run: Run, layout: ModelLayout, plan: Plan, allocator: str) -> Plan:
     """plan-NAME.json: uniform or random bits at no more bytes than the plan, in the scope of its budget."""
     limit_bytes = plan.size_bytes if plan.budget_scope == "file" else plan.site_bytes
     budget = Budget(limit_bytes, "bytes", plan.budget_scope, f"{limit_bytes} bytes ({plan.budget_scope}), as the plan")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cptquant.allocation.methods import find_allocator
 from cptquant.core.errors import DataError, UserError
-from cptquant.core.settings import RunSettings
+from cptquant.core.settings import BASELINES, RunSettings
 from cptquant.core.targets import find_target
 
 SENSITIVITY_METHODS = ("cmpq", "pmpq", "tdmpq", "ablation")
@@ -24,6 +24,8 @@ def check_choices(settings: RunSettings) -> None:
     find_allocator(settings.allocator)
     _check_name("--sensitivity", settings.sensitivity, SENSITIVITY_METHODS)
     _check_name("--quantizer", settings.quantizer, QUANTIZERS)
+    for name in settings.baselines or ():
+        _check_name("--baselines", name, BASELINES)
     for flag, text in (("--calibration", settings.calibration), ("--eval-text", settings.eval_text)):
         if text is not None and not Path(text).exists():
             raise DataError(f"{flag} {text!r} does not exist; give a .txt, a .jsonl or a saved `datasets` folder")

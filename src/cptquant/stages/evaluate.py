@@ -27,7 +27,12 @@ def guard_stage(run: Run, variants: dict[str, Variant]) -> tuple[str, str]:
         The name of the variant to write, and one sentence for the report.
     """
     if "uniform" not in variants:
-        return "quantized", "not run: --baselines leaves out uniform"
+        reason = (
+            "no uniform plan takes as few bytes"
+            if "uniform" in run.settings.baselines_for(run.model.layout)
+            else "--baselines leaves out uniform"
+        )
+        return "quantized", f"not run: {reason}"
     if variants["uniform"].plan.formats == variants["quantized"].plan.formats:
         return "quantized", "the plan is uniform itself"
     sources = {name: variants[name].shards for name in ("quantized", "uniform")}

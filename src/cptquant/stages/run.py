@@ -92,6 +92,14 @@ class Run:
         """Held-out text that is reported on. A person's own file is dealt to validation and test without overlap."""
         return self._tokens("test", self.settings.eval_text, self.settings.eval_sequences)
 
+    def read_all_text(self) -> None:
+        """Read every text the run will need, so that one that is too short is refused before compute is spent.
+
+        Raises:
+            DataError: unusable text. ModelError: the model or its tokenizer cannot be loaded.
+        """
+        _ = self.calibration, self.validation, self.test
+
     def _tokens(self, split: str, source: str | None, sequences: int) -> "TokenSet":
         from cptquant.models.text import load_tokens
 
