@@ -49,14 +49,17 @@ from cptquant.sensitivity.perturbation import (
     nearest_format,
     original_weight,
     perturb,
+    run_block_on_all,
 )
 from cptquant.sensitivity.relative_error import RULE_TEXT, relative_errors
 from cptquant.sensitivity.scores import SCORE_RULE, Scores, SiteFormats, spread_over_sites
 
 Curvature = Literal["diagonal", "rows", "projected"]
 
-_HIDDEN_BYTES = 256 << 20
-"""Block inputs kept for the way back; longer calibration text is gone through in groups of sequences."""
+_HIDDEN_BYTES = 384 << 20
+"""Block inputs kept for the way back. Where all of them need more, every sqrt(blocks)-th is kept and those between are
+computed again, which costs a second forward pass; where that needs more still, sequences are gone through in groups,
+which costs rounding every weight to every format once a group."""
 
 
 @dataclass(frozen=True)
@@ -221,22 +224,33 @@ class _BackwardWalk:
     def run(self) -> None:
         """Go through all sequences, a group at a time."""
         tokens, layout = self._question.tokens, self._model.layout
-        per_sequence = 4 * tokens.input_ids.shape[1] * layout.hidden_size * layout.block_count
-        size = max(1, _HIDDEN_BYTES // per_sequence)
-        groups = torch.arange(tokens.sequence_count).split(size)
+        count, sequences = layout.block_count, tokens.sequence_count
+        one_input_bytes = 4 * tokens.input_ids.shape[1] * layout.hidden_size
+        stride, size = 1, sequences
+        if sequences * count * one_input_bytes > _HIDDEN_BYTES:
+            stride = math.ceil(count**0.5)
+            held = math.ceil(count / stride) + stride
+            size = max(1, _HIDDEN_BYTES // (held * one_input_bytes))
+        groups = torch.arange(sequences).split(size)
         for number, indices in enumerate(groups):
-            self._run_group(indices, number, len(groups))
+            self._run_group(
+                indices, stride, lambda done, number=number: self._report(number * count + done, len(groups))
+            )
 
-    def _run_group(self, indices: Tensor, number: int, group_count: int) -> None:
+    def _report(self, done: int, group_count: int) -> None:
+        self._progress("gradients", done, group_count * self._model.layout.block_count)
+
+    def _run_group(self, indices: Tensor, stride: int, report: Callable[[int], None]) -> None:
         question = Question(
             self._question.tokens.subset(indices),
             None if self._question.targets is None else self._question.targets[indices],
         )
         stream = ModelStream(self._model, question.tokens, batch_size=1)
-        kept: list[list[Tensor]] = []
         count = self._model.layout.block_count
-        for _ in range(count):
-            kept.append(list(stream.hidden))
+        kept: dict[int, list[Tensor]] = {}
+        for index in range(count):
+            if index % stride == 0:
+                kept[index] = list(stream.hidden)
             stream.advance(stream.load_block())
         objective = Objective(stream, question)
         gradients: list[Tensor] = []
@@ -244,10 +258,14 @@ class _BackwardWalk:
             gradient, counts = objective.gradient(index, hidden, self._method.used_fisher, self._generator)
             gradients.append(gradient)
             self._counts.append(counts)
-        for block_index in reversed(range(count)):
-            self._go_back(stream, block_index, kept.pop(), gradients)
-            done = number * count + count - block_index
-            self._progress("gradients", done, group_count * count)
+        for start in reversed(kept):
+            inputs = [kept[start]]
+            for index in range(start, min(start + stride, count) - 1):
+                inputs.append(run_block_on_all(stream, load_block_at(stream, index), index, inputs[-1]))
+            while inputs:
+                block_index = start + len(inputs) - 1
+                self._go_back(stream, block_index, inputs.pop(), gradients)
+                report(count - block_index)
 
     def _go_back(
         self,
