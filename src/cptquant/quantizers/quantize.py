@@ -113,7 +113,7 @@ def _relative_error(
         else:
             difference = original.to(changed).float() - original
         error += float(difference.square_().sum(dtype=torch.float64))
-        norm += float(original.square_().sum(dtype=torch.float64))
+        norm += float(original.square().sum(dtype=torch.float64))  # not in place: a float32 weight is the model's own
     return error / norm if norm > 0 else error
 
 
