@@ -22,8 +22,7 @@ def start(columns: int, rows: int, bits: int, group: int, seed: int) -> tuple[Ro
     codes = torch.randint(low, high + 1, (columns, rows), generator=generator).float()
     scales = torch.rand(-(-columns // group), rows, generator=generator).add(0.2).bfloat16().float()
     limits = torch.full_like(scales, low), torch.full_like(scales, high)
-    groups = torch.arange(columns) // group
-    return Rounded(codes, scales, *limits, groups, torch.bfloat16), weight.t().contiguous(), damped
+    return Rounded(codes, scales, *limits, group, torch.bfloat16), weight.t().contiguous(), damped
 
 
 @pytest.mark.parametrize(("columns", "group"), [(64, 16), (70, 16), (33, 33), (40, 1), (96, 64)])
@@ -49,7 +48,7 @@ def test_at_the_end_no_single_code_can_be_improved() -> None:
         for code in range(-4, 4):
             changed = rounded.shifted.clone()
             changed[column] = code
-            other = Rounded(changed, rounded.scales, rounded.low, rounded.high, rounded.group_of, torch.bfloat16)
+            other = Rounded(changed, rounded.scales, rounded.low, rounded.high, rounded.group_columns, torch.bfloat16)
             assert (row_errors(other, weight, hessian) >= best * (1 - 1e-4)).all()
 
 
@@ -58,9 +57,7 @@ def test_a_scale_that_all_rows_share_is_refitted_for_all() -> None:
     damped = factor_hessian(hessian, 0.01, by_activation=False).damped
     codes = (weight.t() / 0.5).round().clamp(-8, 7)
     one = torch.full((1, 1), 0.7)
-    shared = Rounded(
-        codes, one.half().float(), one * 0 - 8, one * 0 + 7, torch.zeros(32, dtype=torch.int64), torch.half
-    )
+    shared = Rounded(codes, one.half().float(), one * 0 - 8, one * 0 + 7, 32, torch.half)
     before = row_errors(shared, weight.t(), damped).sum()
     descend_(shared, weight.t().contiguous(), damped, 1)
     assert shared.scales.shape == (1, 1) and 0.4 < shared.scales.item() < 0.6

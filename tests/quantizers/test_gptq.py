@@ -115,8 +115,9 @@ def test_activation_order_does_not_care_how_columns_are_numbered() -> None:
     weight, hessian = problem(16, 64)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(3))
     fmt = QuantFormat.parse("int3-channel")
-    plain = Gptq(activation_order=True)(weight, hessian, fmt, torch.float16).weight
-    permuted = Gptq(activation_order=True)(weight[:, order], hessian[order][:, order], fmt, torch.float16).weight
+    gptq = Gptq(activation_order=True, descent_rounds=0)
+    plain = gptq(weight, hessian, fmt, torch.float16).weight
+    permuted = gptq(weight[:, order], hessian[order][:, order], fmt, torch.float16).weight
     assert torch.equal(permuted.codes, plain.codes[:, order])
 
 

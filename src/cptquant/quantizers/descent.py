@@ -35,8 +35,8 @@ class Rounded:
     Attributes:
         shifted: code - zero, float32 of integers (columns, rows).
         scales: float32 (groups, rows), representable in `scale_dtype`; (1, 1) if one scale serves the whole matrix.
-        low, high: smallest and largest `shifted`, float32 (groups, rows) or (1, 1), like `scales`.
-        group_of: int64 (columns,), the group of each column.
+        low, high: smallest and largest `shifted`, float32, shape of `scales`.
+        group_columns: consecutive columns per scale; the last group may be shorter.
         scale_dtype: float16 or bfloat16.
     """
 
@@ -44,12 +44,12 @@ class Rounded:
     scales: Tensor
     low: Tensor
     high: Tensor
-    group_of: Tensor
+    group_columns: int
     scale_dtype: torch.dtype
 
     def values(self) -> Tensor:
         """What is stored: float32 (columns, rows)."""
-        return self.shifted * self.scales[self.group_of]
+        return self.shifted * self.scales.repeat_interleave(self.group_columns, dim=0)[: self.shifted.shape[0]]
 
 
 def descend_(
@@ -61,21 +61,20 @@ def descend_(
     """Lower f by refitting the scales and sweeping over the columns, `rounds` times.
 
     f never rises in any row, apart from float32 rounding. Rows do not influence each other, except through a scale
-    they share.
+    they share. A round costs about two and a half products of the Hessian with the weight.
     """
     target = hessian @ weight
+    gradient = target - hessian @ rounded.values()
     for _ in range(rounds):
-        gradient = _refit_scales_(rounded, weight, hessian, target)
+        gradient = _refit_scales_(rounded, weight, hessian, target, gradient)
         _sweep_(rounded, hessian, gradient)
 
 
-def _refit_scales_(rounded: Rounded, weight: Tensor, hessian: Tensor, target: Tensor) -> Tensor:
-    """Least-squares scales where they lower f. Returns H (W - Q), (columns, rows)."""
-    old = rounded.values()
-    gradient = target - hessian @ old
-    before = ((weight - old) * gradient).sum(dim=0)
+def _refit_scales_(rounded: Rounded, weight: Tensor, hessian: Tensor, target: Tensor, gradient: Tensor) -> Tensor:
+    """Least-squares scales where they lower f. Takes and returns H (W - Q), (columns, rows)."""
+    before = ((weight - rounded.values()) * gradient).sum(dim=0)
     kept = rounded.scales
-    rounded.scales = _solve_scales(rounded, hessian, target)
+    rounded.scales = _storable(_solve_scales(rounded, hessian, target), rounded)
     new = rounded.values()
     new_gradient = target - hessian @ new
     after = ((weight - new) * new_gradient).sum(dim=0)
@@ -95,30 +94,37 @@ def _solve_scales(rounded: Rounded, hessian: Tensor, target: Tensor) -> Tensor:
         right = (rounded.shifted * target).sum(dim=0, keepdim=True)
         if lines != rows:  # one scale for the whole matrix
             system, right = system.sum(dim=1, keepdim=True), right.sum(dim=1, keepdim=True)
-        return _storable(right / system, rounded)
-    members = [(rounded.group_of == group).nonzero().squeeze(1) for group in range(groups)]
+        return right / system
     solved = torch.empty_like(rounded.scales)
     step = max(1, _SYSTEM_ENTRIES // (groups * groups))
     for start in range(0, rows, step):
         chunk = slice(start, min(start + step, rows))
         codes = rounded.shifted[:, chunk]
-        system = codes.new_empty(codes.shape[1], groups, groups)
-        for group, member in enumerate(members):
-            product = hessian[:, member] @ codes[member]
-            system[:, :, group] = _sum_by_group(product.mul_(codes), rounded.group_of, groups).t()
-        right = _sum_by_group(target[:, chunk] * codes, rounded.group_of, groups)
+        system = codes.new_zeros(codes.shape[1], groups, groups)
+        for group in range(groups):
+            first = group * rounded.group_columns
+            member = slice(first, first + rounded.group_columns)
+            product = hessian[first:, member] @ codes[member]
+            system[:, group:, group] = _sum_by_group(product.mul_(codes[first:]), rounded.group_columns).t()
+        right = _sum_by_group(target[:, chunk] * codes, rounded.group_columns)
         diagonal = system.diagonal(dim1=1, dim2=2)
-        diagonal.add_(_RIDGE * diagonal.mean(dim=1, keepdim=True)).clamp_(min=torch.finfo(torch.float32).tiny)
+        ridge = _RIDGE * diagonal.mean(dim=1, keepdim=True)
+        diagonal.add_(ridge).clamp_(min=torch.finfo(torch.float32).tiny)
+        system += system.tril(-1).mT
         solved[:, chunk] = torch.linalg.solve(system, right.t()).t()
-    return _storable(solved, rounded)
+    return solved
 
 
 def _sum_by_group(
-    values: Tensor,  # (columns, rows)
-    group_of: Tensor,  # (columns,)
-    groups: int,
+    values: Tensor,  # (columns, rows), beginning at a group's first column
+    group_columns: int,
 ) -> Tensor:
-    return values.new_zeros(groups, values.shape[1]).index_add_(0, group_of, values)
+    """(groups, rows)."""
+    columns, rows = values.shape
+    if columns % group_columns == 0:
+        return values.view(-1, group_columns, rows).sum(dim=1)
+    group_of = torch.arange(columns, device=values.device) // group_columns
+    return values.new_zeros(int(group_of[-1]) + 1, rows).index_add_(0, group_of, values)
 
 
 def _storable(scales: Tensor, rounded: Rounded) -> Tensor:
@@ -130,17 +136,17 @@ def _storable(scales: Tensor, rounded: Rounded) -> Tensor:
 def _sweep_(rounded: Rounded, hessian: Tensor, gradient: Tensor) -> None:
     """Round every column anew, given all others; `gradient` is H (W - Q) and is kept up to date."""
     columns = rounded.shifted.shape[0]
-    groups, diagonal = rounded.group_of.tolist(), hessian.diagonal().tolist()
+    diagonal = hessian.diagonal().tolist()
     for start in range(0, columns, _BLOCK_COLUMNS):
         stop = min(start + _BLOCK_COLUMNS, columns)
         local = gradient[start:stop].clone()
         change = torch.empty_like(local)
         for index in range(start, stop):
-            row = index - start
-            scale = rounded.scales[groups[index]]
+            row, group = index - start, index // rounded.group_columns
+            scale = rounded.scales[group]
             # In units of the scale: where this column's code should be, nearest integer, and how far that moves it.
             moved = torch.div(local[row], scale, out=change[row]).div_(diagonal[index]).add_(rounded.shifted[index])
-            moved = torch.clamp(moved.round_(), rounded.low[groups[index]], rounded.high[groups[index]])
+            moved = torch.clamp(moved.round_(), rounded.low[group], rounded.high[group])
             torch.sub(moved, rounded.shifted[index], out=change[row]).mul_(scale)
             rounded.shifted[index] = moved
             if index + 1 < stop:

@@ -123,13 +123,15 @@ class Gptq:
         columns = torch.cat([weight.float().t() for weight in weights], dim=1)[factor.order].contiguous()
         loop = _Loop(columns, factor, fmt, dtype, self)
         loop.sweep(0, columns.shape[0])
-        rounded = loop.rounded()
+        inverse = torch.argsort(factor.order)
+        rounded, columns = loop.rounded(inverse), columns[inverse]
         if self.descent_rounds:
             descend_(rounded, columns, factor.damped, self.descent_rounds)
-        inverse = torch.argsort(factor.order)
-        codes = rounded.shifted if loop.zeros is None else rounded.shifted + loop.zeros[rounded.group_of]
-        codes = codes[inverse].t().to(torch.int8)
-        error, columns = (rounded.values() - columns)[inverse], columns[inverse]
+        error = rounded.values().sub_(columns)
+        codes = rounded.shifted
+        if loop.zeros is not None:
+            codes = codes + loop.zeros.repeat_interleave(rounded.group_columns, dim=0)[: len(codes)]
+        codes = codes.t().to(torch.int8)
         pieces, start = [], 0
         for weight in weights:
             rows = slice(start, start + weight.shape[0])
@@ -207,8 +209,8 @@ class HessianFactor:
     Attributes:
         order: int64 (in_features,), a permutation of the columns.
         feedback: U_kj / U_kk - I, float32 (in_features, in_features), strictly upper triangular.
-        damped: float32 (in_features, in_features), the damped Hessian.
-        importance: float32 (in_features,), its diagonal, in original order.
+        damped: float32 (in_features, in_features), the damped Hessian, in original order.
+        importance: float32 (in_features,), its diagonal.
         damping: fraction of the mean diagonal really added. outcome: how the factorisation went.
     """
 
@@ -256,8 +258,9 @@ def factor_hessian(
     identity = torch.eye(len(diagonal), device=hessian.device)
     inverse_factor = torch.linalg.solve_triangular(upper, identity, upper=True)
     feedback = (inverse_factor / inverse_factor.diagonal()[:, None]).triu_(1)
-    importance = damped.diagonal()[torch.argsort(order)]
-    return HessianFactor(order, feedback, damped, importance, tried, outcome)
+    inverse = torch.argsort(order)
+    damped = damped[inverse][:, inverse]
+    return HessianFactor(order, feedback, damped, damped.diagonal(), tried, outcome)
 
 
 def _upper_factor(damped: Tensor, mean: float) -> Tensor | None:
@@ -291,19 +294,23 @@ class _Loop:
         self.scales = columns.new_ones(groups, lines)
         self.zeros = None if fmt.symmetric else columns.new_zeros(groups, lines)
         self._grids: dict[int, Grid] = {}
-        self._group_index = torch.div(factor.order, self._width, rounding_mode="floor")
-        self._group_of = self._group_index.tolist()
+        self._group_of = torch.div(factor.order, self._width, rounding_mode="floor").tolist()
         if gptq.activation_order:
             inverse = torch.argsort(factor.order)
             for group in range(groups):
                 self._fit(group, columns[inverse[group * self._width : (group + 1) * self._width]])
 
-    def rounded(self) -> Rounded:
-        """The result, once all columns are through."""
+    def rounded(
+        self,
+        inverse: Tensor,  # (in_features,): where each original column went
+    ) -> Rounded:
+        """The result in original order, once all columns are through."""
         low, high = code_range(self._fmt)
-        zeros = torch.zeros_like(self.scales) if self.zeros is None else self.zeros
-        shifted = self.codes if self.zeros is None else self.codes - self.zeros[self._group_index]
-        return Rounded(shifted, self.scales, low - zeros, high - zeros, self._group_index, self._dtype)
+        shifted, zeros = self.codes[inverse], torch.zeros_like(self.scales)
+        if self.zeros is not None:
+            zeros = self.zeros
+            shifted -= zeros.repeat_interleave(self._width, dim=0)[: len(shifted)]
+        return Rounded(shifted, self.scales, low - zeros, high - zeros, self._width, self._dtype)
 
     def sweep(self, start: int, stop: int) -> None:
         """Round columns start to stop, which have received all errors of the columns before `start`."""
