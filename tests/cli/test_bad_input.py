@@ -9,31 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from transformers import OPTConfig, OPTForCausalLM
 
 QUICK = (
     "--calibration-sequences", 4, "--eval-sequences", 4, "--sequence-length", 32, "--sensitivity", "cmpq",
     "--baselines", "uniform",
 )  # fmt: skip
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A small OPT with the embedded tokenizer's vocabulary."""
-    embedded = Path(__file__).parents[2] / "src/cptquant/models/embedded_data/opt-mini"
-    config = OPTConfig(
-        vocab_size=2048, hidden_size=64, num_hidden_layers=2, ffn_dim=64, num_attention_heads=2,
-        max_position_embeddings=64, word_embed_proj_dim=64, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = OPTForCausalLM(config)
-    path = tmp_path / "model"
-    model.save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(embedded / name, path / name)
-    return path
 
 
 def refused(outcome, *fragments: str) -> None:

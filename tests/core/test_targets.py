@@ -38,10 +38,13 @@ def test_refusals_give_their_reason():
         "leaves them unpacked); use the symmetric format, or one zero point per tensor"
     )
     assert reason(LINEAR, "int4-g32-asym") == reason(LINEAR, "int4-channel-asym") == asymmetric
-    assert reason(LINEAR, "int8-channel-plain") == "plain storage is for embeddings; linear layers are packed"
+    assert reason(LINEAR, "int8-channel-plain") == (
+        "plain storage is for embeddings and GPT-2's output projections; other linear layers are packed"
+    )
     packed = (
-        "transformers 5.23 cannot load an embedding packed by compressed-tensors 0.20 (its initializer reads a "
-        "`weight` that packing removed); embeddings are held in 8 bits plain (int8-channel-plain) or 16"
+        "transformers 5.23 cannot load an embedding (or an output projection of GPT-2) packed by "
+        "compressed-tensors 0.20: its initializer reads a `weight` that packing removed; these are held in 8 "
+        "bits plain (int8-channel-plain) or 16"
     )
     assert reason(EMBEDDING, "int8-channel") == reason(EMBEDDING, "int4-channel") == packed
     assert reason(EMBEDDING, "int8-channel-asym-plain") == packed

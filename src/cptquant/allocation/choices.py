@@ -82,18 +82,18 @@ def check_formats(layout: ModelLayout, target: Target, formats: Sequence[QuantFo
 
 
 class _Fitting:
-    """What a requested format becomes at a site, remembered by what it depends on (kind and row length)."""
+    """What a requested format becomes at a site, remembered by what it depends on."""
 
     def __init__(self, layout: ModelLayout, target: Target) -> None:
         self._layout, self._target = layout, target
-        self._known: dict[tuple[str, int, str], QuantFormat | None] = {}
+        self._known: dict[tuple[str, bool, str, int, str], QuantFormat | None] = {}
 
     def fit(self, site: Site, fmt: QuantFormat) -> QuantFormat | None:
         """The legal format closest to the requested one (`core.targets`), or None if the target refuses it."""
         keep = self._layout.keep_format
         if fmt.is_float:
             return keep
-        key = (site.kind, site.in_features, fmt.name)
+        key = (site.kind, site.transposed, site.role, site.in_features, fmt.name)
         if key not in self._known:
             first = candidate_formats(site, self._layout, self._target, [fmt])[0]
             self._known[key] = None if first.is_float else first

@@ -26,15 +26,16 @@ class Target:
         """Why this site cannot have this format here, or None if it can."""
         if fmt.is_float:
             return None
-        if site.kind == "embedding":
+        if _is_initialized_by_weight(site):
             if fmt.storage == "plain" and fmt.symmetric:
                 return _divisibility(site, fmt)
             return (
-                "transformers 5.23 cannot load an embedding packed by compressed-tensors 0.20 (its initializer reads "
-                "a `weight` that packing removed); embeddings are held in 8 bits plain (int8-channel-plain) or 16"
+                "transformers 5.23 cannot load an embedding (or an output projection of GPT-2) packed by "
+                "compressed-tensors 0.20: its initializer reads a `weight` that packing removed; these are held in 8 "
+                "bits plain (int8-channel-plain) or 16"
             )
         if fmt.storage == "plain":
-            return "plain storage is for embeddings; linear layers are packed"
+            return "plain storage is for embeddings and GPT-2's output projections; other linear layers are packed"
         if not fmt.symmetric and fmt.granularity != "tensor":
             return (
                 "compressed-tensors 0.20 writes packed zero points that transformers 5.23 cannot load (the meta-device "
@@ -45,6 +46,11 @@ class Target:
     def ties(self, layout: ModelLayout) -> tuple[Tie, ...]:
         """Sites that must share a format here."""
         return layout.ties if self.fuses else ()
+
+
+def _is_initialized_by_weight(site: Site) -> bool:
+    """Embeddings, and GPT-2's c_proj in its GPT-BigCode form (decision 0003): packing would leave them unloadable."""
+    return site.kind == "embedding" or (site.transposed and site.role in ("o", "down"))
 
 
 def _divisibility(site: Site, fmt: QuantFormat) -> str | None:
@@ -102,7 +108,7 @@ def _fit(site: Site, fmt: QuantFormat) -> QuantFormat:
     if fmt.is_float:
         return fmt
     changes: dict[str, object] = {}
-    if site.kind == "embedding" and fmt.code_bits == 8:
+    if _is_initialized_by_weight(site) and fmt.code_bits == 8:
         changes["storage"] = "plain"
     if isinstance(fmt.granularity, int) and site.in_features % fmt.granularity:
         size = fmt.granularity

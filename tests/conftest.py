@@ -1,10 +1,14 @@
-"""Running the command line inside the test process."""
+"""The command line inside the test process, and a small model to give it."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from cptquant.cli.main import main
 
@@ -34,3 +38,20 @@ def cptquant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small OPT with the embedded tokenizer's vocabulary."""
+    embedded = Path(__file__).parents[1] / "src/cptquant/models/embedded_data/opt-mini"
+    config = OPTConfig(
+        vocab_size=2048, hidden_size=64, num_hidden_layers=2, ffn_dim=64, num_attention_heads=2,
+        max_position_embeddings=64, word_embed_proj_dim=64, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = OPTForCausalLM(config)
+    path = tmp_path / "model"
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(embedded / name, path / name)
+    return path
