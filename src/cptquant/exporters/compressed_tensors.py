@@ -234,7 +234,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
         inside = path.relative_to(source)
         if len(inside.parts) > 2 or any(part.startswith(".") for part in inside.parts):
             continue
-        skipped = inside.parts[0] == "config.json" or path.name.endswith(".index.json")
+        skipped = str(inside) == "config.json" or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in _COPIED_SUFFIXES and not skipped:
             (folder / inside).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / inside)

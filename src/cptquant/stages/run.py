@@ -16,6 +16,7 @@ from cptquant.core.settings import RunSettings
 
 if TYPE_CHECKING:
     from cptquant.models.load import LoadedModel
+    from cptquant.models.corpus import Split
     from cptquant.models.text import TokenSet
 
 A = TypeVar("A", bound=Artifact)
@@ -100,7 +101,7 @@ class Run:
         """
         _ = self.calibration, self.validation, self.test
 
-    def _tokens(self, split: str, source: str | None, sequences: int) -> "TokenSet":
+    def _tokens(self, split: "Split", source: str | None, sequences: int) -> "TokenSet":
         from cptquant.models.text import load_tokens
 
         return load_tokens(
