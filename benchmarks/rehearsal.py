@@ -4,7 +4,7 @@
     python benchmarks/rehearsal.py qwen3-0.6b
 
 The model has the shape of the original and random bf16 weights: time and memory are those of the real model, quality is
-meaningless. The tokenizer is that of embedded:opt-mini, whose 2,048 tokens fit into either vocabulary. The budget counts
+meaningless. The tokenizer is that of embedded:opt-mini, whose 2,048 tokens fit into either vocabulary. Budgets count
 the blocks' linear layers: the embedding, which compressed-tensors holds in no fewer than 8 bits, is so much of OPT-125M
 that 4 bits per weight of the whole file are out of reach.
 """
