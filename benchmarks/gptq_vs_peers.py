@@ -89,6 +89,8 @@ def main() -> None:
             "calibration": f"{CALIBRATION_WINDOWS} windows of {WINDOW_TOKENS} tokens",
             "test": f"first {TEST_WINDOWS} windows of {WINDOW_TOKENS} tokens",
             "threads": args.threads,
+            "peer_batch_size": args.peer_batch_size,
+            "peer_dtype": args.peer_dtype,
             "repeats": args.repeats,
         },
         "machine": describe_machine(),
@@ -113,6 +115,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None, help="torch threads of all; each tool's own if absent")
     parser.add_argument("--peer-batch-size", type=int, default=8, help="calibration sequences at a time; theirs is 1")
+    parser.add_argument("--peer-dtype", default="auto", help="dtype the peers load the model in; auto: as it is stored")
     parser.add_argument(
         "--variants", action="store_true", help="also the peers with their own clip search and ours without it"
     )
@@ -122,7 +125,7 @@ def read_arguments() -> argparse.Namespace:
 
 def list_contestants(args: argparse.Namespace) -> list[Contestant]:
     """Ours first, then the peers whose interpreters were given."""
-    batch = ("--batch-size", str(args.peer_batch_size))
+    batch = ("--batch-size", str(args.peer_batch_size), "--dtype", args.peer_dtype)
     found = [Contestant("cptquant", "cptquant_gptq.py", Path(sys.executable))]
     peers = (("llm-compressor", "llmcompressor", args.llmcompressor_python),
              ("GPTQModel", "gptqmodel", args.gptqmodel_python))  # fmt: skip
