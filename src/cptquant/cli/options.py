@@ -82,7 +82,7 @@ CalibrationSequences = Annotated[
 ]
 EvalSequences = Annotated[
     int | None,
-    typer.Option("--eval-sequences", min=2, help="Evaluation sequences.  [default: 128]", show_default=False),
+    typer.Option("--eval-sequences", min=2, help="Evaluation sequences.  [default: 64]", show_default=False),
 ]
 SequenceLength = Annotated[
     int | None,

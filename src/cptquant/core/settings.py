@@ -37,7 +37,7 @@ class RunSettings(Artifact):
     calibration: str | None = None
     eval_text: str | None = None
     calibration_sequences: int = 128
-    eval_sequences: int = 128
+    eval_sequences: int = 64
     sequence_length: int = 256
     baselines: tuple[str, ...] | None = None
     seed: int = 0
