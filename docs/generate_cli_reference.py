@@ -25,7 +25,7 @@ def render_reference() -> str:
         usage = " ".join(str(argument.metavar or argument.name.upper()) for argument in arguments)
         lines += [f"    cptquant {name} {usage} [flags]", "", "| flag | meaning |", "|---|---|"]
         for argument in arguments:
-            lines.append(f"| `{argument.metavar or argument.name.upper()}` | {_cell(argument.help)} |")
+            lines.append(f"| `{_cell(argument.metavar or argument.name.upper())}` | {_cell(argument.help)} |")
         for flag in flags:
             lines.append(f"| `{', '.join(sorted(flag.opts, key=len, reverse=True))}` | {_cell(flag.help)} |")
         lines.append("")

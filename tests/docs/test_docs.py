@@ -1,0 +1,52 @@
+"""Documentation that cannot drift: the reference is generated, the tutorial and the example run."""
+
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_cli_reference_is_current() -> None:
+    generator = runpy.run_path(str(REPOSITORY / "docs/generate_cli_reference.py"))
+    assert (REPOSITORY / "docs/cli-reference.md").read_text() == generator["render_reference"](), "run `make docs`"
+
+
+def test_every_flag_has_a_help_text() -> None:
+    for line in (REPOSITORY / "docs/cli-reference.md").read_text().splitlines():
+        if line.startswith("| `"):
+            assert not line.endswith("|  |"), line
+
+
+def test_tutorial_runs(cptquant: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "docs/tutorial.md").read_text(), re.S)
+    commands = [line for block in blocks for line in block.splitlines() if line]
+    assert len(commands) >= 8
+    for command in commands:
+        program, *arguments = command.split()
+        assert program == "cptquant"
+        outcome = cptquant(*arguments)
+        assert outcome.code == 0, (command, outcome.err)
+    assert (tmp_path / "first/report.html").exists()
+
+
+def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["quantize_in_python.py", str(tmp_path / "run")])
+    runpy.run_path(str(REPOSITORY / "examples/quantize_in_python.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "accuracy               quantized" in out and "loaded from checkpoint" in out
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("docs/**/*.md"))]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    path = REPOSITORY / page
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), f"{page} links to {target}"
