@@ -86,7 +86,12 @@ def candidates():
     def make(model, names=("int2-g16", "int4-g16", "int8-g16")):
         formats = [QuantFormat.parse(name) for name in names]
         target = find_target("transformers")
-        return {site.name: candidate_formats(site, model.layout, target, formats) for site in model.layout.sites}
+        keep = model.layout.keep_format
+        # Measuring is not bound by what a target can hold: GPT-2's output projections are measured in every format.
+        return {
+            site.name: (*formats, keep) if site.transposed else candidate_formats(site, model.layout, target, formats)
+            for site in model.layout.sites
+        }
 
     return make
 
