@@ -10,7 +10,7 @@ from cptquant.core.sensitivity import SensitivityTable
 from cptquant.models.losses import IGNORED
 from cptquant.sensitivity.ablation import Ablation
 from cptquant.sensitivity.correlation import Cmpq
-from cptquant.sensitivity.loss import Objective, pick_sequences, pose_question, probe_logits
+from cptquant.sensitivity.loss import Objective, pick_for_task, pick_sequences, pose_question, probe_logits
 from cptquant.sensitivity.measure import measure_sensitivity
 from cptquant.sensitivity.methods import METHODS, find_method
 from cptquant.sensitivity.pruning import Pmpq
@@ -91,6 +91,13 @@ def test_fewer_sequences_are_spread_over_the_text(text):
     tokens = text(sequences=9)
     assert pick_sequences(tokens, 3).documents.tolist() == [0, 4, 8]
     assert pick_sequences(tokens, 20) is tokens
+
+
+def test_a_model_that_answers_each_text_once_is_measured_on_more_of_them(toy, text):
+    tokens = text(sequences=9)
+    assert pick_for_task(toy("llama"), tokens, 3, 6).sequence_count == 3
+    assert pick_for_task(toy("masked"), tokens, 3, 6).sequence_count == 3
+    assert pick_for_task(toy("encoder"), tokens, 3, 6).sequence_count == 6
 
 
 def test_logits_in_slices_change_nothing(toy, text, monkeypatch):

@@ -78,7 +78,7 @@ class Pmpq:
                 for sparsity, rows in drops.items()
             }
         return Scores(
-            unit="one_minus_cosine" if layout.task == "encoder" else "nll_nats_per_token_times_relative_error",
+            unit=f"{sweep.loss_unit}_times_relative_error",
             damages=spread_over_sites(scores, errors, layout, site_scores=single),
             block_scores=scores,
             metadata={
@@ -109,6 +109,9 @@ class _PruningSweep:
         run_to_end(self._stream, 0, whole)
         self._reference = whole[0]
         self._before = self._objective.losses(self._reference, self._reference)
+        self.loss_unit = {"encoder": "one_minus_cosine", "sequence_classification": "nll_nats"}.get(
+            self._layout.task, "nll_nats_per_token"
+        )
         self.loss_name = {
             "encoder": "1 - cosine to the original's pooled embedding",
             "masked_lm": "NLL of masked tokens, nats per token",

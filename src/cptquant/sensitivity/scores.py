@@ -84,8 +84,8 @@ def owner_block(site: Site, layout: ModelLayout) -> int:
 
 def entry_sites(layout: ModelLayout) -> tuple[Site, ...]:
     """Sites the text passes before the first block; the layout lists sites in forward order."""
-    first = next(index for index, site in enumerate(layout.sites) if site.block_index is not None)
-    return layout.sites[:first]
+    inside = [index for index, site in enumerate(layout.sites) if site.block_index is not None]
+    return layout.sites[: inside[0]] if inside else layout.sites
 
 
 def exit_sites(layout: ModelLayout) -> tuple[Site, ...]:
