@@ -4,14 +4,16 @@
     python benchmarks/sensitivity_agreement.py --models embedded:bert-mini --threads 2
 
 Methods read calibration text, the oracle (KL to the original with one site quantized) reads validation text. Writes
-benchmarks/results/sensitivity_agreement.json and the tables of docs/sensitivity.md between its markers. A model whose
-measurements are in the results already is not measured again unless --fresh.
+benchmarks/results/sensitivity_agreement.json and the tables of docs/sensitivity.md between its markers. Finished tables are
+kept in build/sensitivity_agreement and reused by the next run if they were made from the same model, text and method, so
+that a killed run goes on where it was; --fresh measures everything again.
 """
 
 import argparse
 import json
 import math
-import time
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from scipy.stats import spearmanr
 
 from cptquant.core.formats import QuantFormat
 from cptquant.core.progress import ignore_progress
-from cptquant.core.provenance import installed_versions
+from cptquant.core.provenance import Stopwatch, installed_versions
 from cptquant.core.sensitivity import BlockScore, SensitivityTable
 from cptquant.core.targets import candidate_formats, find_target
 from cptquant.models.load import LoadedModel, load_model
@@ -38,6 +40,7 @@ from cptquant.sensitivity.taylor import Tdmpq
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sensitivity_agreement.json"
+WORK = ROOT / "build" / "sensitivity_agreement"
 PAGE = ROOT / "docs" / "sensitivity.md"
 SHARED = ROOT.parent / "shared"
 BITS = (2, 3, 4, 8)
@@ -87,6 +90,28 @@ def find_subjects(wanted: list[str] | None) -> list[Subject]:
     return [subject for subject in subjects if not wanted or subject.label in wanted]
 
 
+def measure_once(
+    path: Path, model: LoadedModel, tokens: TokenSet, candidates: dict, method: SensitivityMethod
+) -> SensitivityTable:
+    """The table at `path` if it was made from the same things, else a new one."""
+    inputs = {
+        "model": model.layout.source_digest,
+        "tokens": tokens.digest,
+        "method": repr(method),
+        "formats": ",".join(sorted({fmt.name for row in candidates.values() for fmt in row})),
+    }
+    if path.exists():
+        found = SensitivityTable.load(path)
+        if found.inputs == inputs:
+            return found
+    watch = Stopwatch()
+    table = measure_sensitivity(model, tokens, candidates, method)
+    made = table.model_copy(update={"inputs": inputs, "provenance": watch.provenance(threads=torch.get_num_threads())})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.save(path)
+    return made
+
+
 def measure_subject(subject: Subject, oracle_sequences: int) -> dict[str, object]:
     model = load_model(subject.source)
     length = LENGTHS[model.layout.task]
@@ -98,10 +123,9 @@ def measure_subject(subject: Subject, oracle_sequences: int) -> dict[str, object
     tables: dict[str, SensitivityTable] = {}
     seconds: dict[str, float] = {}
     for name, method in {ORACLE: Ablation(sequences=oracle_sequences, examples=128), **METHODS}.items():
-        start = time.process_time()
-        text = held_out if name == ORACLE else tokens
-        tables[name] = measure_sensitivity(model, text, candidates, method)
-        seconds[name] = time.process_time() - start
+        path = WORK / subject.label.replace(":", "-") / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.json"
+        tables[name] = measure_once(path, model, held_out if name == ORACLE else tokens, candidates, method)
+        seconds[name] = tables[name].provenance.cpu_seconds or 0.0
         print(f"{subject.label}: {name}: {seconds[name]:.0f} CPU seconds", flush=True)
     oracle = tables[ORACLE]
     sites = [site.name for site in model.layout.block_sites if any(n != "float16" for n in oracle.damages[site.name])]
@@ -257,13 +281,14 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure again what the results already hold")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.fresh:
+        shutil.rmtree(WORK, ignore_errors=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
     for subject in find_subjects(options.models):
-        if options.fresh or subject.label not in results["models"]:
-            results["models"][subject.label] = measure_subject(subject, options.oracle_sequences)
-            results["versions"], results["threads"] = installed_versions(), options.threads
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        results["models"][subject.label] = measure_subject(subject, options.oracle_sequences)
+        results["versions"], results["threads"] = installed_versions(), options.threads
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_tables(results)
 
 
