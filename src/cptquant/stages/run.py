@@ -15,8 +15,8 @@ from cptquant.core.provenance import Stopwatch
 from cptquant.core.settings import RunSettings
 
 if TYPE_CHECKING:
-    from cptquant.models.load import LoadedModel
     from cptquant.models.corpus import Split
+    from cptquant.models.load import LoadedModel
     from cptquant.models.text import TokenSet
 
 A = TypeVar("A", bound=Artifact)
