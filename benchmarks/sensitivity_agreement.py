@@ -4,9 +4,9 @@
     python benchmarks/sensitivity_agreement.py --models embedded:bert-mini --threads 2
 
 Methods read calibration text, the oracle (KL to the original with one site quantized) reads validation text. Writes
-benchmarks/results/sensitivity_agreement.json and the tables of docs/sensitivity.md between its markers. Finished
-tables are kept in build/sensitivity_agreement and reused by the next run if they were made from the same model, text
-and method, so that a killed run goes on where it was; --fresh measures everything again.
+benchmarks/results/sensitivity_agreement.json and the tables of docs/sensitivity.md between its markers. Finished tables
+are kept in build/sensitivity_agreement and reused by the next run if they were made from the same model, text and
+method, so that a killed run goes on where it was; --fresh measures everything again.
 """
 
 import argparse
