@@ -161,7 +161,7 @@ def test_blocks_are_fitted_to_the_quantized_stream(tmp_path: Path) -> None:
     """The last block equals GPTQ on Hessians collected behind the first two blocks as written."""
     model, tokens = make_model("llama", tmp_path), make_tokens()
     plan = make_plan(model, linear="int2-g16")
-    done = run(model, plan, Gptq(), tokens)
+    done = run(model, plan, Gptq(coarse_products=False), tokens)
     codes = {}
     for label, source in (("quantized", done), ("original", None)):
         stream = ModelStream(model, tokens, weights=source)
@@ -177,7 +177,7 @@ def test_blocks_are_fitted_to_the_quantized_stream(tmp_path: Path) -> None:
         hessians = collect_block_hessians(stream, block, modules)
         site = next(name for name in modules if name.endswith("down_proj"))
         weight = read_weight(model.module.get_submodule(site), model.layout.site_by_name[site]).float()
-        result = Gptq()(weight, hessians.hessian(site), plan.quant_formats[site], torch.bfloat16)
+        result = Gptq(coarse_products=False)(weight, hessians.hessian(site), plan.quant_formats[site], torch.bfloat16)
         codes[label] = result.weight.codes
     assert torch.equal(codes["quantized"], done.weights[site].codes)
     assert not torch.equal(codes["original"], done.weights[site].codes)

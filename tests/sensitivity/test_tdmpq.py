@@ -57,7 +57,10 @@ def test_terms_equal_plain_autograd_sequence_by_sequence(toy, text, candidates, 
     ]
     tables = {
         (order, curvature): measure_sensitivity(
-            model, tokens, formats, Tdmpq(order=order, curvature=curvature, fisher="empirical")
+            model,
+            tokens,
+            formats,
+            Tdmpq(order=order, curvature=curvature, fisher="empirical", coarse_products=False),
         )
         for order, curvature in kinds
     }
@@ -83,7 +86,7 @@ def test_terms_equal_plain_autograd_sequence_by_sequence(toy, text, candidates, 
 def test_first_order_predicts_a_small_step_of_the_loss(toy, text, candidates):
     model = toy("llama")
     tokens, formats = text(), candidates(model, ("int4-g16",))
-    table = measure_sensitivity(model, tokens, formats, Tdmpq(order="first"))
+    table = measure_sensitivity(model, tokens, formats, Tdmpq(order="first", coarse_products=False))
     site = model.layout.block_sites[3]
     weight = original_weight(model, site).float()
     change = 0.02 * perturb(weight, formats[site.name][0], model.layout, Rtn())
@@ -122,7 +125,9 @@ def test_a_planted_fragile_block_ranks_first(toy, text, candidates, fragile, ord
 def test_input_variant_equals_its_own_monte_carlo(toy, text, candidates):
     model = toy("opt")
     tokens = text(sequences=1)
-    table = measure_sensitivity(model, tokens, candidates(model), Tdmpq(variant="input", noise=0.1))
+    table = measure_sensitivity(
+        model, tokens, candidates(model), Tdmpq(variant="input", noise=0.1, coarse_products=False)
+    )
     # The gradient at the first block's input is that at the embeddings' output plus positions.
     module = model.module.float()
     seen = {}
@@ -164,3 +169,14 @@ def test_groups_of_sequences_and_repeats_change_nothing(toy, text, candidates, m
     apart = measure_sensitivity(model, tokens, formats, Tdmpq())
     name = model.layout.block_sites[0].name
     assert apart.damages[name]["int4-g16"].value == pytest.approx(first.damages[name]["int4-g16"].value, rel=1e-4)
+
+
+def test_coarse_products_change_damages_by_far_less_than_their_standard_error(toy, text, candidates):
+    model = toy("llama")
+    tokens, formats = text(sequences=6), candidates(model, ("int4-g16",))
+    exact = measure_sensitivity(model, tokens, formats, Tdmpq(coarse_products=False))
+    coarse = measure_sensitivity(model, tokens, formats, Tdmpq())
+    assert exact.metadata["arithmetic"] == "float32"
+    for site in model.layout.block_sites:
+        wanted, found = exact.damages[site.name]["int4-g16"], coarse.damages[site.name]["int4-g16"]
+        assert found.value == pytest.approx(wanted.value, rel=0.05)

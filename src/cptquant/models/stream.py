@@ -8,7 +8,7 @@ works without being described here, and peak memory is the model in its own dtyp
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cptquant.models.load import LoadedModel
     from cptquant.models.text import TokenSet
 
-_HEAD_CHUNK_ENTRIES = 1 << 24
+_HEAD_CHUNK_ENTRIES = 1 << 21
 """Rows of a large head are upcast to float32 this many weights (64 MB) at a time."""
 _LARGE_WEIGHT_ENTRIES = 1 << 22
 """Embeddings and heads above this many weights stay in their own dtype and are upcast on use."""
@@ -133,6 +133,12 @@ class _WeightRows:
         self._stored = stored
         self.shape = tuple((stored.codes if isinstance(stored, QuantizedWeight) else stored).shape)
 
+    def chunks(self) -> Iterator[slice]:
+        """All rows in order, as many at a time as are upcast together."""
+        step = max(1, _HEAD_CHUNK_ENTRIES // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            yield slice(start, min(start + step, self.shape[0]))
+
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
         """Rows in float32, shape (len(rows), columns)."""
         stored = self._stored
@@ -159,6 +165,28 @@ class _LargeEmbedding(nn.Module):
         return self.rows[input_ids.reshape(-1)].reshape(*input_ids.shape, self.rows.shape[1])
 
 
+class _LargeProduct(torch.autograd.Function):
+    """inputs @ rows', a few rows upcast at a time, on the way back as well: autograd would keep them all in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, rows: _WeightRows) -> Tensor:
+        """(n, in) float32 -> (n, out) float32."""
+        ctx.rows = rows
+        output = inputs.new_empty(len(inputs), rows.shape[0])
+        for part in rows.chunks():
+            torch.mm(inputs, rows[part].t(), out=output[:, part])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """(n, out) -> (n, in); the weight is fixed."""
+        (gradient,), rows = gradients, ctx.rows
+        result = gradient.new_zeros(len(gradient), rows.shape[1])
+        for part in rows.chunks():
+            result.addmm_(gradient[:, part], rows[part])
+        return result, None
+
+
 class _LargeLinear(nn.Module):
     """nn.Linear whose weight stays in its stored form and is upcast in row chunks."""
 
@@ -169,16 +197,8 @@ class _LargeLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., in) float32 -> (..., out) float32."""
-        out_features, in_features = self.rows.shape
-        step = max(1, _HEAD_CHUNK_ENTRIES // in_features)
-        if not torch.is_grad_enabled() or not hidden.requires_grad:
-            logits = hidden.new_empty(*hidden.shape[:-1], out_features)
-            for start in range(0, out_features, step):
-                rows = self.rows[slice(start, start + step)]
-                logits[..., start : start + step] = hidden @ rows.t()
-        else:
-            pieces = [hidden @ self.rows[slice(start, start + step)].t() for start in range(0, out_features, step)]
-            logits = torch.cat(pieces, dim=-1)
+        flat = hidden.reshape(-1, self.rows.shape[1])
+        logits = cast(Tensor, _LargeProduct.apply(flat, self.rows)).view(*hidden.shape[:-1], self.rows.shape[0])
         return logits if self.bias is None else logits.add_(self.bias)
 
 

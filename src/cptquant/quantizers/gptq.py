@@ -67,6 +67,8 @@ class Gptq:
         clip_search: search for the scale of least squared error instead of covering the largest weight.
         diagonal_importance: weigh that squared error by the Hessian's diagonal.
         descent_rounds: rounds of coordinate descent on scales and codes afterwards (descent.py); 0 is the paper's GPTQ.
+        coarse_products: calibration passes may round the factors of their matrix products to bfloat16, where the
+            processor does that in hardware (models/arithmetic.py).
     """
 
     damping: float = 0.01
@@ -74,6 +76,7 @@ class Gptq:
     clip_search: bool = True
     diagonal_importance: bool = True
     descent_rounds: int = 4
+    coarse_products: bool = True
 
     def __call__(
         self,

@@ -168,7 +168,7 @@ class _Search:
         self._rows, self._importance, self._scale_dtype = rows, importance, scale_dtype
         self._symmetric = fmt.symmetric
         self._low, self._high = code_range(fmt)
-        self._buffer = torch.empty_like(rows)
+        self._buffer, self._wanted = torch.empty_like(rows), torch.empty_like(rows)
         self.scale = rows.new_ones(rows.shape[0])
         self.zero = rows.new_zeros(rows.shape[0])
         self._error = rows.new_full((rows.shape[0],), torch.inf)
@@ -180,9 +180,12 @@ class _Search:
     ) -> None:
         """Keep (scale, zero) in the rows where it is better than what was seen."""
         scale = round_scale(scale, self._scale_dtype)
-        codes = self._shifted_codes(scale, zero)
-        error = codes.mul_(scale[:, None]).sub_(self._rows).square_()
-        total = self._weighted_sum(error)
+        # In units of the scale, so that a candidate costs few passes over memory.
+        wanted = torch.mul(self._rows, scale.reciprocal()[:, None], out=self._wanted)
+        if not self._symmetric:
+            wanted.add_(zero[:, None])
+        error = torch.clamp(wanted, self._low, self._high, out=self._buffer).round_().sub_(wanted)
+        total = self._weighted_sum(error.square_()) * scale.square()
         better = total < self._error
         self._error = torch.where(better, total, self._error)
         self.scale = torch.where(better, scale, self.scale)

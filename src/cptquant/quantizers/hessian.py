@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cptquant.core.errors import CptquantError
+from cptquant.models.arithmetic import coarse_products
 from cptquant.models.stream import ModelStream
 
 _PANELS = 4
@@ -145,24 +146,31 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
 
 
-def collect_block_hessians(stream: ModelStream, block: nn.Module, modules: dict[str, nn.Module]) -> InputHessians:
+def collect_block_hessians(
+    stream: ModelStream, block: nn.Module, modules: dict[str, nn.Module], *, coarse: bool = False
+) -> InputHessians:
     """Run a block once over all batches of the stream and return the Hessians of its modules' inputs.
 
-    The stream is not advanced. Padding does not count. A pass ends where the last module's work would begin.
+    The stream is not advanced. Padding does not count. A pass ends where the last module's work would begin. `coarse`
+    allows the arithmetic of `coarse_products`.
     """
-    return _collect(stream, modules, lambda index, hidden: stream.run_block(block, index, hidden))
+    return _collect(stream, modules, lambda index, hidden: stream.run_block(block, index, hidden), coarse)
 
 
-def collect_outer_hessians(stream: ModelStream, modules: dict[str, nn.Module]) -> InputHessians:
+def collect_outer_hessians(
+    stream: ModelStream, modules: dict[str, nn.Module], *, coarse: bool = False
+) -> InputHessians:
     """The same for modules outside the blocks, given the stream's hidden states after the last block.
 
     As a pass ends where the last module's work would begin, the logits of a large vocabulary are not computed.
     """
-    return _collect(stream, modules, stream.finish)
+    return _collect(stream, modules, stream.finish, coarse)
 
 
-def _collect(stream: ModelStream, modules: dict[str, nn.Module], run: Callable[[int, Tensor], Tensor]) -> InputHessians:
-    with torch.no_grad(), InputHessians(modules, stops_early=True) as hessians:
+def _collect(
+    stream: ModelStream, modules: dict[str, nn.Module], run: Callable[[int, Tensor], Tensor], coarse: bool
+) -> InputHessians:
+    with torch.no_grad(), coarse_products(coarse), InputHessians(modules, stops_early=True) as hessians:
         for index, (batch, hidden) in enumerate(zip(stream.batches, stream.hidden, strict=True)):
             hessians.start_batch(batch.attention_mask)
             try:

@@ -11,6 +11,7 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import Site
 from cptquant.core.manifest import SiteOutcome, SiteRecord
 from cptquant.core.plan import Plan
+from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, read_weight, site_modules, write_weight_
 from cptquant.models.text import TokenSet
@@ -68,7 +69,8 @@ def quantize_sites(
         block = stream.load_block()  # with its quantized weights, if it is finished already
         if index not in task.resume:
             task.hand_over(index, task.quantize_block(index, block, stream))
-        stream.advance(block)
+        with coarse_products(quantizer.coarse_products):
+            stream.advance(block)
         del block
         if progress is not None:
             progress(index + 1, count)
@@ -144,6 +146,10 @@ class _Task:
         self._entry: dict[str, QuantizedWeight] = {}
         self.resume = resume
 
+    @property
+    def _uses_coarse_products(self) -> bool:
+        return isinstance(self._quantizer, Gptq) and self._quantizer.coarse_products
+
     def format_of(self, site: Site) -> QuantFormat:
         """The plan's format of a site."""
         return self._formats[site.name]
@@ -192,7 +198,10 @@ class _Task:
         modules = site_modules(block, self._model.layout, index)
         sites = _sites_of_block(self._model, index)
         wanted = {site.name: modules[site.name] for site in sites if not self.format_of(site).is_float}
-        results = self.apply_gptq(sites, collect_block_hessians(stream, block, wanted) if wanted else None)
+        coarse = self._uses_coarse_products
+        results = self.apply_gptq(
+            sites, collect_block_hessians(stream, block, wanted, coarse=coarse) if wanted else None
+        )
         for site in sites:
             if site.name in results.weights:
                 write_weight_(modules[site.name], site, results.weights[site.name].dequantize())
@@ -201,7 +210,8 @@ class _Task:
     def _apply_gptq_outside(self, sites: Sequence[Site], stream: ModelStream) -> _Results:
         modules = stream.outer_modules()
         wanted = {site.name: modules[site.name] for site in sites if not self.format_of(site).is_float}
-        return self.apply_gptq(sites, collect_outer_hessians(stream, wanted) if wanted else None)
+        coarse = self._uses_coarse_products
+        return self.apply_gptq(sites, collect_outer_hessians(stream, wanted, coarse=coarse) if wanted else None)
 
     def _original(self, site: Site) -> Tensor:
         """The site's weight in the given model, (out_features, in_features), in its own dtype."""

@@ -17,7 +17,7 @@ from cptquant.models.stream import ModelStream, site_modules
 from cptquant.models.text import TokenSet
 from cptquant.quantizers.rtn import Rtn
 from cptquant.sensitivity.estimates import Estimate, estimate_ratio
-from cptquant.sensitivity.loss import Objective, fitting_batch_size, pick_for_task, pose_question
+from cptquant.sensitivity.loss import Objective, pick_for_task, pose_question
 from cptquant.sensitivity.perturbation import (
     BLOCK_SCORE_BITS,
     OneSite,
@@ -40,6 +40,9 @@ from cptquant.sensitivity.scores import (
     spread_over_sites,
 )
 
+_BATCH_SIZE = 8  # sequences; a large vocabulary is met by judging a few positions at a time (`Objective`)
+_OUTSIDE_LOGITS = 1 << 26
+"""Logits compared for each option of a site outside the blocks: 1,300 positions of a vocabulary of 50,000."""
 _VARIANT_BYTES = 256 << 20  # hidden states of changed models carried through the blocks at once
 
 
@@ -103,7 +106,6 @@ class AblationSweep:
     ) -> None:
         self._model, self._layout, self._formats, self._progress = model, model.layout, formats, progress
         self._question = pose_question(model, tokens)
-        self._batch_size = fitting_batch_size(model, tokens)
         self._stream = self._new_stream()
         self._start = list(self._stream.hidden)
         self._objective = Objective(self._stream, self._question)
@@ -113,7 +115,7 @@ class AblationSweep:
         self.unit = self._objective.unit
 
     def _new_stream(self, change: OneSite | None = None) -> ModelStream:
-        return ModelStream(self._model, self._question.tokens, weights=change, batch_size=self._batch_size)
+        return ModelStream(self._model, self._question.tokens, weights=change, batch_size=_BATCH_SIZE)
 
     def run(self, *, sites: bool) -> tuple[dict[str, dict[str, Estimate]], list[Estimate]]:
         """Damages of the sites inside the blocks (none, if they are not asked for), and the blocks' scores."""
@@ -161,12 +163,19 @@ class AblationSweep:
             weights[name] = weight + perturb(weight, fmt, self._layout, Rtn())
         return weights
 
-    def _diverge(self, hidden: list[Tensor], changed: ModelStream | None = None) -> Estimate:
-        totals = self._objective.divergences(hidden, self._reference, changed=changed)
+    def _diverge(
+        self, hidden: list[Tensor], changed: ModelStream | None = None, objective: Objective | None = None
+    ) -> Estimate:
+        totals = (objective or self._objective).divergences(hidden, self._reference, changed=changed)
         return estimate_ratio(totals.sums, totals.counts, self._question.tokens.documents)
 
     def measure_outside(self) -> dict[str, dict[str, Estimate]]:
-        """Damages of the sites outside the blocks: embeddings pass through the whole model, heads only its end."""
+        """Damages of the sites outside the blocks: embeddings pass through the whole model, heads only its end.
+
+        Every format is measured at the same positions, evenly spread, as many as a large vocabulary allows.
+        """
+        logits = self._question.tokens.input_ids.numel() * max(1, self._layout.vocabulary_size)
+        objective = Objective(self._stream, self._question, stride=-(-logits // _OUTSIDE_LOGITS))
         damages: dict[str, dict[str, Estimate]] = {}
         for site in (*entry_sites(self._layout), *exit_sites(self._layout)):
             for fmt in self._formats.get(site.name, ()):
@@ -177,8 +186,8 @@ class AblationSweep:
                 if site in entry_sites(self._layout):
                     variants = [list(stream.hidden)]
                     run_to_end(self._stream, 0, variants)
-                    found = self._diverge(variants[0])
+                    found = self._diverge(variants[0], objective=objective)
                 else:
-                    found = self._diverge(self._reference, changed=stream)
+                    found = self._diverge(self._reference, stream, objective)
                 damages.setdefault(site.name, {})[fmt.name] = found
         return damages

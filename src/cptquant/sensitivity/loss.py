@@ -76,12 +76,6 @@ def pose_question(model: LoadedModel, tokens: TokenSet) -> Question:
     return Question(masked, targets)
 
 
-def fitting_batch_size(model: LoadedModel, tokens: TokenSet, *, at_most: int = 8) -> int:
-    """Sequences a batch so that one batch of logits stays within a bounded size."""
-    per_sequence = tokens.input_ids.shape[1] * max(1, model.layout.vocabulary_size)
-    return max(1, min(at_most, _LOGITS_AT_ONCE // per_sequence))
-
-
 @dataclass(frozen=True)
 class SequenceTotals:
     """Per-sequence sums and counts, (n,) float64 and (n,) int64; `correct` counts top-1 hits or agreements."""
@@ -97,10 +91,12 @@ class Objective:
     Args:
         stream: on the question's tokens; only its `finish` and `batches` are used, whatever block it stands at.
         question: tokens and targets.
+        stride: a language model is judged at every stride-th position only (its head works per token); bounds what a
+            large vocabulary costs where a mean is wanted, not each token.
     """
 
-    def __init__(self, stream: ModelStream, question: Question) -> None:
-        self._stream, self._task = stream, stream.layout.task
+    def __init__(self, stream: ModelStream, question: Question, *, stride: int = 1) -> None:
+        self._stream, self._task, self._stride = stream, stream.layout.task, stride
         sizes = [batch.sequence_count for batch in stream.batches]
         self._targets = None if question.targets is None else torch.split(question.targets, sizes)
 
@@ -218,10 +214,11 @@ class Objective:
         if not self._is_lm:
             yield slice(None), targets
             return
-        length = hidden.shape[1]
-        step = max(1, _LOGITS_AT_ONCE // (len(hidden) * max(1, self._stream.layout.vocabulary_size)))
+        length, stride = hidden.shape[1], self._stride
+        step = stride * max(1, _LOGITS_AT_ONCE // (len(hidden) * max(1, self._stream.layout.vocabulary_size)))
         for start in range(0, length, step):
-            yield slice(start, start + step), targets[:, start : start + step]
+            part = slice(start, min(start + step, length), stride)
+            yield part, targets[:, part]
 
 
 def probe_logits(

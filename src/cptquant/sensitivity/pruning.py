@@ -24,7 +24,6 @@ from cptquant.sensitivity.estimates import Estimate, estimate_ratio
 from cptquant.sensitivity.loss import (
     Objective,
     SequenceTotals,
-    fitting_batch_size,
     pick_for_task,
     pick_sequences,
     pose_question,
@@ -102,7 +101,7 @@ class _PruningSweep:
     def __init__(self, model: LoadedModel, tokens: TokenSet, progress: Progress) -> None:
         question = pose_question(model, tokens)
         self._layout, self._progress = model.layout, progress
-        self._stream = ModelStream(model, question.tokens, batch_size=fitting_batch_size(model, question.tokens))
+        self._stream = ModelStream(model, question.tokens)
         self._objective = Objective(self._stream, question)
         self._documents = question.tokens.documents
         whole = [list(self._stream.hidden)]

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import Site
 from cptquant.core.progress import Progress
+from cptquant.models.arithmetic import coarse_products, describe_arithmetic
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, site_modules
 from cptquant.models.text import TokenSet
@@ -78,6 +79,7 @@ class Tdmpq:
         outside_sequences: sequences for sites outside the blocks, whose divergence is measured, not expanded: one pass
             per format is cheap there, and a gradient with respect to a large vocabulary's head is not.
         seed: of the random signs.
+        coarse_products: passes may round the factors of their matrix products to bfloat16 (models/arithmetic.py).
     """
 
     name: ClassVar[str] = "tdmpq"
@@ -91,6 +93,7 @@ class Tdmpq:
     examples: int = 128
     outside_sequences: int = 16
     seed: int = 0
+    coarse_products: bool = True
 
     def __call__(self, model: LoadedModel, tokens: TokenSet, formats: SiteFormats, progress: Progress) -> Scores:
         """Expected rise of the loss per site and format; per block, the sum over its sites near 4 bits."""
@@ -157,6 +160,7 @@ class Tdmpq:
             else self.used_fisher,
             "quantizer": "round to nearest",
             "seed": self.seed,
+            "arithmetic": describe_arithmetic(self.coarse_products),
             "stderr": "over sequences, clustered by document",
         }
 
@@ -173,26 +177,6 @@ class _Terms:
 
     inner: list[float] = field(default_factory=list)
     quadratic: list[float] = field(default_factory=list)
-
-    def add(
-        self,
-        gradient: Tensor | None,  # (out_features, in_features); None: this sequence did not reach the site
-        change: Tensor,  # the same shape
-        curvature: Curvature,
-    ) -> None:
-        """Take in a sequence."""
-        if gradient is None:
-            self.inner.append(0.0)
-            self.quadratic.append(0.0)
-            return
-        product = gradient * change
-        rows = product.sum(dim=1, dtype=torch.float64)
-        inner = float(rows.sum())
-        self.inner.append(inner)
-        if curvature == "diagonal":
-            self.quadratic.append(float(product.flatten().dot(product.flatten())))
-        else:
-            self.quadratic.append(float(rows.dot(rows)) if curvature == "rows" else inner**2)
 
 
 class _BackwardWalk:
@@ -251,17 +235,20 @@ class _BackwardWalk:
         for index in range(count):
             if index % stride == 0:
                 kept[index] = list(stream.hidden)
-            stream.advance(stream.load_block())
+            with coarse_products(self._method.coarse_products):
+                stream.advance(stream.load_block())
         objective = Objective(stream, question)
         gradients: list[Tensor] = []
         for index, hidden in enumerate(stream.hidden):
-            gradient, counts = objective.gradient(index, hidden, self._method.used_fisher, self._generator)
+            with coarse_products(self._method.coarse_products):
+                gradient, counts = objective.gradient(index, hidden, self._method.used_fisher, self._generator)
             gradients.append(gradient)
             self._counts.append(counts)
         for start in reversed(kept):
             inputs = [kept[start]]
             for index in range(start, min(start + stride, count) - 1):
-                inputs.append(run_block_on_all(stream, load_block_at(stream, index), index, inputs[-1]))
+                with coarse_products(self._method.coarse_products):
+                    inputs.append(run_block_on_all(stream, load_block_at(stream, index), index, inputs[-1]))
             while inputs:
                 block_index = start + len(inputs) - 1
                 self._go_back(stream, block_index, inputs.pop(), gradients)
@@ -280,7 +267,9 @@ class _BackwardWalk:
         wanted = {name: modules[name] for name in modules if name in self._formats and self._method.variant == "weight"}
         sites = {name: layout.site_by_name[name] for name in wanted}
         changes = {
-            name: [perturb(original_weight(self._model, site), fmt, layout, Rtn()) for fmt in self._formats[name]]
+            name: torch.stack(
+                [perturb(original_weight(self._model, site), fmt, layout, Rtn()) for fmt in self._formats[name]]
+            )
             for name, site in sites.items()
         }
         for index, hidden in enumerate(inputs):
@@ -288,11 +277,15 @@ class _BackwardWalk:
             def run(states: Tensor, index: int = index) -> Tensor:
                 return stream.run_block_at(block, block_index, index, states)
 
-            weights, gradients[index] = backward(run, wanted, sites, hidden, gradients[index])
+            with coarse_products(self._method.coarse_products):
+                weights, gradients[index] = backward(run, wanted, sites, hidden, gradients[index])
             self._inputs[block_index].append(_input_score(hidden, gradients[index], self._method.noise))
             for name in wanted:
-                for fmt, change in zip(self._formats[name], changes[name], strict=True):
-                    self._terms[name][fmt.name].add(weights.get(name), change, self._method.curvature)
+                inner, quadratic = _products(weights.get(name), changes[name], self._method.curvature)
+                for fmt, first, second in zip(self._formats[name], inner, quadratic, strict=True):
+                    terms = self._terms[name][fmt.name]
+                    terms.inner.append(first)
+                    terms.quadratic.append(second)
 
     def damages(self) -> dict[str, dict[str, Estimate]]:
         """Site name -> format name -> expected rise of the loss."""
@@ -325,6 +318,23 @@ class _BackwardWalk:
 
     def _estimate(self, sums: Tensor) -> Estimate:
         return estimate_ratio(sums, torch.cat(self._counts), self._question.tokens.documents).floored()
+
+
+def _products(
+    gradient: Tensor | None,  # (out_features, in_features) of one sequence; None: it did not reach the site
+    changes: Tensor,  # (formats, out_features, in_features) float32
+    curvature: Curvature,
+) -> tuple[list[float], list[float]]:
+    """Per format <g, d>, and the quadratic term with the products that `curvature` keeps."""
+    if gradient is None:
+        return [0.0] * len(changes), [0.0] * len(changes)
+    rows = torch.einsum("oi,foi->fo", gradient, changes).double()  # one pass over memory, no product is stored
+    inner = rows.sum(dim=1)
+    if curvature == "diagonal":
+        quadratic = [float((gradient * change).square_().sum(dtype=torch.float64)) for change in changes]
+    else:
+        quadratic = (rows.square().sum(dim=1) if curvature == "rows" else inner.square()).tolist()
+    return inner.tolist(), quadratic
 
 
 def backward(

@@ -8,6 +8,7 @@ from cptquant.core.layout import ModelLayout
 from cptquant.core.manifest import CheckpointRecord, Manifest
 from cptquant.core.plan import Plan
 from cptquant.exporters.compressed_tensors import check_exportable, write_checkpoint
+from cptquant.models.arithmetic import describe_arithmetic
 from cptquant.packing.shards import ShardFolder
 from cptquant.quantizers.methods import find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
@@ -53,7 +54,11 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
         records = {record.site: record for record in shards.records()}
         return Manifest(
             quantizer=run.settings.quantizer,
-            settings={"options": repr(quantizer), "calibration": run.calibration.description},
+            settings={
+                "options": repr(quantizer),
+                "calibration": run.calibration.description,
+                "arithmetic": describe_arithmetic(getattr(quantizer, "coarse_products", False)),
+            },
             sites=tuple(records[site.name] for site in layout.sites if site.name in records),
             tensor_bytes=plan.size_bytes,
             plan_digest=plan.digest(),
