@@ -163,10 +163,15 @@ def test_every_site_gets_a_damage_and_the_table_says_how(toy, text, candidates, 
 def test_groups_of_sequences_and_repeats_change_nothing(toy, text, candidates, monkeypatch):
     model = toy("llama")
     tokens, formats = text(), candidates(model)
-    first = measure_sensitivity(model, tokens, formats, Tdmpq())
-    assert measure_sensitivity(model, tokens, formats, Tdmpq()) == first
+    method = Tdmpq(coarse_products=False)
+    first = measure_sensitivity(model, tokens, formats, method)
+    assert measure_sensitivity(model, tokens, formats, method) == first
+    monkeypatch.setattr("cptquant.sensitivity.taylor._CHANGE_BYTES", 1)  # a turn for each site
+    turns = measure_sensitivity(model, tokens, formats, method)
+    assert turns.damages == first.damages
+    assert turns.block_scores == first.block_scores
     monkeypatch.setattr("cptquant.sensitivity.taylor._HIDDEN_BYTES", 1)
-    apart = measure_sensitivity(model, tokens, formats, Tdmpq())
+    apart = measure_sensitivity(model, tokens, formats, method)
     name = model.layout.block_sites[0].name
     assert apart.damages[name]["int4-g16"].value == pytest.approx(first.damages[name]["int4-g16"].value, rel=1e-4)
 

@@ -11,20 +11,22 @@ from cptquant.core.progress import Progress, ignore_progress
 from cptquant.models.stream import ModelStream
 
 LANGUAGE_TASKS: tuple[Task, ...] = ("causal_lm", "masked_lm")
-_OUTPUT_LIMIT_BYTES = 1 << 27
-"""Outputs of one model held at once; beside it stand the original's of the same size. Beyond it (512 tokens of a
-150,000-token vocabulary are 307 MB) sequences are finished one at a time."""
+_OUTPUT_LIMIT_BYTES = 80 << 20
+"""Outputs of one model held at once; beside it stand the original's of the same size. Where one sequence needs more
+(256 tokens of a 150,000-token vocabulary are 154 MB) it is finished in parts: a language model's head works per
+token."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A few sequences whose outputs fit into memory.
+    """A few sequences, or a part of one, whose outputs fit into memory.
 
     Attributes:
-        rows: which of all the sequences.
+        rows: which of all the sequences. columns: which of their tokens; all of them, except in a language model.
     """
 
     rows: slice
+    columns: slice
     _streams: Mapping[str, ModelStream]
     _batch_index: int
     _rows_in_batch: slice
@@ -34,7 +36,7 @@ class Piece:
         stream = self._streams[subject]
         hidden = stream.hidden[self._batch_index]
         with torch.no_grad():
-            return stream.finish(self._batch_index, hidden[self._rows_in_batch])
+            return stream.finish(self._batch_index, hidden[self._rows_in_batch, self.columns])
 
 
 def run_blocks(streams: Mapping[str, ModelStream], progress: Progress = ignore_progress) -> None:
@@ -53,14 +55,21 @@ def run_blocks(streams: Mapping[str, ModelStream], progress: Progress = ignore_p
 
 
 def pieces(streams: Mapping[str, ModelStream]) -> Iterator[Piece]:
-    """All sequences in order, a batch at a time or fewer where a language model's logits would be large."""
+    """All sequences in order, a batch at a time or less where a language model's logits would be large."""
     stream = next(iter(streams.values()))
-    per_token = max(s.layout.vocabulary_size for s in streams.values()) if stream.layout.task in LANGUAGE_TASKS else 1
+    is_language_model = stream.layout.task in LANGUAGE_TASKS
+    per_token = max(s.layout.vocabulary_size for s in streams.values()) if is_language_model else 1
+    tokens_at_once = max(1, _OUTPUT_LIMIT_BYTES // (4 * per_token))
     first_row = 0
     for batch_index, batch in enumerate(stream.batches):
         count, length = batch.input_ids.shape
-        step = min(count, max(1, _OUTPUT_LIMIT_BYTES // (4 * length * per_token)))
+        step = min(count, max(1, tokens_at_once // length))
+        parts = -(-length // tokens_at_once) if is_language_model else 1
+        width = -(-length // parts)
         for start in range(0, count, step):
             stop = min(start + step, count)
-            yield Piece(slice(first_row + start, first_row + stop), streams, batch_index, slice(start, stop))
+            rows, in_batch = slice(first_row + start, first_row + stop), slice(start, stop)
+            for column in range(0, length, width):
+                columns = slice(column, min(column + width, length))
+                yield Piece(rows, columns if parts > 1 else slice(None), streams, batch_index, in_batch)
         first_row += count

@@ -39,14 +39,14 @@ def collect_scores(streams: Mapping[str, ModelStream], text: ScoredText) -> dict
     Raises:
         ModelError: a subject's outputs are not finite.
     """
-    parts: dict[str, list[Scores]] = {subject: [] for subject in streams}
+    parts: dict[str, list[tuple[slice, Scores]]] = {subject: [] for subject in streams}
     for piece in pieces(streams):
         original = piece.output(ORIGINAL) if ORIGINAL in streams else None
         for subject in streams:
             output = original if subject == ORIGINAL and original is not None else piece.output(subject)
             reference = None if subject == ORIGINAL else original
-            parts[subject].append(_score_piece(piece, output, reference, text))
-    scores = {subject: _join(found) for subject, found in parts.items()}
+            parts[subject].append((piece.rows, _score_piece(piece, output, reference, text)))
+    scores = {subject: _join(found, len(text.scored)) for subject, found in parts.items()}
     for subject, found in scores.items():
         for sums in (found.nll_nats, found.kl_nats):
             if sums is not None:
@@ -78,8 +78,8 @@ def _score_piece(
     original: Tensor | None,  # the same shape
     text: ScoredText,
 ) -> Scores:
-    nll = None if text.targets is None else sequence_nll(output, text.targets[piece.rows])
-    kl = None if original is None else sequence_kl(original, output, text.scored[piece.rows])
+    nll = None if text.targets is None else sequence_nll(output, _cut(text.targets, piece))
+    kl = None if original is None else sequence_kl(original, output, _cut(text.scored, piece))
     return Scores(
         nll_nats=None if nll is None else nll.sums,
         correct=None if nll is None else nll.correct,
@@ -88,10 +88,25 @@ def _score_piece(
     )
 
 
-def _join(parts: list[Scores]) -> Scores:
+def _cut(
+    per_position: Tensor,  # (n, T), or (n,)
+    piece: Piece,
+) -> Tensor:
+    rows = per_position[piece.rows]
+    return rows if rows.ndim == 1 else rows[:, piece.columns]
+
+
+def _join(parts: list[tuple[slice, Scores]], count: int) -> Scores:
+    """Sums over all parts of each of `count` sequences."""
+
     def join(name: str) -> Tensor | None:
-        tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors)
+        found = [(rows, getattr(part, name)) for rows, part in parts]
+        if found[0][1] is None:
+            return None
+        total = torch.zeros(count, dtype=found[0][1].dtype)
+        for rows, sums in found:
+            total[rows] += sums
+        return total
 
     return Scores(join("nll_nats"), join("correct"), join("kl_nats"), join("agreements"))
 

@@ -296,7 +296,10 @@ class ModelStream:
         """
         self._state.injected = hidden
         try:
-            output = self._call_shell(self.batches[batch_index])
+            batch = self.batches[batch_index]
+            # Some models shape their output after input_ids; what stands in these no longer matters.
+            rows, columns = slice(hidden.shape[0]), slice(hidden.shape[1])
+            output = self._call_shell(batch.input_ids[rows, columns], batch.attention_mask[rows, columns])
         finally:
             self._state.injected = None
         return output.last_hidden_state if self.layout.task == "encoder" else output.logits
@@ -310,16 +313,14 @@ class ModelStream:
     def _record(self, batch: "TokenSet") -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
         self._state.calls = calls = []
         try:
-            self._call_shell(batch)
+            self._call_shell(batch.input_ids, batch.attention_mask)
         except _Stop:
             return calls
         raise RuntimeError("the model returned without running its blocks")
 
-    def _call_shell(self, batch: "TokenSet") -> Any:
+    def _call_shell(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         device = self.model.module.device
-        return self._shell(
-            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), return_dict=True
-        )
+        return self._shell(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), return_dict=True)
 
     def _round(self, module: nn.Module) -> nn.Module:
         """What 16-bit storage does to a float32 original; the identity for 16-bit originals."""

@@ -26,7 +26,7 @@ from cptquant.packing.quantized_weight import QuantizedWeight, join_rows, scale_
 _CHUNK_ENTRIES = 1 << 18
 """Weights searched at a time: three float32 buffers of this size stay inside the processor's cache."""
 
-ROWS_ENTRIES = 1 << 23
+ROWS_ENTRIES = 1 << 22
 """Weights held in float32 at a time; rows do not depend on each other, so a tall matrix is taken in pieces."""
 
 _SHRINK_FACTORS = {2: (1.0, 0.3, 15), 3: (1.0, 0.45, 12), 4: (1.0, 0.6, 10)}

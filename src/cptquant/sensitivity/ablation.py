@@ -179,9 +179,8 @@ class AblationSweep:
         damages: dict[str, dict[str, Estimate]] = {}
         for site in (*entry_sites(self._layout), *exit_sites(self._layout)):
             for fmt in self._formats.get(site.name, ()):
-                weight = original_weight(self._model, site).float()
+                weight = original_weight(self._model, site)  # large: upcast by the quantizer, a few rows at a time
                 change = OneSite(site.name, Rtn()(weight, fmt, scale_dtype(self._layout)))
-                del weight
                 stream = self._new_stream(change)
                 if site in entry_sites(self._layout):
                     variants = [list(stream.hidden)]

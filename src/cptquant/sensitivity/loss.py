@@ -24,7 +24,7 @@ from cptquant.models.text import TokenSet
 
 Fisher = Literal["empirical", "true"]
 
-_LOGITS_AT_ONCE = 1 << 24  # 64 MB in float32
+_LOGITS_AT_ONCE = 1 << 23  # 32 MB in float32, of which several copies are held
 
 
 @dataclass(frozen=True)

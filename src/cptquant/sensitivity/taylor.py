@@ -25,23 +25,23 @@ and nothing is sampled.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cptquant.core.formats import QuantFormat
-from cptquant.core.layout import Site
 from cptquant.core.progress import Progress
-from cptquant.models.arithmetic import coarse_products, describe_arithmetic
+from cptquant.models.arithmetic import coarse_products, describe_arithmetic, has_fast_bfloat16
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, site_modules
 from cptquant.models.text import TokenSet
 from cptquant.quantizers.rtn import Rtn
 from cptquant.sensitivity.ablation import AblationSweep
 from cptquant.sensitivity.estimates import Estimate, estimate_ratio
+from cptquant.sensitivity.expansion import Curvature, Terms, backward, input_score, products
 from cptquant.sensitivity.loss import Fisher, Objective, Question, pick_for_task, pick_sequences, pose_question
 from cptquant.sensitivity.perturbation import (
     BLOCK_SCORE_BITS,
@@ -55,12 +55,14 @@ from cptquant.sensitivity.perturbation import (
 from cptquant.sensitivity.relative_error import RULE_TEXT, relative_errors
 from cptquant.sensitivity.scores import SCORE_RULE, Scores, SiteFormats, spread_over_sites
 
-Curvature = Literal["diagonal", "rows", "projected"]
+_CHANGE_BYTES = 224 << 20
+"""Changes of a block's weights held in float32, all formats together. A block that needs more goes back in several
+turns, some of its sites each."""
 
-_HIDDEN_BYTES = 384 << 20
-"""Block inputs kept for the way back. Where all of them need more, every sqrt(blocks)-th is kept and those between are
-computed again, which costs a second forward pass; where that needs more still, sequences are gone through in groups,
-which costs rounding every weight to every format once a group."""
+_HIDDEN_BYTES = 256 << 20
+"""Block inputs kept for the way back, in bfloat16 where products are coarse. Where all of them need more, every
+sqrt(blocks)-th is kept and those between are computed again, which costs a second forward pass; where that needs more
+still, sequences are gone through in groups, which costs rounding every weight to every format once a group."""
 
 
 @dataclass(frozen=True)
@@ -171,14 +173,6 @@ def _unit(model: LoadedModel) -> str:
     )
 
 
-@dataclass
-class _Terms:
-    """What one site and format collect, per sequence: <g, d>, and the quadratic term with the products it keeps."""
-
-    inner: list[float] = field(default_factory=list)
-    quadratic: list[float] = field(default_factory=list)
-
-
 class _BackwardWalk:
     """One forward and one backward pass over the calibration text, a sequence and a block at a time.
 
@@ -200,7 +194,7 @@ class _BackwardWalk:
         self._formats = {
             name: row for name, row in formats.items() if layout.site_by_name[name].block_index is not None
         }
-        self._terms = {name: {fmt.name: _Terms() for fmt in row} for name, row in self._formats.items()}
+        self._terms = {name: {fmt.name: Terms() for fmt in row} for name, row in self._formats.items()}
         self._inputs: list[list[float]] = [[] for _ in range(layout.block_count)]
         self._counts: list[Tensor] = []
         self._generator = torch.Generator().manual_seed(method.seed)
@@ -209,7 +203,7 @@ class _BackwardWalk:
         """Go through all sequences, a group at a time."""
         tokens, layout = self._question.tokens, self._model.layout
         count, sequences = layout.block_count, tokens.sequence_count
-        one_input_bytes = 4 * tokens.input_ids.shape[1] * layout.hidden_size
+        one_input_bytes = self._kept_dtype.itemsize * tokens.input_ids.shape[1] * layout.hidden_size
         stride, size = 1, sequences
         if sequences * count * one_input_bytes > _HIDDEN_BYTES:
             stride = math.ceil(count**0.5)
@@ -220,6 +214,13 @@ class _BackwardWalk:
             self._run_group(
                 indices, stride, lambda done, number=number: self._report(number * count + done, len(groups))
             )
+
+    @property
+    def _kept_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self._method.coarse_products and has_fast_bfloat16() else torch.float32
+
+    def _keep(self, states: Sequence[Tensor]) -> list[Tensor]:
+        return [hidden.to(self._kept_dtype) for hidden in states]
 
     def _report(self, done: int, group_count: int) -> None:
         self._progress("gradients", done, group_count * self._model.layout.block_count)
@@ -234,7 +235,7 @@ class _BackwardWalk:
         kept: dict[int, list[Tensor]] = {}
         for index in range(count):
             if index % stride == 0:
-                kept[index] = list(stream.hidden)
+                kept[index] = self._keep(stream.hidden)
             with coarse_products(self._method.coarse_products):
                 stream.advance(stream.load_block())
         objective = Objective(stream, question)
@@ -247,8 +248,9 @@ class _BackwardWalk:
         for start in reversed(kept):
             inputs = [kept[start]]
             for index in range(start, min(start + stride, count) - 1):
+                states = [hidden.float() for hidden in inputs[-1]]
                 with coarse_products(self._method.coarse_products):
-                    inputs.append(run_block_on_all(stream, load_block_at(stream, index), index, inputs[-1]))
+                    inputs.append(self._keep(run_block_on_all(stream, load_block_at(stream, index), index, states)))
             while inputs:
                 block_index = start + len(inputs) - 1
                 self._go_back(stream, block_index, inputs.pop(), gradients)
@@ -261,31 +263,75 @@ class _BackwardWalk:
         inputs: list[Tensor],  # per sequence (1, T, d)
         gradients: list[Tensor],  # per sequence (1, T, d), of the block's output; replaced by those of its input
     ) -> None:
-        layout = self._model.layout
         block = load_block_at(stream, block_index)
+        modules = site_modules(block, self._model.layout, block_index)
+        names = [name for name in modules if name in self._formats and self._method.variant == "weight"]
+        turns = self._turns(names)
+        for turn in turns:
+            changes = {name: self._changes(name) for name in turn}
+            for index, kept in enumerate(inputs):
+                hidden = kept.float()
+                weights, gradient = self._backward(stream, block_index, block, index, hidden, turn, gradients[index])
+                for name in turn:
+                    self._take(name, weights.get(name), changes[name])
+                if turn is turns[-1]:
+                    gradients[index] = gradient
+                    self._inputs[block_index].append(input_score(hidden, gradient, self._method.noise))
+
+    def _turns(self, names: list[str]) -> list[list[str]]:
+        """The sites of a block, as many together as their changes fit into memory; at least one turn, maybe empty."""
+        turns: list[list[str]] = [[]]
+        free = _CHANGE_BYTES
+        for name in names:
+            needed = 4 * self._model.layout.site_by_name[name].weight_count * len(self._formats[name])
+            if needed > free and turns[-1]:
+                turns.append([])
+                free = _CHANGE_BYTES
+            turns[-1].append(name)
+            free -= needed
+        return turns
+
+    def _changes(self, name: str) -> Tensor:
+        """(formats, out_features, in_features) float32."""
+        layout = self._model.layout
+        weight = original_weight(self._model, layout.site_by_name[name])
+        changes = torch.empty(len(self._formats[name]), *weight.shape)
+        for row, fmt in zip(changes, self._formats[name], strict=True):
+            row.copy_(perturb(weight, fmt, layout, Rtn()))
+        return changes
+
+    def _backward(
+        self,
+        stream: ModelStream,
+        block_index: int,
+        block: nn.Module,
+        index: int,
+        hidden: Tensor,  # (1, T, d)
+        names: list[str],
+        gradient: Tensor,  # (1, T, d)
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        layout = self._model.layout
         modules = site_modules(block, layout, block_index)
-        wanted = {name: modules[name] for name in modules if name in self._formats and self._method.variant == "weight"}
-        sites = {name: layout.site_by_name[name] for name in wanted}
-        changes = {
-            name: torch.stack(
-                [perturb(original_weight(self._model, site), fmt, layout, Rtn()) for fmt in self._formats[name]]
+
+        def run(states: Tensor) -> Tensor:
+            return stream.run_block_at(block, block_index, index, states)
+
+        with coarse_products(self._method.coarse_products):
+            return backward(
+                run,
+                {name: modules[name] for name in names},
+                {name: layout.site_by_name[name] for name in names},
+                hidden,
+                gradient,
             )
-            for name, site in sites.items()
-        }
-        for index, hidden in enumerate(inputs):
 
-            def run(states: Tensor, index: int = index) -> Tensor:
-                return stream.run_block_at(block, block_index, index, states)
-
-            with coarse_products(self._method.coarse_products):
-                weights, gradients[index] = backward(run, wanted, sites, hidden, gradients[index])
-            self._inputs[block_index].append(_input_score(hidden, gradients[index], self._method.noise))
-            for name in wanted:
-                inner, quadratic = _products(weights.get(name), changes[name], self._method.curvature)
-                for fmt, first, second in zip(self._formats[name], inner, quadratic, strict=True):
-                    terms = self._terms[name][fmt.name]
-                    terms.inner.append(first)
-                    terms.quadratic.append(second)
+    def _take(self, name: str, gradient: Tensor | None, changes: Tensor) -> None:
+        """Set one sequence's gradient against the changes of all formats."""
+        inner, quadratic = products(gradient, changes, self._method.curvature)
+        for fmt, first, second in zip(self._formats[name], inner, quadratic, strict=True):
+            terms = self._terms[name][fmt.name]
+            terms.inner.append(first)
+            terms.quadratic.append(second)
 
     def damages(self) -> dict[str, dict[str, Estimate]]:
         """Site name -> format name -> expected rise of the loss."""
@@ -293,7 +339,7 @@ class _BackwardWalk:
 
     def block_sums(self) -> list[Estimate]:
         """Per block, the sum over its sites at the format nearest to `BLOCK_SCORE_BITS`."""
-        owned: list[list[_Terms]] = [[] for _ in range(self._model.layout.block_count)]
+        owned: list[list[Terms]] = [[] for _ in range(self._model.layout.block_count)]
         for site in self._model.layout.block_sites:
             if site.name in self._formats and site.block_index is not None:
                 owned[site.block_index].append(self._terms[site.name][nearest_format(self._formats[site.name]).name])
@@ -303,7 +349,7 @@ class _BackwardWalk:
         """Per block, the expected change of the loss under noise on its input."""
         return [self._estimate(torch.tensor(values, dtype=torch.float64)) for values in self._inputs]
 
-    def _combine(self, terms: list[_Terms]) -> Estimate:
+    def _combine(self, terms: list[Terms]) -> Estimate:
         """Add up the chosen Taylor terms of some sites."""
         sequences = self._question.tokens.sequence_count
         total = torch.zeros(sequences, dtype=torch.float64)
@@ -318,66 +364,3 @@ class _BackwardWalk:
 
     def _estimate(self, sums: Tensor) -> Estimate:
         return estimate_ratio(sums, torch.cat(self._counts), self._question.tokens.documents).floored()
-
-
-def _products(
-    gradient: Tensor | None,  # (out_features, in_features) of one sequence; None: it did not reach the site
-    changes: Tensor,  # (formats, out_features, in_features) float32
-    curvature: Curvature,
-) -> tuple[list[float], list[float]]:
-    """Per format <g, d>, and the quadratic term with the products that `curvature` keeps."""
-    if gradient is None:
-        return [0.0] * len(changes), [0.0] * len(changes)
-    rows = torch.einsum("oi,foi->fo", gradient, changes).double()  # one pass over memory, no product is stored
-    inner = rows.sum(dim=1)
-    if curvature == "diagonal":
-        quadratic = [float((gradient * change).square_().sum(dtype=torch.float64)) for change in changes]
-    else:
-        quadratic = (rows.square().sum(dim=1) if curvature == "rows" else inner.square()).tolist()
-    return inner.tolist(), quadratic
-
-
-def backward(
-    run: Callable[[Tensor], Tensor],
-    modules: Mapping[str, nn.Module],
-    sites: Mapping[str, Site],
-    hidden: Tensor,  # (1, T, d)
-    gradient: Tensor,  # (1, T, d): of the block's output
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Run a block with gradients.
-
-    Args:
-        run: the block as a function of its input. modules, sites: whose weight gradients are wanted.
-        hidden: the block's input. gradient: of the loss with respect to the block's output.
-
-    Returns:
-        Gradient of the loss with respect to each site's weight, (out_features, in_features), for the sites that took
-        part (an expert may not be called), and to the block's input, (1, T, d).
-    """
-    parameters = {name: module.get_parameter("weight") for name, module in modules.items()}
-    states = hidden.detach().requires_grad_(True)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            output = run(states)
-            found = torch.autograd.grad(output, [states, *parameters.values()], gradient, allow_unused=True)
-    finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-    weights = {
-        name: (part.t() if sites[name].transposed else part).contiguous()
-        for name, part in zip(parameters, found[1:], strict=True)
-        if part is not None
-    }
-    return weights, torch.zeros_like(hidden) if found[0] is None else found[0]
-
-
-def _input_score(
-    hidden: Tensor,  # (1, T, d)
-    gradient: Tensor,  # (1, T, d): of the summed loss
-    noise: float,
-) -> float:
-    """E |<gradient, e>| for e ~ noise * rms(hidden) * N(0, 1)."""
-    rms = float(hidden.square().mean(dtype=torch.float64)) ** 0.5
-    return math.sqrt(2 / math.pi) * noise * rms * float(gradient.double().norm())
