@@ -1,10 +1,13 @@
 """`quantize --dry-run`: sizes exactly, time and memory roughly, before either is spent.
 
-Time is counted in float32 products (multiply-adds, two operations each) and divided by the speed of a matrix product
-measured now. The counts leave out what is small; `benchmarks/rehearsal.py` compares them with real runs.
+Time is counted in matrix products (multiply-adds, two operations each) divided by the speed of such products measured
+now, in float32 and in the arithmetic of the calibration passes, plus what costs time by the weight or by the column.
+Constants were fitted to the stages of `benchmarks/rehearsal.py` and `benchmarks/end_to_end.py`; expect half to twice
+the time.
 """
 
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -14,17 +17,28 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.settings import RunSettings
 from cptquant.core.targets import candidate_formats, find_target
+from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import read_layout
+from cptquant.sensitivity.taylor import Tdmpq
 from cptquant.stages.allocate import needs_table
 from cptquant.stages.check import check_choices
 
 _BASE_BYTES = 500_000_000
 """Resident set of Python with torch and transformers imported."""
-_EFFICIENCY = 0.5
-"""Share of the measured matrix-product speed that whole stages reach on two cores; attention, norms and copies take
-the rest."""
-_ROUNDING_SECONDS_PER_WEIGHT = 6e-8
-"""Grid search of one weight in one format on one core of a current server processor."""
+_EFFICIENCY = 0.75
+"""Share of the measured matrix-product speed that whole passes reach; attention, norms and copies take the rest."""
+_COARSE_EFFICIENCY = 0.5
+"""The same in the calibration passes, where products are faster and the rest weighs more."""
+_ROUNDING_SECONDS_PER_WEIGHT = 2.5e-8
+"""Grid search of one weight in one format on two cores of a current server processor."""
+_SECONDS_PER_COLUMN = 4e-4
+"""Rounding one column of one input's matrices in GPTQ and in the rounds of descent: calls, not arithmetic."""
+_SECONDS_PER_BLOCK_AND_SEQUENCE = 0.01
+"""Running a block for one sequence, forth and back, in TDMPQ: the same."""
+_DESCENT_PRODUCTS = 11
+"""Products of the Hessian with the weight: GPTQ's own, and two and a half in each of four rounds of descent."""
+_SECONDS_PER_LOGIT = 2.5e-9
+"""Softmax, logarithms and sums of the divergence."""
 _ABLATION_SEQUENCES = 16
 
 
@@ -41,7 +55,9 @@ def estimate_run(settings: RunSettings) -> RunEstimate:
     reach = find_reach(layout, budget, target, settings.quant_formats)
     limit = budget.limit_bytes(layout)
     speed = _measure_flops_per_second()
-    seconds = _stage_seconds(layout, settings, speed * _EFFICIENCY)
+    with coarse_products():
+        coarse_speed = _measure_flops_per_second()
+    seconds = _stage_seconds(layout, settings, speed * _EFFICIENCY, coarse_speed * _COARSE_EFFICIENCY)
     variants = 1 + len(settings.baselines_for(layout))
     return RunEstimate(
         model=settings.model,
@@ -60,8 +76,8 @@ def estimate_run(settings: RunSettings) -> RunEstimate:
     )
 
 
-def _measure_flops_per_second(size: int = 1024, repeats: int = 5) -> float:
-    """The best of a few float32 matrix products."""
+def _measure_flops_per_second(size: int = 1024, repeats: int = 12) -> float:
+    """The best of a few matrix products of float32 tensors."""
     left, right = torch.randn(size, size), torch.randn(size, size)
     best = float("inf")
     for _ in range(repeats):
@@ -71,36 +87,82 @@ def _measure_flops_per_second(size: int = 1024, repeats: int = 5) -> float:
     return 2 * size**3 / best
 
 
-def _stage_seconds(layout: ModelLayout, settings: RunSettings, speed: float) -> dict[str, float]:
-    length = min(settings.sequence_length, layout.max_positions or settings.sequence_length)
-    calibration = settings.calibration_sequences * length
-    validation, test = max(2, settings.eval_sequences // 2) * length, settings.eval_sequences * length
+@dataclass(frozen=True)
+class _Counts:
+    """What a model costs: operations for one token in the blocks and outside them, Hessians, GPTQ."""
+
+    block_pass: float
+    outer_pass: float
+    hessian: float
+    factor: float
+    update: float
+    columns: int
+    block_weights: int
+    outer_weights: int
+
+
+def _count(layout: ModelLayout, length: int) -> _Counts:
+    outer = [site for site in layout.sites if site.block_index is None]
+    # Sites that are tied (q/k/v, gate/up) read one input: one Hessian, one pass over its columns.
+    first_of_tie = {site for tie in layout.ties for site in tie.sites[1:]}
+    inputs = [site for site in layout.block_sites if site.name not in first_of_tie]
     block_weights = sum(site.weight_count for site in layout.block_sites)
-    outer_weights = sum(s.weight_count for s in layout.sites if s.block_index is None and s.kind == "linear")
-    attention = 2 * layout.block_count * layout.hidden_size * length
-    block_pass, outer_pass = 2.0 * (block_weights + attention), 2.0 * outer_weights
-    variants = 1 + len(settings.baselines_for(layout))
-    formats = len(settings.formats)
-    hessian = sum(2.0 * site.in_features**2 for site in layout.block_sites)
-    inputs = sum(site.in_features**3 for site in layout.block_sites)
-    updates = sum(2.0 * site.in_features * site.weight_count for site in layout.block_sites)
-    rounding = _ROUNDING_SECONDS_PER_WEIGHT * block_weights
-    measure = {
-        "cmpq": calibration * (block_pass + hessian) / speed + formats * rounding,
-        "tdmpq": calibration * ((4 + formats) * block_pass + 3 * outer_pass) / speed + formats * rounding,
-        "pmpq": calibration * ((layout.block_count / 2) * block_pass + layout.block_count * outer_pass) / speed,
-        "ablation": _ABLATION_SEQUENCES * length * formats * len(layout.sites) * (block_pass / 2 + outer_pass) / speed,
-    }[settings.sensitivity]
-    quantize = rounding * variants
-    if settings.quantizer == "gptq":
-        quantize += variants * (calibration * (2 * block_pass + hessian) + inputs + updates) / speed
-    both = block_pass + outer_pass
+    return _Counts(
+        block_pass=2.0 * (block_weights + 2 * layout.block_count * layout.hidden_size * length),
+        outer_pass=2.0 * sum(site.weight_count for site in outer if site.kind == "linear"),
+        hessian=sum(1.25 * site.in_features**2 for site in inputs),
+        factor=sum(1.0 * site.in_features**3 for site in inputs),
+        update=sum(2.0 * site.in_features * site.weight_count for site in layout.block_sites),
+        columns=sum(site.in_features for site in inputs),
+        block_weights=block_weights,
+        outer_weights=sum(site.weight_count for site in outer),
+    )
+
+
+def _stage_seconds(layout: ModelLayout, settings: RunSettings, speed: float, coarse_speed: float) -> dict[str, float]:
+    """Args: speed, coarse_speed: operations a second that passes reach in float32 and in calibration."""
+    length = min(settings.sequence_length, layout.max_positions or settings.sequence_length)
+    validation, test = max(2, settings.eval_sequences // 2) * length, settings.eval_sequences * length
+    cost, variants = _count(layout, length), 1 + len(settings.baselines_for(layout))
+    per_token = (cost.block_pass + cost.outer_pass) / speed + _SECONDS_PER_LOGIT * layout.vocabulary_size
     return {
-        "measure": measure if needs_table(settings.allocator) else 0.0,
-        "quantize": quantize,
-        "guard": 3 * validation * both / speed,
-        "evaluate": (1 + variants) * test * both / speed,
+        "measure": _measure_seconds(layout, settings, cost, speed, coarse_speed)
+        if needs_table(settings.allocator)
+        else 0.0,
+        "quantize": variants * _quantize_seconds(settings, cost, length, speed, coarse_speed),
+        "guard": 3 * validation * per_token,
+        "evaluate": (1 + variants) * test * per_token,
     }
+
+
+def _quantize_seconds(settings: RunSettings, cost: _Counts, length: int, speed: float, coarse_speed: float) -> float:
+    seconds = _ROUNDING_SECONDS_PER_WEIGHT * (cost.block_weights + cost.outer_weights)
+    if settings.quantizer == "gptq":
+        seconds += settings.calibration_sequences * length * (2 * cost.block_pass + cost.hessian) / coarse_speed
+        seconds += (cost.factor + _DESCENT_PRODUCTS * cost.update) / speed + _SECONDS_PER_COLUMN * cost.columns
+    return seconds
+
+
+def _measure_seconds(
+    layout: ModelLayout, settings: RunSettings, cost: _Counts, speed: float, coarse_speed: float
+) -> float:
+    length = min(settings.sequence_length, layout.max_positions or settings.sequence_length)
+    calibration, formats = settings.calibration_sequences * length, len(settings.formats)
+    rounding = formats * _ROUNDING_SECONDS_PER_WEIGHT * (cost.block_weights + cost.outer_weights)
+    method, both = Tdmpq(), cost.block_pass + cost.outer_pass
+    if settings.sensitivity == "tdmpq":
+        sequences = min(method.sequences, settings.calibration_sequences)
+        tokens = sequences * length
+        passes = tokens * (4 * cost.block_pass + 2 * cost.outer_pass) / coarse_speed
+        outside = 4 * min(method.outside_sequences, sequences) * length * cost.block_pass / speed
+        calls = _SECONDS_PER_BLOCK_AND_SEQUENCE * layout.block_count * sequences
+        return passes + outside + calls + rounding + 2 * _SECONDS_PER_LOGIT * tokens * layout.vocabulary_size
+    if settings.sensitivity == "cmpq":
+        return calibration * (cost.block_pass + cost.hessian) / speed + rounding
+    if settings.sensitivity == "pmpq":
+        return 3 * calibration * layout.block_count * (cost.block_pass / 2 + cost.outer_pass) / speed + rounding
+    changes = formats * len(layout.sites)
+    return _ABLATION_SEQUENCES * length * changes * (both - cost.block_pass / 2) / speed + rounding
 
 
 def _uniform_bytes(layout: ModelLayout, settings: RunSettings, fmt: QuantFormat) -> int:
