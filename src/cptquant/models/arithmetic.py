@@ -30,7 +30,10 @@ def describe_arithmetic(coarse: bool) -> str:
 
 @contextmanager
 def coarse_products(wanted: bool = True) -> Iterator[None]:
-    """Let float32 matrix products on the CPU round their factors to bfloat16 within a `with`, where that is faster.
+    """Let matrix products on the CPU round their factors to bfloat16 within a `with`, where that is faster.
+
+    A model's layers go through autocast, so their outputs are bfloat16 too, while residuals and norms stay float32. Plain
+    products of float32 tensors, such as a Hessian's, keep float32 sums.
 
     The switch is the process's; threads of torch's own pool follow it, other Python threads would too.
     """
@@ -41,6 +44,7 @@ def coarse_products(wanted: bool = True) -> Iterator[None]:
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
-        yield
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
     finally:
         matmul.fp32_precision = before

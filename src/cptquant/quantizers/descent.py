@@ -16,6 +16,7 @@ only in rows where f falls; H is GPTQ's damped Hessian, so that directions the c
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,20 +136,33 @@ def _storable(scales: Tensor, rounded: Rounded) -> Tensor:
 
 def _sweep_(rounded: Rounded, hessian: Tensor, gradient: Tensor) -> None:
     """Round every column anew, given all others; `gradient` is H (W - Q) and is kept up to date."""
-    columns = rounded.shifted.shape[0]
-    diagonal = hessian.diagonal().tolist()
+    columns, width = rounded.shifted.shape[0], rounded.group_columns
+    inverse_diagonal = hessian.diagonal().reciprocal().tolist()
+    # One column is a few short calls: views are made once, and constant limits are numbers.
+    codes, scales = rounded.shifted.unbind(0), rounded.scales.unbind(0)
+    inverse_scales, limits = rounded.scales.reciprocal().unbind(0), _limits(rounded)
     for start in range(0, columns, _BLOCK_COLUMNS):
         stop = min(start + _BLOCK_COLUMNS, columns)
         local = gradient[start:stop].clone()
         change = torch.empty_like(local)
-        for index in range(start, stop):
-            row, group = index - start, index // rounded.group_columns
-            scale = rounded.scales[group]
+        for row, (index, residual, moved_by) in enumerate(
+            zip(range(start, stop), local.unbind(0), change.unbind(0), strict=True)
+        ):
+            group, code = index // width, codes[index]
             # In units of the scale: where this column's code should be, nearest integer, and how far that moves it.
-            moved = torch.div(local[row], scale, out=change[row]).div_(diagonal[index]).add_(rounded.shifted[index])
-            moved = torch.clamp(moved.round_(), rounded.low[group], rounded.high[group])
-            torch.sub(moved, rounded.shifted[index], out=change[row]).mul_(scale)
-            rounded.shifted[index] = moved
+            moved = torch.addcmul(code, residual, inverse_scales[group], value=inverse_diagonal[index])
+            low, high = limits[group]
+            torch.clamp(moved.round_(), low, high, out=moved)
+            torch.sub(moved, code, out=moved_by).mul_(scales[group])
+            code.copy_(moved)
             if index + 1 < stop:
-                local[row + 1 :].addr_(hessian[index + 1 : stop, index], change[row], alpha=-1)
+                local[row + 1 :].addr_(hessian[index + 1 : stop, index], moved_by, alpha=-1)
         gradient.addmm_(hessian[:, start:stop], change, alpha=-1)
+
+
+def _limits(rounded: Rounded) -> list[tuple[Any, Any]]:
+    """Smallest and largest code of each group: numbers where all rows share them (symmetric formats)."""
+    low, high = rounded.low, rounded.high
+    if bool((low == low[0, 0]).all()) and bool((high == high[0, 0]).all()):
+        return [(float(low[0, 0]), float(high[0, 0]))] * len(low)
+    return list(zip(low.unbind(0), high.unbind(0), strict=True))

@@ -51,8 +51,15 @@ class HessianAccumulator:
         """
         if self.count == 0:
             raise ValueError("no input vector was added: the Hessian is undefined")
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).t()) / self.count
+        mean = self._sum / self.count
+        width = mean.shape[0]
+        step = -(-width // _PANELS)
+        for start in range(0, width, step):  # mirror the panels without a second copy of the whole
+            stop = min(start + step, width)
+            corner = mean[start:stop, start:stop].triu()
+            mean[start:stop, start:stop] = corner + corner.triu(1).t()
+            mean[stop:, start:stop] = mean[start:stop, stop:].t()
+        return mean
 
 
 class Complete(BaseException):
