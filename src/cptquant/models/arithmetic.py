@@ -32,8 +32,8 @@ def describe_arithmetic(coarse: bool) -> str:
 def coarse_products(wanted: bool = True) -> Iterator[None]:
     """Let matrix products on the CPU round their factors to bfloat16 within a `with`, where that is faster.
 
-    A model's layers go through autocast, so their outputs are bfloat16 too, while residuals and norms stay float32. Plain
-    products of float32 tensors, such as a Hessian's, keep float32 sums.
+    A model's layers go through autocast, so their outputs are bfloat16 too, while residuals and norms stay float32.
+    Plain products of float32 tensors, such as a Hessian's, keep float32 sums.
 
     The switch is the process's; threads of torch's own pool follow it, other Python threads would too.
     """
