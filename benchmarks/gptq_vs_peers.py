@@ -126,7 +126,10 @@ def read_arguments() -> argparse.Namespace:
 def list_contestants(args: argparse.Namespace) -> list[Contestant]:
     """Ours first, then the peers whose interpreters were given."""
     batch = ("--batch-size", str(args.peer_batch_size), "--dtype", args.peer_dtype)
-    found = [Contestant("cptquant", "cptquant_gptq.py", Path(sys.executable))]
+    found = [
+        Contestant("cptquant", "cptquant_gptq.py", Path(sys.executable)),
+        Contestant("cptquant, no descent", "cptquant_gptq.py", Path(sys.executable), ("--descent-rounds", "0")),
+    ]
     peers = (("llm-compressor", "llmcompressor", args.llmcompressor_python),
              ("GPTQModel", "gptqmodel", args.gptqmodel_python))  # fmt: skip
     for name, script, python in peers:

@@ -22,4 +22,5 @@ def read_arguments(description: str, *, default_batch_size: int | None) -> argpa
         help="choose scales by squared error instead of by the largest weight; each tool's own default if absent",
     )
     parser.add_argument("--activation-order", action="store_true", help="cptquant only; the peers keep their defaults")
+    parser.add_argument("--descent-rounds", type=int, default=None, help="cptquant only; its default if absent")
     return parser.parse_args()

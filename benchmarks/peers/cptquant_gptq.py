@@ -6,6 +6,7 @@ Counted as "gptq": `quantize_sites` on a loaded model, encoding and writing of e
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from accounting import Account
@@ -50,7 +51,9 @@ def main() -> None:
     shapes = {site.name: (site.out_features, site.in_features) for site in model.layout.sites}
     quantizer = Gptq(activation_order=args.activation_order)
     if args.clip_search is not None:
-        quantizer = Gptq(activation_order=args.activation_order, clip_search=args.clip_search)
+        quantizer = replace(quantizer, clip_search=args.clip_search)
+    if args.descent_rounds is not None:
+        quantizer = replace(quantizer, descent_rounds=args.descent_rounds)
     with tempfile.TemporaryDirectory() as work:
         shards = ShardFolder(Path(work), plan.quant_formats, shapes)
         with account.step("gptq"):
