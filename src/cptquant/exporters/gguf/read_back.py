@@ -27,9 +27,9 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     try:
         reader = gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ArtifactError(
-            f"{path} is missing, cut short or no GGUF file ({str(error).splitlines()[0][:200] or type(error).__name__}); "
-            "write it again with: cptquant quantize RUN"
+            f"{path} is missing, cut short or no GGUF file ({reason}); write it again with: cptquant quantize RUN"
         ) from None
     end = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
     if end > path.stat().st_size:

@@ -33,7 +33,8 @@ _MOST_SEQUENCES = 8
 MIXED_TEXT = (
     "The quick brown fox, 1234567 jumps; it's O'Neill's — “quoted”!\n\n\tdef f(x):\n        return x ** 2  # π≈3.14\n"
     "Zażółć gęślą jaźń. Ünïcödé naïve café. Привет, мир! Γειά σου Κόσμε. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया. "
-    "你好，世界。こんにちは世界。안녕하세요 세계. 🙂👩‍👩‍👧 ½ ²  trailing   spaces   \r\n<html>&amp;</html> don't WE'LL I'M 00 3.0e-7"
+    "你好，世界。こんにちは世界。안녕하세요 세계. 🙂 ½ ²  trailing   spaces   \r\n"
+    "<html>&amp;</html> don't WE'LL 00 3.0e-7"
 )
 
 
@@ -64,8 +65,8 @@ def compare_in_engine(
     if compared[0].kl_nats_per_token > BOUND_NATS:
         raise CptquantError(
             f"llama.cpp computes something else than our model from the same weights: "
-            f"{compared[0].kl_nats_per_token:.3g} nats per token, at most {BOUND_NATS:g} is allowed; every tensor in the "
-            "file is bit for bit ours, so metadata or the engine's graph differ"
+            f"{compared[0].kl_nats_per_token:.3g} nats per token, at most {BOUND_NATS:g} is allowed; every tensor of "
+            "the file is bit for bit ours, so metadata or the engine's graph differ"
         )
     return tuple(compared)
 

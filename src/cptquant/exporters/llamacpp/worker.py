@@ -17,10 +17,12 @@ import numpy as np
 
 
 def main() -> None:
+    """Answer one request."""
     request = json.load(sys.stdin)
     started = time.perf_counter()
     longest = max((len(ids) for ids in request.get("sequences", [[0] * 32])), default=32)
     embed = request["task"] == "embed"
+    _keep_plain_layouts()
     model = llama_cpp.Llama(
         model_path=request["model"],
         n_ctx=max(32, longest),
@@ -29,6 +31,8 @@ def main() -> None:
         n_threads=request.get("threads", 1),
         n_threads_batch=request.get("threads", 1),
         n_gpu_layers=0,
+        type_k=llama_cpp.GGML_TYPE_F32,  # what the cache rounds is not the question here
+        type_v=llama_cpp.GGML_TYPE_F32,
         logits_all=not embed,
         embedding=embed,
         verbose=False,
@@ -52,6 +56,20 @@ def main() -> None:
     reply["run_seconds"] = time.perf_counter() - loaded
     reply["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     json.dump(reply, sys.stdout)
+
+
+def _keep_plain_layouts() -> None:
+    """Weights as they stand in the file: the repacked layouts (AMX) of some builds crash on some machines."""
+    defaults = llama_cpp.llama_model_default_params
+
+    def plain() -> object:
+        parameters = defaults()
+        if hasattr(parameters, "use_extra_bufts"):
+            parameters.use_extra_bufts = False
+        return parameters
+
+    llama_cpp.llama_cpp.llama_model_default_params = plain
+    llama_cpp.llama.llama_cpp.llama_model_default_params = plain
 
 
 def _embed(model: "llama_cpp.Llama", ids: list[int]) -> np.ndarray:
