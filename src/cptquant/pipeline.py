@@ -21,7 +21,7 @@ from cptquant.stages.check import check_choices
 from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
 from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
-from cptquant.stages.quantize import Variant, quantize_stage, write_stage
+from cptquant.stages.quantize import Variant, export_stage, quantize_stage, write_stage
 from cptquant.stages.run import Run
 
 
@@ -83,6 +83,7 @@ def _from_plan(run: Run, layout: ModelLayout) -> Result:
     variants = _quantize_variants(run, layout)
     written, guard = guard_stage(run, variants)
     write_stage(run, variants[written])
+    export_stage(run, variants[written])
     evaluation = evaluate_stage(run, layout, variants, written, guard)
     render_report(run.folder)
     return Result(run.folder, layout, variants[written].plan, evaluation)

@@ -147,7 +147,7 @@ def _measure_seconds(
     layout: ModelLayout, settings: RunSettings, cost: _Counts, speed: float, coarse_speed: float
 ) -> float:
     length = min(settings.sequence_length, layout.max_positions or settings.sequence_length)
-    calibration, formats = settings.calibration_sequences * length, len(settings.formats)
+    calibration, formats = settings.calibration_sequences * length, len(settings.quant_formats)
     rounding = formats * _ROUNDING_SECONDS_PER_WEIGHT * (cost.block_weights + cost.outer_weights)
     method, both = Tdmpq(), cost.block_pass + cost.outer_pass
     if settings.sensitivity == "tdmpq":
@@ -167,7 +167,7 @@ def _measure_seconds(
 
 def _uniform_bytes(layout: ModelLayout, settings: RunSettings, fmt: QuantFormat) -> int:
     target = find_target(settings.target)
-    return layout.plan_bytes({s.name: candidate_formats(s, layout, target, [fmt])[0] for s in layout.sites})
+    return target.plan_bytes(layout, {s.name: candidate_formats(s, layout, target, [fmt])[0] for s in layout.sites})
 
 
 def _peak_bytes(layout: ModelLayout, settings: RunSettings, variants: int) -> int:
