@@ -59,7 +59,8 @@ def main() -> None:
             ("unpack", lambda w=weight, p=packed: BlockWeight.unpack(w.format, p, COLUMNS)),
         ):
             speeds = megabytes_per_second(work)
-            row = {"type": name, "direction": direction, "median_mb_per_cpu_second": round(statistics.median(speeds), 1),
+            row = {"type": name, "direction": direction,
+                   "median_mb_per_cpu_second": round(statistics.median(speeds), 1),
                    "least": round(speeds[0], 1), "most": round(speeds[-1], 1), "n": REPEATS}  # fmt: skip
             print(row)
             rows.append(row)
