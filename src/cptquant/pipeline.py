@@ -45,12 +45,12 @@ class Result:
 
 
 def quantize_model(
-    model: str, budget: str, output: Path, progress: Progress = ignore_progress, **choices: object
+    model: str, budget: str | None, output: Path, progress: Progress = ignore_progress, **choices: object
 ) -> Result:
     """Quantize a model under a budget: the whole chain.
 
     Args:
-        model: local folder, hub id or `embedded:NAME`. budget: e.g. `4bpw`, `25%`, `3.25bpw@sites`.
+        model: local folder, hub id or `embedded:NAME`. budget: e.g. `4bpw`, `25%`, `3.25bpw@sites`; None with `memory`.
         output: run folder; stages that already stand there for the same inputs are not run again.
         choices: fields of `RunSettings`.
 
@@ -61,7 +61,7 @@ def quantize_model(
     check_choices(settings)
     run = Run.start(output, settings, progress)
     layout = inspect_stage(run)
-    check_budget(layout, settings.parsed_budget, find_target(settings.target), settings.quant_formats)
+    check_budget(layout, settings.budget_for(layout), find_target(settings.target), settings.quant_formats)
     run.read_all_text()
     table = measure_stage(run, layout) if needs_table(settings.allocator) else None
     allocate_stage(run, layout, table)

@@ -24,6 +24,8 @@ _Baselines = Annotated[
 def quantize(
     model: options.ModelOrRun,
     budget: options.BudgetText = None,
+    memory: options.Memory = None,
+    context: options.Context = None,
     output: options.Output = None,
     sensitivity: options.Sensitivity = None,
     allocator: options.Allocator = None,
@@ -47,6 +49,8 @@ def quantize(
     """
     changes = options.given(
         budget=budget,
+        memory=memory,
+        context=context,
         sensitivity=sensitivity,
         allocator=allocator,
         quantizer=quantizer,
@@ -84,15 +88,15 @@ def _split(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _required(changes: dict[str, object], output: Path | None) -> tuple[str, Path]:
+def _required(changes: dict[str, object], output: Path | None) -> tuple[str | None, Path]:
     from cptquant.core.errors import UserError
 
     budget = changes.pop("budget", None)
-    if budget is None:
+    if budget is None and changes.get("memory") is None:
         raise UserError("no budget was given; add --budget, e.g. --budget 4bpw, 25%, 12MB")
     if output is None:
         raise UserError("no output folder was given; add --output, e.g. --output runs/first")
-    return str(budget), output
+    return None if budget is None else str(budget), output
 
 
 def _is_run(name: str) -> bool:

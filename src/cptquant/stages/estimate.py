@@ -50,7 +50,7 @@ def estimate_run(settings: RunSettings) -> RunEstimate:
     """
     check_choices(settings)
     layout = read_layout(settings.model, trust_remote_code=settings.trust_remote_code)
-    budget, target = settings.parsed_budget, find_target(settings.target)
+    budget, target = settings.budget_for(layout), find_target(settings.target)
     check_budget(layout, budget, target, settings.quant_formats)
     reach = find_reach(layout, budget, target, settings.quant_formats)
     limit = budget.limit_bytes(layout)
