@@ -1,5 +1,6 @@
 """What `law fit` leaves behind (law.json): parameters, intervals, how far to trust them."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
@@ -103,7 +104,8 @@ class LossFit(Frozen):
         form: a name in `cptquant.laws.methods.FORMS` (or a variant of the cross-domain law).
         statuses: how it went. objective: mean Huber loss. best_objectives: of the best starts.
         r2: of the loss. mae_nats: mean absolute residual. run_std, row_std: scatter of ln L between and within runs.
-        draws: bootstrap parameter vectors (natural values, order of `parameters`).
+        draws: bootstrap parameter vectors (natural values, order of `parameters`). widening: factor by which the
+            deviations of anything computed from them are widened.
         base: loss before training by model size, from rows with D = 0.
     """
 
@@ -122,6 +124,7 @@ class LossFit(Frozen):
     run_std: float
     row_std: float
     draws: tuple[tuple[float, ...], ...]
+    widening: float
     ranges: dict[str, ObservedRange]
     requirements: tuple[RequirementCheck, ...] = ()
     base: tuple[tuple[float, float], ...] = ()
@@ -187,3 +190,32 @@ class Optimum(Frozen):
     general_nll: Interval | None
     domain_nll: Interval | None
     status: OptimumStatus
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line: x and the law's mean with its 90% interval, and the observed points beside it.
+
+    Attributes:
+        label: what is held, e.g. `r = 0.5`. observed: (x, loss) pairs.
+    """
+
+    label: str
+    x: tuple[float, ...]
+    value: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    observed: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class CurveSet:
+    """Curves over one quantity.
+
+    Attributes:
+        quantity: N (parameters), D (tokens) or r (domain share). held: sentence on what is held.
+    """
+
+    quantity: str
+    held: str
+    curves: tuple[Curve, ...]

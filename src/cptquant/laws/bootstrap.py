@@ -3,7 +3,9 @@
 Rows of one run share its seed and schedule, so runs are drawn, not rows. Each replicate gives every run an
 exponential weight (the Bayesian bootstrap, Rubin 1981) instead of drawing runs with replacement: a draw without any
 run of a mixture ratio would not identify that ratio's term. Deviations from the fit are widened by sqrt(G/(G - p))
-for G runs and p fitted parameters, because residuals of a fit are smaller than its errors.
+for G runs and p fitted parameters, because residuals of a fit are smaller than its errors. What is widened is the
+quantity asked for (a parameter, a predicted loss, an optimum), not the draws: where parameters make up for each other,
+vectors moved along a straight line leave the curved valley of good fits.
 """
 
 from dataclasses import dataclass
@@ -38,13 +40,13 @@ def bootstrap(
     weights = rng.exponential(size=(draws, problem.run_count))
     weights /= weights.mean(axis=1, keepdims=True)
     starts = np.repeat(theta[None], draws, axis=0)
-    refits, _ = polish(problem, starts, weights=weights[:, problem.run], iterations=60, tolerance=1e-5)
-    low, high = problem.bounds
-    widened = np.clip(theta + (refits - theta) * _widening(problem), low, high)
-    return problem.with_fixed(widened)
+    shifts = problem.prior_shifts(draws, rng)
+    refits, _ = polish(problem, starts, weights=weights[:, problem.run], shifts=shifts, iterations=200, tolerance=1e-8)
+    return refits
 
 
-def _widening(problem: Problem) -> float:
+def widening(problem: Problem) -> float:
+    """sqrt(G/(G - p)) for G runs and p fitted parameters."""
     runs, fitted = problem.run_count, int(problem.free.sum())
     return float(np.sqrt(runs / max(runs - fitted, 1)))
 
@@ -64,19 +66,28 @@ def scatter(problem: Problem, theta: Array) -> Scatter:
     return Scatter(float(np.sqrt(max(total - within, 0.0))), float(np.sqrt(within)))
 
 
-def interval(samples: Array) -> tuple[Array, Array]:
-    """Ends of the 90% interval over the first axis."""
-    low, high = np.quantile(samples, _TAILS, axis=0)
-    return low, high
+def interval(
+    value: Array,  # (...)
+    samples: Array,  # (draws, ...)
+    factor: float,
+) -> tuple[Array, Array]:
+    """Ends of the 90% interval around a value, (...) each; deviations of the samples are widened by the factor."""
+    low, high = np.quantile(value + factor * (samples - value), _TAILS, axis=0)
+    return np.minimum(low, value), np.maximum(high, value)
 
 
 def new_run_losses(
-    law_losses: Array,  # (draws, n)
+    log_value: Array,  # (n,)
+    log_samples: Array,  # (draws, n)
+    factor: float,
     spread: Scatter,
     seed: int = 0,
-) -> Array:
-    """Losses a new run may show: the law's uncertainty and the scatter the law leaves, (draws, n)."""
+) -> tuple[Array, Array]:
+    """Ends of the 90% interval of ln L that a new run will show: the law's uncertainty and the scatter it leaves."""
     rng = np.random.default_rng(seed + 2)
-    draws, count = law_losses.shape
-    noise = spread.run_std * rng.standard_normal((draws, 1)) + spread.row_std * rng.standard_normal((draws, count))
-    return law_losses * np.exp(noise)
+    draws, count = log_samples.shape
+    repeats = -(-2000 // draws)  # scatter is cheap: enough samples for smooth tails
+    widened = np.tile(log_value + factor * (log_samples - log_value), (repeats, 1))
+    noise = rng.standard_normal((len(widened), 1)) * spread.run_std
+    noise = noise + rng.standard_normal((len(widened), count)) * spread.row_std
+    return interval(log_value, widened + noise, 1.0)

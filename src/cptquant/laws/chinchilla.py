@@ -1,6 +1,6 @@
 """Chinchilla: loss from size and tokens (Hoffmann et al. 2022, arXiv 2203.15556, eq. 2).
 
-    L(N, D) = E + A/N^alpha + B/D^beta,    N and D in billions
+L(N, D) = E + A/N^alpha + B/D^beta,    N and D in billions
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,8 @@
 """The lines a report draws: a fitted law along one quantity at a time, with its interval."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from cptquant.core.laws import LawFit, LossFit
+from cptquant.core.laws import Curve, CurveSet, LawFit, LossFit
 from cptquant.laws.bootstrap import interval
 from cptquant.laws.forms import BILLION, Array
 from cptquant.laws.methods import find_form
@@ -13,35 +11,6 @@ from cptquant.laws.predict import fitted_theta, make_points
 
 _SAMPLES = 41
 _MOST_CURVES = 5
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line: x and the law's mean with its 90% interval, and the observed points beside it.
-
-    Attributes:
-        label: what is held, e.g. `r = 0.5`. observed: (x, loss) pairs.
-    """
-
-    label: str
-    x: tuple[float, ...]
-    value: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    observed: tuple[tuple[float, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class CurveSet:
-    """Curves over one quantity.
-
-    Attributes:
-        quantity: N (parameters), D (tokens) or r (domain share). held: sentence on what is held.
-    """
-
-    quantity: str
-    held: str
-    curves: tuple[Curve, ...]
 
 
 def law_curves(law: LawFit, observations: Observations) -> dict[str, tuple[CurveSet, ...]]:
@@ -77,14 +46,13 @@ def _pick(values: Array) -> Array:
     return values[np.unique(np.linspace(0, len(values) - 1, _MOST_CURVES).round().astype(int))]
 
 
-def _line(
-    fit: LossFit, data: Observations, quantity: str, x: Array, size: float, tokens: float, ratio: float
-) -> Curve:
+def _line(fit: LossFit, data: Observations, quantity: str, x: Array, size: float, tokens: float, ratio: float) -> Curve:
     at = {"N": size, "D": tokens, "r": ratio}
     form, theta, draws = fitted_theta(fit)
     arguments = {letter: (x if letter == quantity else value) for letter, value in at.items()}
     points = make_points(fit, arguments["N"], arguments["D"], arguments["r"])
-    low, high = interval(form.loss(draws, points))
+    value = form.loss(theta[None], points)[0]
+    low, high = interval(value, form.loss(draws, points), fit.widening)
     ratios = np.ones(len(data)) if data.ratio is None else data.ratio
     columns = {"N": data.size, "D": data.tokens, "r": ratios}
     near = np.ones(len(data), dtype=bool)
@@ -96,8 +64,29 @@ def _line(
     return Curve(
         label="" if data.ratio is None else labels[quantity],
         x=tuple(float(value) for value in x),
-        value=tuple(float(value) for value in form.loss(theta[None], points)[0]),
+        value=tuple(float(loss) for loss in value),
         low=tuple(float(value) for value in low),
         high=tuple(float(value) for value in high),
         observed=tuple((float(a), float(b)) for a, b in observed),
     )
+
+
+def optimum_curves(
+    law: LawFit, quantity: str, x: Array, size: Array, tokens: Array, ratio: Array
+) -> dict[str, CurveSet]:
+    """Loss column -> one curve along a path of (size, tokens, ratio), drawn against x."""
+    sets: dict[str, CurveSet] = {}
+    for name, fit in law.fits.items():
+        form, theta, draws = fitted_theta(fit)
+        points = make_points(fit, size, tokens, ratio)
+        value = form.loss(theta[None], points)[0]
+        low, high = interval(value, form.loss(draws, points), fit.widening)
+        curve = Curve(
+            label="",
+            x=tuple(float(value) for value in x),
+            value=tuple(float(loss) for loss in value),
+            low=tuple(float(value) for value in low),
+            high=tuple(float(value) for value in high),
+        )
+        sets[name] = CurveSet(quantity, "with the optimum", (curve,))
+    return sets

@@ -80,6 +80,7 @@ def polish(
     thetas: Array,  # (S, P)
     *,
     weights: Array | None = None,  # (S, n)
+    shifts: Array | None = None,  # (S, P)
     free: NDArray[np.bool_] | None = None,  # (S, P)
     iterations: int = 150,
     tolerance: float = 1e-7,
@@ -87,7 +88,7 @@ def polish(
     """Damped Gauss-Newton steps (iteratively reweighted for Huber's loss) within the bounds, on a stack of problems.
 
     Args:
-        weights: of the rows, for bootstrap refits. free: parameters each problem may move (default: all not fixed).
+        weights, shifts: of the rows and of the prior's middle, for bootstrap refits. free: parameters each problem may move (default: all not fixed).
         tolerance: relative decrease of the objective below which a problem is left alone.
 
     Returns:
@@ -97,18 +98,19 @@ def polish(
     theta = problem.with_fixed(np.clip(thetas, low, high))
     movable = np.broadcast_to(problem.free, theta.shape) if free is None else free & problem.free
     damping = np.full(len(theta), 1e-5)
-    value = problem.objective(theta, weights)
+    value = problem.objective(theta, weights, shifts)
     quiet = np.zeros(len(theta), dtype=np.int64)  # steps in a row that gained next to nothing
     active = np.arange(len(theta))
     for _ in range(iterations):
         if not len(active):
             break
         here, row_weights = theta[active], None if weights is None else weights[active]
-        _, gradient, curvature = problem.linearise(here, row_weights)
+        row_shifts = None if shifts is None else shifts[active]
+        _, gradient, curvature = problem.linearise(here, row_weights, row_shifts)
         stuck = ((here <= low) & (gradient > 0)) | ((here >= high) & (gradient < 0)) | ~movable[active]
         trial = np.clip(here + _steps(gradient, curvature, damping[active], stuck), low, high)
         trial = np.where(movable[active], trial, here)
-        trial_value = problem.objective(trial, row_weights)
+        trial_value = problem.objective(trial, row_weights, row_shifts)
         better = trial_value < value[active]
         gain = np.where(better, (value[active] - trial_value) / np.maximum(value[active], 1e-300), 0.0)
         theta[active[better]] = trial[better]

@@ -8,7 +8,7 @@ import numpy as np
 from cptquant.core.errors import DataError
 from cptquant.core.laws import FitStatus, FittedParameter, LawFit, LossFit, ObservedRange
 from cptquant.core.provenance import Stopwatch
-from cptquant.laws.bootstrap import bootstrap, interval, scatter
+from cptquant.laws.bootstrap import bootstrap, interval, scatter, widening
 from cptquant.laws.fit import Solution, fit
 from cptquant.laws.forms import Array, Form, Points
 from cptquant.laws.identifiability import Profile, profile_parameters
@@ -51,8 +51,7 @@ def fit_law(observations: Observations, form: Form, options: FitOptions | None =
         DataError: a column the form needs is missing or constant, or there are too few ratios or rows.
     """
     options, watch = options or FitOptions(), Stopwatch()
-    names = [name for name in observations.losses if form.ratios or name != "" ]
-    fits = {name: fit_loss(observations, form, name, options)[0] for name in names}
+    fits = {name: fit_loss(observations, form, name, options)[0] for name in observations.losses}
     return LawFit(
         provenance=watch.provenance(seed=options.seed),
         kind=form.name,
@@ -149,9 +148,10 @@ def fit_loss(
         problem = problem_at(observations, form, loss, points, options)
     solution = fit(problem, starts=options.starts, seed=options.seed)
     draws = bootstrap(problem, solution.theta, draws=options.draws, seed=options.seed)
-    # the penalty is part of the estimate, not of the likelihood: profiles are taken without it
-    profiles = profile_parameters(replace(problem, penalty=None), solution.theta)
-    low, high = interval(form.natural(draws))
+    # penalty and prior are part of the estimate, not of what the data say
+    profiles = profile_parameters(replace(problem, penalty=None, prior=False), solution.theta)
+    factor = widening(problem)
+    low, high = (form.natural(end) for end in interval(solution.theta, draws, factor))
     parameters = tuple(
         _parameter(problem, solution.theta, place, (float(low[place]), float(high[place])), profiles[place])
         for place in range(len(form.parameters))
@@ -175,6 +175,7 @@ def fit_loss(
         run_std=spread.run_std,
         row_std=spread.row_std,
         draws=tuple(tuple(float(value) for value in draw) for draw in form.natural(draws)),
+        widening=factor,
         ranges=_ranges(observations),
         requirements=checks,
         base=observations.base.get(loss, ()),

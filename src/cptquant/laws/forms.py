@@ -204,7 +204,9 @@ def power(theta: Theta, amplitude: str, exponent: str, ln_x: Array) -> Term:
     return Term(theta.log(amplitude) - alpha * ln_x, {amplitude: 1.0, exponent: -alpha * ln_x})
 
 
-INTERCEPT = Parameter("E", 1e-3, 100.0, (0.3, 0.98), relative=True, meaning="loss that no size, data or mixture removes")
+INTERCEPT = Parameter(
+    "E", 1e-3, 100.0, (0.3, 0.98), relative=True, meaning="loss that no size, data or mixture removes"
+)
 SIZE_AMPLITUDE = Parameter("A", 1e-6, 1e4, (0.02, 2.0), "N", meaning="weight of model size")
 SIZE_EXPONENT = Parameter("alpha", 0.01, 5.0, (0.1, 1.0), "N", meaning="how fast size helps")
 DATA_AMPLITUDE = Parameter("B", 1e-6, 1e4, (0.02, 2.0), "D", meaning="weight of training tokens")

@@ -50,7 +50,7 @@ def profile_parameters(problem: Problem, theta: Array) -> list[Profile]:
     outside = (starts[np.arange(len(places)), columns] < low[columns]) | (
         starts[np.arange(len(places)), columns] > high[columns]
     )
-    _, values = polish(problem, starts, free=free, iterations=60, tolerance=1e-4)
+    _, values = polish(problem, starts, free=free, iterations=100, tolerance=1e-6)
     best = float(problem.objective(theta[None])[0])
     degrees = max(rows - int(problem.free.sum()), 1)
     limit = best * (1 + _CHI2_90 * design_effect(problem, theta) / degrees)

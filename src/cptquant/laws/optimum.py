@@ -73,11 +73,11 @@ def best_ratio_under_limit(
     tokens: float,  # tokens
     max_increase: float,  # relative, e.g. 0.03
     base_loss: float | None = None,  # nats per token
-) -> tuple[Optimum, str]:
+) -> tuple[Optimum, Reference]:
     """Use 1: the domain share with the lowest domain loss whose general loss stays within the limit.
 
     Returns:
-        The optimum and a sentence on the loss the limit refers to.
+        The optimum and the loss the limit refers to.
 
     Raises:
         UserError: the law lacks one of the two losses.
@@ -105,10 +105,10 @@ def best_ratio_under_limit(
     else:
         status = OptimumStatus.LIMIT_BINDS if beyond else OptimumStatus.INTERIOR
     answer = Optimum(
-        N=_exactly(size), D=_exactly(tokens), r=_spread(best), general_nll=_spread(general_loss),
-        domain_nll=_spread(domain_loss), status=status,
+        N=_exactly(size), D=_exactly(tokens), r=_spread_within(best, domain.fit, low, high),
+        general_nll=_spread(general_loss, general.fit), domain_nll=_spread(domain_loss, domain.fit), status=status,
     )  # fmt: skip
-    return answer, reference.origin
+    return answer, reference
 
 
 def best_ratio_for_domain_tokens(
@@ -125,7 +125,8 @@ def best_ratio_for_domain_tokens(
     low = max(low, 1e-3)
 
     def excess_and_loss(ratio: Array) -> tuple[Array, Array]:
-        return np.full(ratio.shape, -1.0), domain.loss(size, domain_tokens / ratio, ratio)
+        loss = domain.loss(size, domain_tokens / ratio, ratio)
+        return np.full(loss.shape, -1.0), loss
 
     best = _search(excess_and_loss, low, high, len(domain.theta))
     at = best[:, None]
@@ -138,9 +139,9 @@ def best_ratio_for_domain_tokens(
     else:
         status = OptimumStatus.EDGE_OF_DATA if min(best[0] - low, high - best[0]) < step else OptimumStatus.INTERIOR
     return Optimum(
-        N=_exactly(size), D=_spread(tokens), r=_spread(best),
-        general_nll=None if general_loss is None else _spread(general_loss),
-        domain_nll=_spread(domain.loss(size, tokens[:, None], at)[:, 0]), status=status,
+        N=_exactly(size), D=_spread_positive(tokens, domain.fit), r=_spread_within(best, domain.fit, low, high),
+        general_nll=None if general is None or general_loss is None else _spread(general_loss, general),
+        domain_nll=_spread(domain.loss(size, tokens[:, None], at)[:, 0], domain.fit), status=status,
     )  # fmt: skip
 
 
@@ -162,10 +163,10 @@ def best_size_for_flops(
     losses: dict[str, Interval] = {}
     for name, fit in law.fits.items():
         values = _Stack.of(fit).loss(sizes[:, None], tokens[:, None], np.full((len(sizes), 1), ratio))[:, 0]
-        losses[name] = _spread(values)
+        losses[name] = _spread(values, fit)
     outside = _outside(law, float(sizes[0]), float(tokens[0]))
     return Optimum(
-        N=_spread(sizes), D=_spread(tokens), r=_exactly(ratio), general_nll=losses.get("general_nll"),
+        N=_spread_positive(sizes, target.fit), D=_spread_positive(tokens, target.fit), r=_exactly(ratio), general_nll=losses.get("general_nll"),
         domain_nll=losses.get("domain_nll", losses.get("nll")),
         status=OptimumStatus.OUTSIDE_DATA if outside else OptimumStatus.INTERIOR,
     )  # fmt: skip
@@ -216,9 +217,7 @@ def _ratio_range(fit: LossFit) -> tuple[float, float]:
     return fit.ranges["r"].low, fit.ranges["r"].high
 
 
-def _search(
-    excess_and_loss: Callable[[Array], tuple[Array, Array]], low: float, high: float, count: int
-) -> Array:
+def _search(excess_and_loss: Callable[[Array], tuple[Array, Array]], low: float, high: float, count: int) -> Array:
     """Feasible ratio with the lowest loss for each of `count` parameter vectors, (count,).
 
     Where nothing is feasible: the ratio with the smallest excess.
@@ -247,7 +246,8 @@ def _search_size(target: _Stack, budget: float, ratio: float) -> Array:
 
     def excess_and_loss(ln_size: Array) -> tuple[Array, Array]:
         size = np.exp(ln_size)
-        return np.full(size.shape, -1.0), target.loss(size, budget / size, np.full(size.shape, ratio))
+        loss = target.loss(size, budget / size, np.full(size.shape, ratio))
+        return np.full(loss.shape, -1.0), loss
 
     return np.exp(_search(excess_and_loss, middle - np.log(1e3), middle + np.log(1e3), len(target.theta)))
 
@@ -265,8 +265,19 @@ def _exactly(value: float) -> Interval:
     return Interval(value=value, low=value, high=value)
 
 
-def _spread(values: Array) -> Interval:
+def _spread(values: Array, fit: LossFit) -> Interval:
     """Row 0 is the answer, the other rows its bootstrap draws."""
-    low, high = interval(values[1:])
-    value = float(values[0])
-    return Interval(value=value, low=min(float(low), value), high=max(float(high), value))
+    low, high = interval(values[0], values[1:], fit.widening)
+    return Interval(value=float(values[0]), low=float(low), high=float(high))
+
+
+def _spread_within(values: Array, fit: LossFit, low: float, high: float) -> Interval:
+    """The same, cut at the ends of what was searched."""
+    found = _spread(values, fit)
+    return Interval(value=found.value, low=max(found.low, low), high=min(found.high, high))
+
+
+def _spread_positive(values: Array, fit: LossFit) -> Interval:
+    """The same on a logarithmic scale, for sizes and tokens."""
+    found = _spread(np.log(values), fit)
+    return Interval(value=float(values[0]), low=float(np.exp(found.low)), high=float(np.exp(found.high)))

@@ -48,15 +48,14 @@ def predict_loss(fit: LossFit, points: Points, *, new_run: bool = True, seed: in
             law's mean.
     """
     form, theta, draws = fitted_theta(fit)
-    value = form.loss(theta[None], points)[0]
-    samples = form.loss(draws, points)
+    value = form.log_loss(theta[None], points)[0][0]
+    samples = form.log_loss(draws, points)[0]
     if new_run:
-        samples = new_run_losses(samples, Scatter(fit.run_std, fit.row_std), seed)
-    low, high = interval(samples)
-    return [
-        Interval(value=float(v), low=float(min(a, v)), high=float(max(b, v)))
-        for v, a, b in zip(value, low, high, strict=True)
-    ]
+        low, high = new_run_losses(value, samples, fit.widening, Scatter(fit.run_std, fit.row_std), seed)
+    else:
+        low, high = interval(value, samples, fit.widening)
+    ends = np.exp(np.stack([value, low, high], axis=1))
+    return [Interval(value=float(v), low=float(min(a, v)), high=float(max(b, v))) for v, a, b in ends]
 
 
 def predict_law(

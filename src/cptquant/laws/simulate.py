@@ -18,7 +18,7 @@ EVALUATIONS = 20
 LAST_TOKENS = 26e9
 
 GENERAL = {"E": 1.9, "A": 0.45, "alpha": 0.32, "B": 0.1, "beta": 0.3, "eta": 0.6, "C": 0.12, "eps": 0.04, "gamma": 0.6}
-DOMAIN = {"E": 1.1, "A": 0.25, "alpha": 0.35, "B": 0.2, "beta": 0.4, "eta": 0.5, "C": 0.25, "eps": 0.05, "gamma": 0.5}
+DOMAIN = {"E": 1.1, "A": 0.25, "alpha": 0.35, "B": 0.5, "beta": 0.4, "eta": 0.2, "C": 0.25, "eps": 0.05, "gamma": 0.5}
 """Planted parameters, N and D in billions; they meet the requirements of arXiv 2406.01375 on the grid's range."""
 
 
