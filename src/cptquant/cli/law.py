@@ -188,7 +188,7 @@ def optimum(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
-    """The best ratio under a limit on the general loss, for scarce domain text, or the best size for a compute budget."""
+    """Best ratio under a limit on the general loss or for scarce domain text; best size for a compute budget."""
     from cptquant.cli.law_flags import parse_increase
     from cptquant.cli.terminal import print_text, print_values, warn
     from cptquant.reports.law_tables import optimum_table

@@ -174,8 +174,8 @@ class OptimumStatus(StrEnum):
         """For people."""
         return {
             OptimumStatus.INTERIOR: "the loss has its minimum here, within the data's range",
-            OptimumStatus.LIMIT_BINDS: "the general loss reaches its limit here; without the limit more domain is better",
-            OptimumStatus.EDGE_OF_DATA: "the best point lies on the edge of the data's ratios; beyond it nothing is known",
+            OptimumStatus.LIMIT_BINDS: "the general loss reaches its limit here; without it more domain is better",
+            OptimumStatus.EDGE_OF_DATA: "the best point lies on the edge of the data's ratios",
             OptimumStatus.OUTSIDE_DATA: "the best point lies outside the data's sizes or tokens: an extrapolation",
             OptimumStatus.INFEASIBLE: "no ratio meets the limit; the ratio with the smallest general loss is given",
         }[self]

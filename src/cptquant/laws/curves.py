@@ -51,8 +51,8 @@ def _line(fit: LossFit, data: Observations, quantity: str, x: Array, size: float
     form, theta, draws = fitted_theta(fit)
     arguments = {letter: (x if letter == quantity else value) for letter, value in at.items()}
     points = make_points(fit, arguments["N"], arguments["D"], arguments["r"])
-    value = form.loss(theta[None], points)[0]
-    low, high = interval(value, form.loss(draws, points), fit.widening)
+    law_loss = form.loss(theta[None], points)[0]
+    low, high = interval(law_loss, form.loss(draws, points), fit.widening)
     ratios = np.ones(len(data)) if data.ratio is None else data.ratio
     columns = {"N": data.size, "D": data.tokens, "r": ratios}
     near = np.ones(len(data), dtype=bool)
@@ -64,7 +64,7 @@ def _line(fit: LossFit, data: Observations, quantity: str, x: Array, size: float
     return Curve(
         label="" if data.ratio is None else labels[quantity],
         x=tuple(float(value) for value in x),
-        value=tuple(float(loss) for loss in value),
+        value=tuple(float(loss) for loss in law_loss),
         low=tuple(float(value) for value in low),
         high=tuple(float(value) for value in high),
         observed=tuple((float(a), float(b)) for a, b in observed),

@@ -113,7 +113,7 @@ def _inflection(theta: Theta, points: Points) -> Sequence[Term]:
 
 def _forgetting(theta: Theta, points: Points) -> Sequence[Term]:
     kappa, beta, start = theta["kappa"], theta["beta"], theta["D0"]
-    ln_other = np.log(np.maximum(1 - points.share, 1e-12))
+    ln_other = np.log(np.maximum(1 - points.share, 1e-100))
     ratio = points.tokens_billions / start
     ln_grown = np.log1p(ratio)
     left = np.exp(-beta * ln_grown)

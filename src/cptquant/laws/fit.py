@@ -88,7 +88,8 @@ def polish(
     """Damped Gauss-Newton steps (iteratively reweighted for Huber's loss) within the bounds, on a stack of problems.
 
     Args:
-        weights, shifts: of the rows and of the prior's middle, for bootstrap refits. free: parameters each problem may move (default: all not fixed).
+        weights, shifts: of the rows and of the prior's middle, for bootstrap refits. free: parameters each problem may
+            move (default: all not fixed).
         tolerance: relative decrease of the objective below which a problem is left alone.
 
     Returns:

@@ -151,7 +151,10 @@ def fit_loss(
     # penalty and prior are part of the estimate, not of what the data say
     profiles = profile_parameters(replace(problem, penalty=None, prior=False), solution.theta)
     factor = widening(problem)
-    low, high = (form.natural(end) for end in interval(solution.theta, draws, factor))
+    low, high = (
+        form.natural(np.where(problem.free, end, solution.theta))
+        for end in interval(np.where(problem.free, solution.theta, 0.0), np.where(problem.free, draws, 0.0), factor)
+    )
     parameters = tuple(
         _parameter(problem, solution.theta, place, (float(low[place]), float(high[place])), profiles[place])
         for place in range(len(form.parameters))

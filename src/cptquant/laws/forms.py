@@ -70,8 +70,8 @@ class Points:
 
     @cached_property
     def ln_share(self) -> Array:
-        """ln max(r, 1e-12), (n,)."""
-        return np.log(np.maximum(self.share, 1e-12))
+        """ln max(r, 1e-100), (n,)."""
+        return np.log(np.maximum(self.share, 1e-100))
 
     def take(self, rows: Any) -> "Points":
         """A selection of rows (index array or mask)."""

@@ -166,10 +166,13 @@ def best_size_for_flops(
         losses[name] = _spread(values, fit)
     outside = _outside(law, float(sizes[0]), float(tokens[0]))
     return Optimum(
-        N=_spread_positive(sizes, target.fit), D=_spread_positive(tokens, target.fit), r=_exactly(ratio), general_nll=losses.get("general_nll"),
+        N=_spread_positive(sizes, target.fit),
+        D=_spread_positive(tokens, target.fit),
+        r=_exactly(ratio),
+        general_nll=losses.get("general_nll"),
         domain_nll=losses.get("domain_nll", losses.get("nll")),
         status=OptimumStatus.OUTSIDE_DATA if outside else OptimumStatus.INTERIOR,
-    )  # fmt: skip
+    )
 
 
 def closed_form_size(
@@ -180,7 +183,7 @@ def closed_form_size(
 ) -> Array:
     """N* in parameters, (S,), for laws with A/N^alpha + B'/D^beta at fixed share; B' = B share^eta."""
     values = {name: form.natural(theta)[:, place] for name, place in form.index.items()}
-    amplitude = values["B"] * (max(share, 1e-12) ** values["eta"] if form.name == "dcpt" else 1.0)
+    amplitude = values["B"] * (max(share, 1e-100) ** values["eta"] if form.name == "dcpt" else 1.0)
     alpha, beta = values["alpha"], values["beta"]
     factor = (alpha * values["A"] / (beta * amplitude)) ** (1 / (alpha + beta))
     return BILLION * factor * (budget / BILLION**2) ** (beta / (alpha + beta))

@@ -1,16 +1,17 @@
 """One fitting problem: Huber loss of log-loss residuals, its gradient, and bounds, for stacks of parameter vectors.
 
-    minimise  mean_i w_i h_delta(z_i) + (penalty/2) mean_j max(0, (G L)_j)^2 + (delta^2/2n) sum_p ((theta_p - m_p)/d_p)^2
+    minimise  mean_i w_i h_delta(z_i) + (penalty/2) mean_j max(0, (G L)_j)^2
+              + (delta^2/2n) sum_p ((theta_p - m_p)/d_p)^2,
     z_i = s_i (ln L(x_i; theta) - ln L_i)
 
 h_delta is Huber's function with delta = 1e-3 by default (arXiv 2203.15556). s_i is 1, or mean relative standard error
 over that of the row where standard errors are given. w_i are 1, or bootstrap weights, equal within a run. The rows of G
 take differences of L on a grid that should not be positive (see `requirements.py`).
 
-The last term is a weak prior: m_p and d_p are the middle and half width of the parameter's range of starts, and the whole
-term weighs like one residual of delta. It changes nothing that the data hold; where they hold nothing (E, A and alpha
-from two model sizes) it decides for ordinary exponents instead of whatever a start ended on. Profiles are taken without
-it, and bootstrap draws move m_p at random, so that it never passes for knowledge.
+The last term is a weak prior: m_p and d_p are the middle and half width of the parameter's range of starts, and the
+whole term weighs like one residual of delta. It changes nothing that the data hold; where they hold nothing (E, A and
+alpha from two model sizes) it decides for ordinary exponents instead of whatever a start ended on. Profiles are taken
+without it, and bootstrap draws move m_p at random, so that it never passes for knowledge.
 """
 
 from collections.abc import Mapping
@@ -127,7 +128,8 @@ class Problem:
         low, high = self.start_range
         half = (high - low) / 2
         strength = self.huber_delta**2 / len(self.loss) if self.prior else 0.0
-        scaled = np.where(self.free, (theta - (low + high) / 2 - (0.0 if shifts is None else shifts)) / half, 0.0)
+        middle = (low + high) / 2 + (0.0 if shifts is None else shifts)
+        scaled = np.where(self.free, np.where(self.free, theta, middle) - middle, 0.0) / half
         curvature = np.where(self.free, strength / half**2, 0.0)
         return 0.5 * strength * np.sum(scaled**2, axis=-1), strength * scaled / half, curvature
 

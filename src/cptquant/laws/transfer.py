@@ -38,8 +38,8 @@ class LeftOut:
     """Errors of a variant on domains it was not fitted on, two left out at a time.
 
     Attributes:
-        variant: k1 to k4, or "none" for L3 fitted to all domains together. splits: pairs of domains. mae_nats: mean over splits of the mean
-            absolute error; stderr: over splits.
+        variant: k1 to k4, or "none" for L3 fitted to all domains together. splits: pairs of domains. mae_nats: mean
+            over splits of the mean absolute error; stderr: over splits.
     """
 
     variant: str
@@ -186,8 +186,8 @@ def judgement(judged: list[LeftOut], domains: int) -> tuple[str, ...]:
     """What the left-out domains say, in sentences."""
     law, without = judged[0], judged[-1]
     figures = (
-        f"two domains left out at a time ({law.splits} splits): mean absolute error {law.mae_nats:.4f} ± {law.stderr:.4f} "
-        f"nats with K, {without.mae_nats:.4f} ± {without.stderr:.4f} without any domain term"
+        f"two domains left out at a time ({law.splits} splits): mean absolute error {law.mae_nats:.4f} ± "
+        f"{law.stderr:.4f} nats with K, {without.mae_nats:.4f} ± {without.stderr:.4f} without any domain term"
     )
     verdict = (
         "the features support the law on these domains"
@@ -203,7 +203,8 @@ class Transfer:
     """A new domain under a fitted cross-domain law.
 
     Attributes:
-        coefficient: K with its interval. known: smallest and largest K among the fitted domains. domain_nll: predicted, where a run was given.
+        coefficient: K with its interval. known: smallest and largest K among the fitted domains. domain_nll: predicted,
+            where a run was given.
     """
 
     domain: str
