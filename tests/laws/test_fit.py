@@ -152,8 +152,8 @@ def test_two_sizes_do_not_hold_the_exponent(grid: Observations) -> None:
     [
         (lambda d: d.take(d.size == 1.8e9), "dcpt", r"column N is 1\.8e\+09 in every row, so A, alpha of law dcpt"),
         (lambda d: d.take(d.ratio == 0.5), "dcpt", r"column r is 0\.5 in every row, so eta, C, gamma, eps"),
-        (lambda d: d.take(np.isin(d.ratio, [0.2, 0.8])), "dcpt", r"has 2 mixture ratios \(r = 0\.2, 0\.8\); .* at least 3"),
-        (lambda d: d.take(np.isin(np.arange(540), [0, 25, 45, 205, 245, 500])), "dcpt", r"has 6 rows with D > 0; law dcpt has 9 parameters"),
+        (lambda d: d.take(np.isin(d.ratio, [0.2, 0.8])), "dcpt", r"has 2 mixture ratios \(r = 0\.2, 0\.8\); .* least 3"),
+        (lambda d: d.take(np.array([0, 25, 45, 205, 245, 500])), "dcpt", r"has 6 rows with D > 0; law dcpt has 9"),
         (lambda d: d, "repetition", r"no column 'U', which law repetition needs"),
     ],
 )  # fmt: skip
@@ -176,8 +176,9 @@ def test_requirements_match_the_trend_algebra() -> None:
     clear = np.abs(slope) > 1e-3
     np.testing.assert_array_equal((np.array(found.violated) == (slope > 0)) | ~clear, True)
     assert clear.mean() > 0.9
-    violated = [c.name for c in check_requirements(FORMS["l2"], FORMS["l2"].vector(values | {"eta": 3.0}), grid.points("domain_nll"))
-                if c.violated_share > 0]  # fmt: skip
+    bent = FORMS["l2"].vector(values | {"eta": 3.0})
+    checks_of_l2 = check_requirements(FORMS["l2"], bent, grid.points("domain_nll"))
+    violated = [check.name for check in checks_of_l2 if check.violated_share > 0]
     assert "at fixed share the law is Chinchilla's" in violated
     assert checks["at fixed share the law is Chinchilla's"].violated_share == 0
 
