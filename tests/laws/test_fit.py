@@ -152,7 +152,7 @@ def test_two_sizes_do_not_hold_the_exponent(grid: Observations) -> None:
     [
         (lambda d: d.take(d.size == 1.8e9), "dcpt", r"column N is 1\.8e\+09 in every row, so A, alpha of law dcpt"),
         (lambda d: d.take(d.ratio == 0.5), "dcpt", r"column r is 0\.5 in every row, so eta, C, gamma, eps"),
-        (lambda d: d.take(np.isin(d.ratio, [0.2, 0.8])), "dcpt", r"has 2 mixture ratios \(r = 0\.2, 0\.8\); .* least 3"),
+        (lambda d: d.take(np.isin(d.ratio, [0.2, 0.8])), "dcpt", r"has 2 mixture ratios \(r = 0\.2, 0\.8\)"),
         (lambda d: d.take(np.array([0, 25, 45, 205, 245, 500])), "dcpt", r"has 6 rows with D > 0; law dcpt has 9"),
         (lambda d: d, "repetition", r"no column 'U', which law repetition needs"),
     ],

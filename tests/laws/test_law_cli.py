@@ -1,7 +1,6 @@
 """`cptquant law` as a person calls it: the issue's commands, their JSON, and one clear message for each bad input."""
 
 import json
-
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -170,7 +169,7 @@ def rows_with(row: str, header: str = HEADER) -> str:
 @pytest.mark.parametrize(
     ("text", "flags", "fragments"),
     [
-        ("N,D,general_nll,domain_nll\n1e9,1e9,2,2\n", (), ("has no column 'r'", "it has N, D, general_nll", "--column r=NAME")),
+        ("N,D,general_nll\n1e9,1e9,2\n", (), ("has no column 'r'", "it has N, D, general_nll", "--column r=NAME")),
         ("D,r,general_nll\n1e9,.5,2\n", (), ("has no column 'N'",)),
         ("N,D,r\n1e9,1e9,.5\n", (), ("has no loss column", "--column domain_nll=NAME")),
         (HEADER + "\n", (), ("has no rows",)),

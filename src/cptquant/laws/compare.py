@@ -30,8 +30,8 @@ class HeldOutError:
 
     Attributes:
         r2: over all held-out rows, against their mean. mae_nats: mean absolute error. mae_stderr: its standard error
-            over held-out runs. mae_of_differences: with each size's mean error in each fold taken off. huber: mean Huber
-            loss of ln L (delta 1e-3). worst_nats: largest absolute error.
+            over held-out runs. mae_of_differences: with each size's mean error in each fold taken off. huber: mean
+            Huber loss of ln L (delta 1e-3). worst_nats: largest absolute error.
     """
 
     form: str

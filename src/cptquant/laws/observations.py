@@ -10,7 +10,7 @@ comments. Units are never guessed: a column is called N_billions, or --N-unit sa
 import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ class _Table:
         )
         base = {name: _base_losses(size[~trained], values[~trained]) for name, values in losses.items()}
         kept = everything.take(trained)
-        return Observations(**{**kept.__dict__, "base": base})
+        return replace(kept, base=base)
 
     def _column(self, quantity: str) -> str:
         return self.reading.columns.get(quantity, quantity)

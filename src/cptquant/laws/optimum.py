@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cptquant.core.errors import UserError
 from cptquant.core.laws import Interval, LawFit, LossFit, Optimum, OptimumStatus
@@ -237,10 +238,11 @@ def _search(excess_and_loss: Callable[[Array], tuple[Array, Array]], low: float,
     return best
 
 
-def _choose(excess: Array, loss: Array) -> Array:
+def _choose(excess: Array, loss: Array) -> NDArray[np.intp]:
     feasible = excess <= 0
-    best = np.argmin(np.where(feasible, loss, np.inf), axis=1)
-    return np.where(feasible.any(axis=1), best, np.argmin(excess, axis=1))
+    best: NDArray[np.intp] = np.argmin(np.where(feasible, loss, np.inf), axis=1)
+    nearest: NDArray[np.intp] = np.argmin(excess, axis=1)
+    return np.where(np.any(feasible, axis=1), best, nearest)
 
 
 def _search_size(target: _Stack, budget: float, ratio: float) -> Array:

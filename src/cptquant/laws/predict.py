@@ -71,7 +71,7 @@ def predict_law(
         UserError: a quantity the law needs is not given, or is implausible.
     """
     fits = list(law.fits.values())
-    needs = set().union(*(find_form(fit.form).needs for fit in fits))
+    needs = {letter for fit in fits for letter in find_form(fit.form).needs}
     given = {"N": size, "D": tokens, "r": ratio, "U": unique}
     for letter in ("N", "D", "r", "U"):
         if letter in needs and given[letter] is None:

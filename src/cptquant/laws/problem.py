@@ -96,7 +96,8 @@ class Problem:
         held = np.array(theta, dtype=np.float64)
         for name, value in self.fixed.items():
             place = self.form.index[name]
-            held[..., place] = self.form.internal(np.where(np.arange(held.shape[-1]) == place, value, 1.0))[place]
+            signed = self.form.parameters[place].signed
+            held[..., place] = value if signed else np.log(value) if value > 0 else -np.inf
         return held
 
     def starts(self, count: int, rng: np.random.Generator) -> Array:

@@ -10,6 +10,7 @@ eta B r^(eta-1) (r+eps)^(gamma+1)/(gamma C). So a fit is checked, the violations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cptquant.core.laws import RequirementCheck
 from cptquant.laws.forms import BILLION, Array, Form, Points
@@ -90,7 +91,7 @@ def _check(name: str, differences: Array, grid: Grid) -> RequirementCheck:
     violated = differences > _TOLERANCE
     middle = violated[violated.shape[0] // 2]
     tokens, shares = grid.tokens[: middle.shape[0]], grid.shares[: middle.shape[1]]
-    clean = ~violated.any(axis=(0, 2))
+    clean: NDArray[np.bool_] = np.logical_not(np.any(violated, axis=(0, 2)))
     above = np.flatnonzero(np.cumprod(clean[::-1])[::-1])
     return RequirementCheck(
         name=name,

@@ -46,7 +46,7 @@ def simulate(simulation: Simulation) -> Observations:
     run = np.repeat(np.arange(len(SIZES) * len(RATIOS)), EVALUATIONS)
 
     def noisy(loss: Array) -> Array:
-        shared = rng.normal(0, 1, run.max() + 1)[run] * simulation.run_noise
+        shared = rng.normal(0, 1, len(SIZES) * len(RATIOS))[run] * simulation.run_noise
         return loss + shared + rng.normal(0, 1, len(loss)) * simulation.noise
 
     general, domain = planted_losses(size, trained, ratio, simulation.forgetting)
