@@ -67,7 +67,7 @@ def test_predict_json(cptquant: Callable, folder: Path) -> None:
     [
         (("--N", "1.8e9", "--D", "10e9", "--max-general-increase", "3%"), "limit_binds"),
         (("--N", "1.8e9", "--domain-tokens", "5e9"), "interior"),
-        (("--flops", "1e20", "--r", "0.5"), "outside_data"),
+        (("--flops", "1e20", "--r", "0.5"), "interior"),
     ],
 )
 def test_optimum_json(cptquant: Callable, folder: Path, flags: tuple, status: str) -> None:

@@ -27,7 +27,7 @@ def _curves(fit: LossFit, data: Observations) -> tuple[CurveSet, ...]:
     size, last = float(sizes[len(sizes) // 2]), float(tokens.max())
     sets: list[CurveSet] = []
     if "D" in needs and len(tokens) > 1:
-        line = np.geomspace(tokens.min(), last, _SAMPLES)
+        line: Array = np.geomspace(float(tokens.min()), last, _SAMPLES)
         curves = [_line(fit, data, "D", line, size, last, float(r)) for r in _pick(ratios)]
         sets.append(CurveSet("D", f"at {size:.3g} parameters", tuple(curves)))
     if "r" in needs and len(ratios) > 1:
@@ -36,7 +36,7 @@ def _curves(fit: LossFit, data: Observations) -> tuple[CurveSet, ...]:
         curves = [_line(fit, data, "r", line, size, count, 1.0) for count in dict.fromkeys(counts)]
         sets.append(CurveSet("r", f"at {size:.3g} parameters", tuple(curves)))
     if "N" in needs and len(sizes) > 1:
-        line = np.geomspace(sizes.min(), sizes.max(), _SAMPLES)
+        line: Array = np.geomspace(float(sizes.min()), float(sizes.max()), _SAMPLES)
         curves = [_line(fit, data, "N", line, size, last, float(r)) for r in _pick(ratios)]
         sets.append(CurveSet("N", f"at {last:.3g} tokens", tuple(curves)))
     return tuple(sets)

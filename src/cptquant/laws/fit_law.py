@@ -188,7 +188,7 @@ def fit_loss(
 
 def r_squared(observed: Array, residual: Array) -> float:
     """1 - residual over total sum of squares."""
-    total = float(np.sum((observed - observed.mean()) ** 2))
+    total = float(np.sum((observed - np.mean(observed)) ** 2))
     return 1 - float(np.sum(residual**2)) / total if total > 0 else float("nan")
 
 

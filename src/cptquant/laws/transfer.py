@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cptquant.core.errors import DataError
 from cptquant.core.laws import Interval, LawFit
@@ -166,7 +167,7 @@ def leave_domains_out(
         ).theta  # fmt: skip
         errors: list[float] = []
         for pair in splits:
-            held = np.isin(domain, pair)
+            held: NDArray[np.bool_] = np.isin(domain, pair)
             part = problem_at(data.take(~held), form, TARGET, points.take(~held), options)
             theta = _refit(part, first, options)
             loss = form.loss(theta[None], points.take(held))[0]
@@ -177,9 +178,9 @@ def leave_domains_out(
 
 
 def _refit(problem: Problem, start: Array, options: FitOptions) -> Array:
-    near = polish(problem, start[None], iterations=300, tolerance=1e-8)
-    fresh = fit(problem, starts=max(4, options.starts // 10), seed=options.seed)
-    return near[0][0] if near[1][0] <= fresh.objective else fresh.theta
+    fresh = problem.starts(3, np.random.default_rng(options.seed))
+    thetas, objectives = polish(problem, np.concatenate([start[None], fresh]), iterations=150, tolerance=1e-6)
+    return thetas[int(np.argmin(objectives))]
 
 
 def judgement(judged: list[LeftOut], domains: int) -> tuple[str, ...]:
