@@ -5,7 +5,7 @@ law 200 times one after the other would take minutes where one stack takes a sec
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,7 @@ def _descend(problem: Problem, start: Array, iterations: int) -> Array:
         value, gradient = problem.gradient(theta)
         return 1e3 * value, 1e3 * gradient[free]  # Huber values near 1e-6 would meet L-BFGS-B's absolute tolerances
 
-    answer: Any = minimize(
+    answer = cast(Any, minimize)(
         value_and_gradient,
         start[free],
         jac=True,
@@ -129,7 +129,7 @@ def _steps(gradient: Array, curvature: Array, damping: Array, stuck: NDArray[np.
     matrix = np.where(held, 0.0, curvature)
     diagonal = np.einsum("spp->sp", matrix).copy()
     floor = 1e-12 * np.maximum(diagonal.max(axis=1, keepdims=True), 1e-30)
-    places: NDArray[np.intp] = np.arange(matrix.shape[1])
+    places = np.arange(matrix.shape[1], dtype=np.intp)
     matrix[:, places, places] = np.where(stuck, 1.0, diagonal * (1 + damping[:, None]) + floor)
     wanted = np.where(stuck, 0.0, -gradient)
     step = np.linalg.solve(matrix, wanted[:, :, None])[:, :, 0]

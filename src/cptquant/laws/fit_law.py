@@ -162,6 +162,7 @@ def fit_loss(
     checks = check_requirements(form, solution.theta, problem.points)
     residual = form.loss(solution.theta[None], problem.points)[0] - problem.loss
     spread = scatter(problem, solution.theta)
+    natural_draws: list[list[float]] = form.natural(draws).tolist()
     fitted = LossFit(
         target=loss,
         corpus="" if not form.ratios else "general" if loss == "general_nll" else "domain",
@@ -177,7 +178,7 @@ def fit_loss(
         mae_nats=float(np.mean(np.abs(residual))),
         run_std=spread.run_std,
         row_std=spread.row_std,
-        draws=tuple(tuple(float(value) for value in draw) for draw in form.natural(draws)),
+        draws=tuple(tuple(draw) for draw in natural_draws),
         widening=factor,
         ranges=_ranges(observations),
         requirements=checks,

@@ -172,7 +172,7 @@ def leave_domains_out(
             theta = _refit(part, first, options)
             loss = form.loss(theta[None], points.take(held))[0]
             errors.append(float(np.mean(np.abs(loss - data.losses[TARGET][held]))))
-        stderr = float(np.std(errors, ddof=1) / np.sqrt(len(errors)))
+        stderr = float(np.std(np.array(errors), ddof=1)) / len(errors) ** 0.5
         found.append(LeftOut(variant, len(splits), float(np.mean(errors)), stderr))
     return found
 
