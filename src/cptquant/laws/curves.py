@@ -29,17 +29,23 @@ def _curves(fit: LossFit, data: Observations) -> tuple[CurveSet, ...]:
     if "D" in needs and len(tokens) > 1:
         line: Array = np.geomspace(float(tokens.min()), last, _SAMPLES)
         curves = [_line(fit, data, "D", line, size, last, float(r)) for r in _pick(ratios)]
-        sets.append(CurveSet("D", f"at {size:.3g} parameters", tuple(curves)))
+        sets.append(CurveSet("D", f"at {spell_count(size)} parameters", tuple(curves)))
     if "r" in needs and len(ratios) > 1:
         line = np.linspace(float(ratios.min()), float(ratios.max()), _SAMPLES)
         counts = [float(tokens[len(tokens) // 4]), last] if "D" in needs else [last]
         curves = [_line(fit, data, "r", line, size, count, 1.0) for count in dict.fromkeys(counts)]
-        sets.append(CurveSet("r", f"at {size:.3g} parameters", tuple(curves)))
+        sets.append(CurveSet("r", f"at {spell_count(size)} parameters", tuple(curves)))
     if "N" in needs and len(sizes) > 1:
         line: Array = np.geomspace(float(sizes.min()), float(sizes.max()), _SAMPLES)
         curves = [_line(fit, data, "N", line, size, last, float(r)) for r in _pick(ratios)]
-        sets.append(CurveSet("N", f"at {last:.3g} tokens", tuple(curves)))
+        sets.append(CurveSet("N", f"at {spell_count(last)} tokens", tuple(curves)))
     return tuple(sets)
+
+
+def spell_count(value: float) -> str:
+    """`1.8B`, `500M`: parameters and tokens in sentences."""
+    factor, name = (1e9, "B") if value >= 1e9 else (1e6, "M")
+    return f"{value / factor:.3g}{name}"
 
 
 def _pick(values: Array) -> Array:

@@ -160,7 +160,7 @@ def fit_loss(
         for place in range(len(form.parameters))
     )
     checks = check_requirements(form, solution.theta, problem.points)
-    residual = form.loss(solution.theta[None], problem.points)[0] - problem.loss
+    residual: Array = form.loss(solution.theta[None], problem.points)[0] - problem.loss
     spread = scatter(problem, solution.theta)
     natural_draws: list[list[float]] = form.natural(draws).tolist()
     fitted = LossFit(

@@ -171,7 +171,8 @@ def leave_domains_out(
             part = problem_at(data.take(~held), form, TARGET, points.take(~held), options)
             theta = _refit(part, first, options)
             loss = form.loss(theta[None], points.take(held))[0]
-            errors.append(float(np.mean(np.abs(loss - data.losses[TARGET][held]))))
+            error: Array = loss - data.losses[TARGET][held]
+            errors.append(float(np.mean(np.abs(error))))
         stderr = float(np.std(np.array(errors), ddof=1)) / len(errors) ** 0.5
         found.append(LeftOut(variant, len(splits), float(np.mean(errors)), stderr))
     return found

@@ -7,7 +7,7 @@ import numpy as np
 
 from cptquant.core.errors import UserError
 from cptquant.core.laws import LawFit, Optimum
-from cptquant.laws.curves import optimum_curves
+from cptquant.laws.curves import optimum_curves, spell_count
 from cptquant.laws.optimum import (
     FLOPS_PER_PARAMETER_TOKEN,
     best_ratio_for_domain_tokens,
@@ -67,7 +67,7 @@ def _under_limit(law: LawFit, request: OptimumRequest) -> tuple[Optimum, Optimum
     answer, reference = best_ratio_under_limit(law, size, tokens, increase, request.general_base)
     ratios = _ratio_axis(law)
     curves = optimum_curves(law, "r", ratios, np.full(len(ratios), size), np.full(len(ratios), tokens), ratios)
-    question = f"Domain share for {size:.3g} parameters and {tokens:.3g} tokens, general loss at most {increase:.1%} up"
+    question = f"Domain share for {spell_count(size)} parameters and {spell_count(tokens)} tokens, general loss at most {100 * increase:g} % up"
     sentence = f"The increase is measured against {reference.origin}."
     limit = float(reference.loss[0]) * (1 + increase)
     return answer, OptimumPicture(question, (sentence,), curves, answer.r, limit)
@@ -82,7 +82,7 @@ def _for_domain_tokens(law: LawFit, request: OptimumRequest) -> tuple[Optimum, O
     ratios = _ratio_axis(law)
     ratios = ratios[ratios > 0.02]
     curves = optimum_curves(law, "r", ratios, np.full(len(ratios), size), domain_tokens / ratios, ratios)
-    question = f"Domain share for {size:.3g} parameters and {domain_tokens:.3g} tokens of domain text"
+    question = f"Domain share for {spell_count(size)} parameters and {spell_count(domain_tokens)} tokens of domain text"
     sentence = (
         "The run has D = domain tokens / r tokens, so a small share means a long run; no domain token is repeated."
     )
