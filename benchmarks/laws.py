@@ -104,7 +104,7 @@ def extension(seeds: int) -> dict[str, Any]:
 
     Errors are split into held-out runs whose noiseless general loss rises from first to last evaluation, and the rest.
     """
-    names = ("dcpt", "dcpt-inflection", "dcpt-forgetting", "l2")
+    names = ("dcpt", "dcpt-inflection", "dcpt-forgetting")
     table: dict[str, Any] = {}
     for forgetting in (0.4, 0.15, 0.0):
         rising_errors: dict[str, list[float]] = {name: [] for name in names}
@@ -116,7 +116,7 @@ def extension(seeds: int) -> dict[str, Any]:
             rising = (clean[last] > clean[first])[data.run]
             folds = make_folds(data, "r")
             for name in names:
-                predicted = held_out_predictions(data, FORMS[name], "general_nll", folds, FitOptions(starts=8))
+                predicted = held_out_predictions(data, FORMS[name], "general_nll", folds, FitOptions(starts=4))
                 error = np.abs(predicted - data.losses["general_nll"])
                 for mask, errors in ((rising, rising_errors[name]), (~rising, other_errors[name])):
                     rows = mask & np.isfinite(predicted)

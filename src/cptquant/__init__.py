@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from cptquant.core.evaluation import EvaluationReport as EvaluationReport
     from cptquant.core.evaluation import Measurement as Measurement
     from cptquant.core.formats import QuantFormat as QuantFormat
+    from cptquant.core.laws import LawFit as LawFit
     from cptquant.core.layout import ModelLayout as ModelLayout
     from cptquant.core.layout import Site as Site
-    from cptquant.core.laws import LawFit as LawFit
     from cptquant.core.plan import Plan as Plan
     from cptquant.core.sensitivity import SensitivityTable as SensitivityTable
     from cptquant.core.targets import Target as Target

@@ -67,7 +67,8 @@ def _under_limit(law: LawFit, request: OptimumRequest) -> tuple[Optimum, Optimum
     answer, reference = best_ratio_under_limit(law, size, tokens, increase, request.general_base)
     ratios = _ratio_axis(law)
     curves = optimum_curves(law, "r", ratios, np.full(len(ratios), size), np.full(len(ratios), tokens), ratios)
-    question = f"Domain share for {spell_count(size)} parameters and {spell_count(tokens)} tokens, general loss at most {100 * increase:g} % up"
+    run = f"{spell_count(size)} parameters and {spell_count(tokens)} tokens"
+    question = f"Domain share for {run}, general loss at most {100 * increase:g} % up"
     sentence = f"The increase is measured against {reference.origin}."
     limit = float(reference.loss[0]) * (1 + increase)
     return answer, OptimumPicture(question, (sentence,), curves, answer.r, limit)
