@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cptquant.core.evaluation import EvaluationReport as EvaluationReport
     from cptquant.core.evaluation import Measurement as Measurement
     from cptquant.core.formats import QuantFormat as QuantFormat
+    from cptquant.core.laws import LawFit as LawFit
     from cptquant.core.layout import ModelLayout as ModelLayout
     from cptquant.core.layout import Site as Site
     from cptquant.core.plan import Plan as Plan
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from cptquant.core.targets import Target as Target
     from cptquant.core.targets import find_target as find_target
     from cptquant.evaluation.evaluate import evaluate as evaluate
+    from cptquant.laws.fit_law import fit_law as fit_law
+    from cptquant.laws.observations import read_observations as read_observations
+    from cptquant.laws.predict import predict_law as predict_law
     from cptquant.models.load import load_model as load_model
     from cptquant.models.load import read_layout as read_layout
     from cptquant.models.text import load_tokens as load_tokens
@@ -42,6 +46,7 @@ _HOME = {
     "CptquantError": "core.errors",
     "EvaluationReport": "core.evaluation",
     "Gptq": "quantizers.gptq",
+    "LawFit": "core.laws",
     "Measurement": "core.evaluation",
     "ModelLayout": "core.layout",
     "Plan": "core.plan",
@@ -56,8 +61,11 @@ _HOME = {
     "evaluate_folder": "pipeline",
     "evaluate_run": "pipeline",
     "find_target": "core.targets",
+    "fit_law": "laws.fit_law",
     "load_model": "models.load",
     "load_tokens": "models.text",
+    "predict_law": "laws.predict",
+    "read_observations": "laws.observations",
     "measure_sensitivity": "sensitivity.measure",
     "quantize_model": "pipeline",
     "quantize_run": "pipeline",

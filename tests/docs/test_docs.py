@@ -35,6 +35,20 @@ def test_tutorial_runs(cptquant: Callable, tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "first/report.html").exists()
 
 
+def test_law_tutorial_runs(cptquant: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "docs/law-tutorial.md").read_text(), re.S)
+    commands = [line for block in blocks for line in block.splitlines() if line]
+    assert len(commands) >= 7
+    for command in commands:
+        program, *arguments = command.split()
+        assert program == "cptquant"
+        outcome = cptquant(*arguments)
+        assert outcome.code == 0, (command, outcome.err)
+    for page in ("laws/code/report.html", "laws/code/optimum.html", "scarce.html", "compute.html"):
+        assert "<svg" in (tmp_path / page).read_text(), page
+
+
 def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["quantize_in_python.py", str(tmp_path / "run")])
     runpy.run_path(str(REPOSITORY / "examples/quantize_in_python.py"), run_name="__main__")

@@ -1,8 +1,11 @@
 """What a person sees: a progress bar with remaining time on standard error, tables and JSON on standard output."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from pydantic import BaseModel
 
 from cptquant.core.artifact import Artifact
 from cptquant.core.progress import Progress, ignore_progress
@@ -11,6 +14,22 @@ from cptquant.core.progress import Progress, ignore_progress
 def print_json(artifact: Artifact) -> None:
     """The artifact as JSON on standard output."""
     sys.stdout.write(artifact.to_json())
+
+
+def print_values(value: object) -> None:
+    """Plain values, lists, dicts and records as JSON on standard output."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=_dump) + "\n")
+
+
+def _dump(record: object) -> object:
+    if isinstance(record, BaseModel):
+        return record.model_dump(mode="json")
+    raise TypeError(f"{type(record).__name__} is not JSON")
+
+
+def warn(sentence: str) -> None:
+    """A sentence a person should read, on standard error."""
+    print(f"note: {sentence}", file=sys.stderr)
 
 
 def print_text(text: str) -> None:

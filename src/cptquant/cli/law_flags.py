@@ -1,0 +1,107 @@
+"""Flags of `cptquant law` that are text: `--fix alpha=0.35`, `--column domain_nll=math_loss`, `--holdout by=N`."""
+
+from collections.abc import Sequence
+
+from cptquant.core.errors import UserError
+from cptquant.laws.forms import Form
+from cptquant.laws.methods import find_form
+from cptquant.laws.observations import UNITS, Reading
+
+
+def parse_reading(
+    size_unit: str | None, token_unit: str | None, unique_unit: str | None, columns: Sequence[str] | None
+) -> Reading:
+    """How to read the CSV.
+
+    Raises:
+        UserError: an unknown unit, or a --column that is no NAME=COLUMN.
+    """
+    units: dict[str, str] = {}
+    for quantity, unit in (("N", size_unit), ("D", token_unit), ("U", unique_unit)):
+        if unit is None:
+            continue
+        if unit not in UNITS[quantity]:
+            raise UserError(f"--{quantity}-unit {unit!r} is unknown; choose one of: {', '.join(UNITS[quantity])}")
+        units[quantity] = unit
+    return Reading(units, _pairs("--column", columns))
+
+
+def parse_fixed(fixed: Sequence[str] | None) -> dict[str, float]:
+    """Parameters to hold.
+
+    Raises:
+        UserError: not NAME=NUMBER.
+    """
+    held: dict[str, float] = {}
+    for name, text in _pairs("--fix", fixed).items():
+        try:
+            held[name] = float(text)
+        except ValueError:
+            raise UserError(f"--fix {name}={text}: {text!r} is not a number") from None
+    return held
+
+
+def _pairs(flag: str, texts: Sequence[str] | None) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise UserError(f"{flag} {text!r} is not readable; write NAME=VALUE")
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def parse_increase(text: str) -> float:
+    """`3%` or `0.03` -> 0.03.
+
+    Raises:
+        UserError: no number, or not above zero.
+    """
+    number = text.strip().removesuffix("%")
+    try:
+        value = float(number) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        raise UserError(f"--max-general-increase {text!r} is not readable; write 3% or 0.03") from None
+    if not 0 < value < 1:
+        raise UserError(f"--max-general-increase {text!r} must lie between 0 and 100%; write 3% or 0.03")
+    return value
+
+
+def parse_forms(text: str) -> list[Form]:
+    """Forms by name.
+
+    Raises:
+        UserError: no name, or an unknown one.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError("--forms names no law; write e.g. --forms dcpt,chinchilla")
+    return [find_form(name) for name in dict.fromkeys(names)]
+
+
+def parse_holdout(text: str) -> str:
+    """`by=N` -> N.
+
+    Raises:
+        UserError: not of that form.
+    """
+    head, equals, by = text.partition("=")
+    if head != "by" or not equals or not by:
+        raise UserError(f"--holdout {text!r} is not readable; write by=N, by=r, by=D or by=run")
+    return by
+
+
+def parse_run(size: float | None, tokens: float | None, ratio: float | None) -> tuple[float, float, float] | None:
+    """N, D and r of a run, or none of them.
+
+    Raises:
+        UserError: some are given and some are not.
+    """
+    from cptquant.laws.predict import check_quantities
+
+    if size is None and tokens is None and ratio is None:
+        return None
+    if size is None or tokens is None or ratio is None:
+        raise UserError("give --N, --D and --r together to predict a run, or none of them for K alone")
+    check_quantities(size, tokens, ratio)
+    return size, tokens, ratio

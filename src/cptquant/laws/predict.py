@@ -1,0 +1,111 @@
+"""Losses a fitted law predicts, with their 90% intervals."""
+
+import numpy as np
+
+from cptquant.core.errors import UserError
+from cptquant.core.laws import Interval, LawFit, LossFit
+from cptquant.laws.bootstrap import Scatter, interval, new_run_losses
+from cptquant.laws.forms import BILLION, Array, Form, Points
+from cptquant.laws.methods import find_form
+
+
+def fitted_theta(fit: LossFit) -> tuple[Form, Array, Array]:
+    """Form, internal vector (P,) and internal draws (B, P) of a stored fit."""
+    form = find_form(fit.form)
+    values = np.array([parameter.value for parameter in fit.parameters])
+    return form, form.internal(values), form.internal(np.array(fit.draws))
+
+
+def share_of(fit: LossFit, ratio: Array) -> Array:
+    """The share the law's r stands for, from domain shares."""
+    return 1 - ratio if fit.corpus == "general" else ratio
+
+
+def make_points(
+    fit: LossFit,
+    size: Array | float,  # parameters
+    tokens: Array | float,  # tokens
+    ratio: Array | float,  # domain share
+    features: Array | None = None,  # (3,)
+    unique: float | None = None,  # tokens
+) -> Points:
+    """Points of a fit from natural units; scalars broadcast."""
+    sizes, counts, ratios = np.broadcast_arrays(
+        np.atleast_1d(np.asarray(size, dtype=np.float64)),
+        np.atleast_1d(np.asarray(tokens, dtype=np.float64)),
+        np.atleast_1d(np.asarray(ratio, dtype=np.float64)),
+    )
+    rows = None if features is None else np.repeat(np.asarray(features)[None], len(sizes), axis=0)
+    distinct = None if unique is None else np.full(len(sizes), unique / BILLION)
+    return Points(sizes / BILLION, counts / BILLION, share_of(fit, ratios), distinct, rows)
+
+
+def predict_loss(fit: LossFit, points: Points, *, new_run: bool = True, seed: int = 0) -> list[Interval]:
+    """Predicted loss at each point.
+
+    Args:
+        new_run: the interval of the loss a new run will show (scatter between runs included); otherwise that of the
+            law's mean.
+    """
+    form, theta, draws = fitted_theta(fit)
+    value = form.log_loss(theta[None], points)[0][0]
+    samples = form.log_loss(draws, points)[0]
+    if new_run:
+        low, high = new_run_losses(value, samples, fit.widening, Scatter(fit.run_std, fit.row_std), seed)
+    else:
+        low, high = interval(value, samples, fit.widening)
+    ends = np.exp(np.stack([value, low, high], axis=1))
+    return [Interval(value=float(v), low=float(min(a, v)), high=float(max(b, v))) for v, a, b in ends]
+
+
+def predict_law(
+    law: LawFit,
+    size: float | None,
+    tokens: float | None,
+    ratio: float | None,
+    unique: float | None = None,
+) -> dict[str, Interval | None]:
+    """Loss column -> predicted loss of one run. A mixture law always has both keys; a loss it lacks is None.
+
+    Raises:
+        UserError: a quantity the law needs is not given, or is implausible.
+    """
+    fits = list(law.fits.values())
+    needs = {letter for fit in fits for letter in find_form(fit.form).needs}
+    given = {"N": size, "D": tokens, "r": ratio, "U": unique}
+    for letter in ("N", "D", "r", "U"):
+        if letter in needs and given[letter] is None:
+            raise UserError(f"law {law.kind} needs --{letter}; give its value, N in parameters and D in tokens")
+    check_quantities(size, tokens, ratio)
+    found: dict[str, Interval | None] = {"general_nll": None, "domain_nll": None} if "r" in needs else {}
+    for name, fit in law.fits.items():
+        points = make_points(fit, size or BILLION, tokens or BILLION, 1.0 if ratio is None else ratio, None, unique)
+        found[name] = predict_loss(fit, points)[0]
+    return found
+
+
+def check_quantities(size: float | None, tokens: float | None, ratio: float | None) -> None:
+    """Refuse values that cannot be parameters, tokens or shares.
+
+    Raises:
+        UserError: with the flag.
+    """
+    if size is not None and not 1e4 <= size <= 1e14:
+        raise UserError(f"--N {size:g} cannot be a number of parameters (1e4 to 1e14); 1.8 billion is --N 1.8e9")
+    if tokens is not None and not 1e5 <= tokens <= 1e17:
+        raise UserError(f"--D {tokens:g} cannot be a number of tokens (1e5 to 1e17); 10 billion is --D 10e9")
+    if ratio is not None and not 0 <= ratio <= 1:
+        raise UserError(f"--r {ratio:g} must be the domain's share of the tokens, 0 to 1")
+
+
+def outside_range(law: LawFit, size: float | None, tokens: float | None, ratio: float | None) -> list[str]:
+    """A sentence for each quantity that lies outside what the law was fitted on."""
+    ranges = next(iter(law.fits.values())).ranges
+    sentences: list[str] = []
+    for letter, value in (("N", size), ("D", tokens), ("r", ratio)):
+        if value is None or letter not in ranges:
+            continue
+        low, high = ranges[letter].low, ranges[letter].high
+        if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
+            sentences.append(f"{letter} = {value:g} lies outside the data ({low:g} to {high:g}): an extrapolation")
+    return sentences
