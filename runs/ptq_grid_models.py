@@ -2,9 +2,9 @@
 
     python runs/ptq_grid_models.py --output build/ptq_grid/models
 
-Five shapes, two architectures, `STEPS` steps of `STEP_TOKENS` tokens each, the tokenizer of `embedded:opt-mini`. The
-checkpoint after `EARLY_PART` of the steps is taken before the learning rate decays, the last one annealed. A model whose
-folder stands is not trained again. Seeds are fixed; about six minutes of CPU time on one thread.
+Five shapes, two architectures, `STEPS` steps of `STEP_TOKENS` tokens each, the tokenizer of `embedded:opt-mini`.
+The checkpoint after `EARLY_PART` of the steps is taken before the learning rate decays, the last one annealed. A model
+whose folder stands is not trained again. Seeds are fixed; about six minutes of CPU time on one thread.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What quantizing a model is expected to cost, before it is done: values with intervals, and the features behind them."""
+"""What quantizing a model is expected to cost: values with intervals, and the features behind them."""
 
 from typing import ClassVar
 

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 from cptquant.core.artifact import Artifact, digest_file
 from cptquant.core.errors import DataError
-from cptquant.core.provenance import Stopwatch
 from cptquant.core.forecast import Interval, PlanFeatures, PtqPrediction
+from cptquant.core.provenance import Stopwatch
 from cptquant.laws.ptq_forms import FORMS, LEAST_KL_NATS, PtqCoefficients, fit_coefficients
 from cptquant.laws.ptq_scores import (
     LEVEL,

@@ -1,11 +1,11 @@
 """Forms of the PTQ law: which terms stand in it, and the regression that finds their factors.
 
     ln KL = ln k_m + sum_t c_t x_t                   m: method; x_t: the terms of a form
-    rise of the NLL = r_m KL + s_m slope             slope: of the NLL along the rounding direction, where it was measured
+    rise of the NLL = r_m KL + s_m slope             slope: of the NLL along the rounding direction, if measured
 
-The first line is dNLL = k N^-a D^b E^c with an intercept per method (the issue's question; arXiv 2411.17691 has the same
-shape in bits) for KL. The second is a Taylor expansion: on the model's own predictions the rise is the KL divergence; on
-real text there is a first-order part besides, which does not vanish where the text's gradient does not.
+The first line is k N^-a D^b E^c for KL, with an intercept per method (arXiv 2411.17691 has the same shape in bits). The
+second is a Taylor expansion: on the model's own predictions the rise is the KL divergence; on real text there is a
+first-order part besides, which does not vanish where the text's gradient does not.
 """
 
 import math
@@ -53,7 +53,7 @@ FORMS: dict[str, tuple[str, ...]] = {
 }
 """`error` is k N^-a D^b E^c. `curvature` puts the measured curvature along random directions in the place of N and D.
 `taylor` has the second-order KL of the very change, which holds all of these. `landscape` corrects it by the loss half
-way to the rounded model, `full` by the round-to-nearest loss itself: from `landscape` to `full` is that loss's ablation.
+way to the rounded model, `full` by the round-to-nearest loss itself: `landscape` against `full` ablates that loss.
 """
 
 
@@ -113,8 +113,8 @@ class PtqCoefficients(Frozen):
         """
         if features.method not in self.intercepts:
             raise DataError(
-                f"the PTQ law was fitted on {', '.join(sorted(self.intercepts))}, not on {features.method!r}; fit it on "
-                "a table that holds that method"
+                f"the PTQ law was fitted on {', '.join(sorted(self.intercepts))}, not on {features.method!r}; fit it "
+                "on a table that holds that method"
             )
         if features.taylor_kl_nats == 0:
             return 0.0

@@ -178,5 +178,6 @@ def r_squared(measured: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _spearman(measured: np.ndarray, predicted: np.ndarray) -> float:
-    ranks = [np.argsort(np.argsort(values)).astype(float) for values in (measured, predicted)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(values)).astype(np.float64) for values in (measured, predicted))
+    first, second = first - first.mean(), second - second.mean()
+    return float(first @ second / np.sqrt((first @ first) * (second @ second)))

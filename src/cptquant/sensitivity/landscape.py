@@ -95,7 +95,7 @@ class LandscapeProbe:
     def along_random(
         self, radii: Sequence[float] = RADII, *, seeds: Sequence[int] = (0,), progress: Progress = ignore_progress
     ) -> dict[float, Moved]:
-        """Mean over the seeds at each radius; the blocks' linear weights move, each row by the radius times its norm."""
+        """Mean over the seeds; the blocks' linear weights move, each row by the radius times its norm."""
         found: dict[float, list[Moved]] = {}
         for number, seed in enumerate(seeds):
             moved = self.measure([_Random(self._model, radius, seed) for radius in radii])

@@ -23,6 +23,7 @@ def measure_model_noise(
     *,
     tokens_seen: float | None = None,
     landscapes: bool = True,
+    known_taylor: Mapping[str, Mapping[str, float]] | None = None,
     progress: Progress = ignore_progress,
 ) -> ModelNoise:
     """Measure the formats of all plans, and the landscape along each plan's rounding.
@@ -31,6 +32,7 @@ def measure_model_noise(
         model: a causal language model, never changed. tokens: calibration text.
         plans: name -> format of every site. tokens_seen: training tokens, where known.
         landscapes: whether to measure along each plan's rounding (three passes a plan).
+        known_taylor: second-order KL of every site and format, where TDMPQ has measured it already.
 
     Raises:
         ModelError: another kind of model; the law's observations are causal language models.
@@ -45,14 +47,12 @@ def measure_model_noise(
         site.name: tuple(dict.fromkeys(plan[site.name] for plan in plans.values())) for site in model.layout.sites
     }
     sites = measure_noise(
-        model, pick_sequences(tokens, MOMENT_SEQUENCES), formats, sequences=TAYLOR_SEQUENCES, progress=progress
-    )
+        model, pick_sequences(tokens, MOMENT_SEQUENCES), formats, sequences=TAYLOR_SEQUENCES,
+        known_taylor=known_taylor, progress=progress,
+    )  # fmt: skip
     probe = LandscapeProbe(model, pick_sequences(tokens, LANDSCAPE_SEQUENCES))
     random = probe.along_random(progress=progress)
-    found: dict[str, Landscape] = {}
-    for number, (name, plan) in enumerate(plans.items() if landscapes else ()):
-        found[name] = probe.along_rounding(plan)
-        progress("rounding directions", number + 1, len(plans))
+    found = _along_plans(probe, plans, progress) if landscapes else {}
     return ModelNoise(
         inputs={"layout": model.layout.digest(), "tokens": tokens.digest},
         provenance=watch.provenance(),
@@ -66,3 +66,24 @@ def measure_model_noise(
         landscapes=found,
         text=tokens.description,
     )
+
+
+def measure_landscapes(
+    model: LoadedModel,
+    tokens: TokenSet,
+    plans: Mapping[str, Mapping[str, QuantFormat]],
+    *,
+    progress: Progress = ignore_progress,
+) -> dict[str, Landscape]:
+    """The loss along the rounding directions of further plans, on the text `measure_model_noise` takes."""
+    return _along_plans(LandscapeProbe(model, pick_sequences(tokens, LANDSCAPE_SEQUENCES)), plans, progress)
+
+
+def _along_plans(
+    probe: LandscapeProbe, plans: Mapping[str, Mapping[str, QuantFormat]], progress: Progress
+) -> dict[str, Landscape]:
+    found: dict[str, Landscape] = {}
+    for number, (name, plan) in enumerate(plans.items()):
+        found[name] = probe.along_rounding(plan)
+        progress("rounding directions", number + 1, len(plans))
+    return found

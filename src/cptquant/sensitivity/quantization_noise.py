@@ -27,6 +27,7 @@ def measure_noise(
     formats: SiteFormats,
     *,
     sequences: int = 16,
+    known_taylor: Mapping[str, Mapping[str, float]] | None = None,
     progress: Progress = ignore_progress,
 ) -> dict[str, dict[str, SiteNoise]]:
     """Measure every integer format of every site, one forward and one backward pass for all of them.
@@ -34,18 +35,22 @@ def measure_noise(
     Args:
         model: never changed. tokens: calibration text; all of it serves the input moments, `sequences` of it the
             Taylor expansion. formats: site name -> candidate formats.
+        known_taylor: second-order KL of every site and format, where TDMPQ has measured it already.
 
     Returns:
         Site name -> format name -> noise.
     """
     chosen = integer_formats(formats, model.layout)
-    taylor = Tdmpq(sequences=sequences, outside_sequences=sequences)(model, tokens, chosen, progress).damages
+    taylor = known_taylor
+    if taylor is None:
+        method = Tdmpq(sequences=sequences, outside_sequences=sequences)
+        damages = method(model, tokens, chosen, progress).damages
+        taylor = {name: {fmt: found.value for fmt, found in row.items()} for name, row in damages.items()}
     errors = _Errors(model, chosen)
     errors.run(tokens, progress)
     return {
         name: {
-            fmt.name: SiteNoise(**errors.found[name][fmt.name], taylor_kl_nats=taylor[name][fmt.name].value)
-            for fmt in row
+            fmt.name: SiteNoise(**errors.found[name][fmt.name], taylor_kl_nats=taylor[name][fmt.name]) for fmt in row
         }
         for name, row in chosen.items()
     }
@@ -135,6 +140,7 @@ def conditional_moments(
     mean = float(diagonal[~dead].mean())
     damped = moment.double().clone()
     damped.diagonal().add_(damping * mean)
+    damped.diagonal()[dead] = mean  # keeps the factorisation alive; nothing is read from these
     lower = torch.linalg.cholesky(damped.flip(0, 1))
     return torch.where(dead, 0.0, lower.flip(0, 1).diagonal().square().float())
 
