@@ -1,6 +1,6 @@
-"""Observations of the PTQ law on one model: features first, then every format and method quantized and measured.
+"""Observations of the PTQ law on some models: features first, then every format and method quantized and measured.
 
-    python runs/ptq_grid.py embedded:opt-mini --family opt-mini --work build/ptq_grid
+    python runs/ptq_grid.py embedded:opt-mini --work build/ptq_grid
     python runs/ptq_grid.py --collect src/cptquant/laws/data/ptq_observations.csv --work build/ptq_grid
 
 Text: calibration and test splits of the embedded text unless others are given. Features come from calibration
@@ -29,6 +29,7 @@ from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.provenance import installed_versions
 from cptquant.evaluation.evaluate import evaluate
+from cptquant.laws.ptq import fit_ptq_law
 from cptquant.laws.ptq_features import METHODS, ModelNoise, plan_features
 from cptquant.laws.ptq_table import PtqObservation, write_observations
 from cptquant.models.load import LoadedModel, load_model, read_layout
@@ -44,7 +45,8 @@ CORE = ("int3-g64", "int4-g64", "int2-g64", "int3-channel", "int4-channel", "int
 REST = (
     "int2-channel", "int2-g32", "int4-g32", "int3-g128", "int4-g128", "int2-g128", "int5-g64", "int7-g64",
 )  # fmt: skip
-MIXED = 3
+MIXED, AT_ONCE = 3, 4
+TOKENS_SEEN = {"embedded:opt-mini": 8.35e6, "reference-llama": 11.5e6, "reference-opt": 12e6}
 
 
 class Weights(dict[str, QuantizedWeight]):
@@ -85,39 +87,43 @@ def make_plans(layout: ModelLayout, names: Sequence[str]) -> dict[str, dict[str,
 
 
 def measure(
-    model: LoadedModel, name: str, formats: dict[str, QuantFormat], texts: dict[str, TokenSet], family: str,
-    features: dict[str, PlanFeatures],
-) -> list[PtqObservation]:  # fmt: skip
-    """Quantize one plan and judge it, by every method."""
+    model: LoadedModel,
+    plans: dict[str, dict[str, QuantFormat]],
+    texts: dict[str, TokenSet],
+    features: dict[tuple[str, str], PlanFeatures],
+) -> list[PtqObservation]:
+    """Quantize some plans by every method and judge them beside one pass of the original."""
     subjects: dict[str, Weights] = {}
-    for method in METHODS:
+    for name, formats in plans.items():
         plan = Plan.model_construct(formats={site: fmt.name for site, fmt in formats.items()})
-        weights = subjects[method] = Weights()
-        quantize_sites(
-            model, plan, find_quantizer(method), texts["calibration"],
-            lambda _index, block, _records, to=weights: to.update(block),
-        )  # fmt: skip
+        for method in METHODS:
+            weights = subjects[f"{name} {method}"] = Weights()
+            quantize_sites(
+                model, plan, find_quantizer(method), texts["calibration"],
+                lambda _index, block, _records, to=weights: to.update(block),
+            )  # fmt: skip
     found = {(m.name, m.subject): m for m in evaluate(model, subjects, texts["test"])}
     observations: list[PtqObservation] = []
-    for method in METHODS:
-        kl, rise = (found[kind, method] for kind in ("kl_nats_per_token", "nll_increase_nats_per_token"))
+    for (name, method), row in features.items():
+        kl, rise = (found[kind, f"{name} {method}"] for kind in ("kl_nats_per_token", "nll_increase_nats_per_token"))
+        source = model_name(model.layout.source)
         observations.append(
             PtqObservation(
-                model=model_name(model.layout.source),
-                family=family,
+                model=source,
+                family=source.removesuffix("-early").removesuffix("-last").removeprefix("embedded:"),
                 plan=name,
-                features=features[method],
+                features=row,
                 kl_nats=kl.value,
                 kl_stderr_nats=kl.stderr or 0.0,
                 rise_nats=rise.value,
                 rise_stderr_nats=rise.stderr or 0.0,
-                tokens=kl.n,
                 original_nll_nats=found["nll_nats_per_token", "original"].value,
+                tokens=kl.n,
             )
         )
         print(
-            f"{observations[-1].model} {name} {method}: taylor {features[method].taylor_kl_nats:.4f} "
-            f"KL {kl.value:.4f} rise {rise.value:.4f} ± {rise.stderr or 0:.4f}",
+            f"{source} {name} {method}: taylor {row.taylor_kl_nats:.4f} KL {kl.value:.4f} rise {rise.value:.4f} "
+            f"± {rise.stderr or 0:.4f}",
             flush=True,
         )
     return observations
@@ -128,36 +134,54 @@ def model_name(source: str) -> str:
     return source if source.startswith("embedded:") else Path(source).name
 
 
-def observe(choices: argparse.Namespace) -> None:
-    """One model: noise of what is missing, then a file for each plan."""
-    folder: Path = choices.work / "observations" / model_name(choices.model).replace(":", "-")
+def observe(source: str, choices: argparse.Namespace) -> None:
+    """One model: noise of what is missing, then a file for every few plans."""
+    folder: Path = choices.work / "observations" / model_name(source).replace(":", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    layout = read_layout(choices.model)
+    layout = read_layout(source)
     plans = make_plans(layout, CORE if choices.core else (*CORE, *REST))
-    missing = {name: plan for name, plan in plans.items() if not (folder / f"{name}.json").exists()}
+    missing = [name for name in plans if name not in _observed(folder)]
     if not missing:
         return
     wait_while_quiet()
-    model = load_model(choices.model)
+    model = load_model(source)
     texts = {
-        split: load_tokens(model, source, split, sequences=count, length=LENGTH, seed=SEED)
-        for split, source, count in (
+        split: load_tokens(model, text, split, sequences=count, length=LENGTH, seed=SEED)
+        for split, text, count in (
             ("calibration", choices.calibration, CALIBRATION), ("test", choices.eval_text, TEST),
         )
     }  # fmt: skip
-    training = Path(choices.model) / "training.json"
-    seen = choices.tokens_seen or float(json.loads(training.read_text(encoding="utf-8"))["tokens"])
-    noise = _noise(folder / "noise.json", model, texts["calibration"], plans, seen)
-    for name, plan in missing.items():
+    noise = _noise(folder / "noise.json", model, texts["calibration"], plans, _tokens_seen(source))
+    for start in range(0, len(missing), AT_ONCE):
         wait_while_quiet()
-        began = time.process_time()
-        features = {method: plan_features(noise, layout, plan, method, name) for method in METHODS}
-        found = measure(model, name, plan, texts, choices.family, features)
+        began, part = time.process_time(), missing[start : start + AT_ONCE]
+        features = {
+            (name, method): plan_features(noise, layout, plans[name], method, name)
+            for name in part
+            for method in METHODS
+        }
+        found = measure(model, {name: plans[name] for name in part}, texts, features)
         record = {
             "versions": installed_versions(), "cpu_seconds": round(time.process_time() - began, 1),
             "observations": [observation.model_dump(mode="json") for observation in found],
         }  # fmt: skip
-        (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / f"plans-{part[0]}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _observed(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Plan name -> rows that stand already."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("plans-*.json")):
+        for row in json.loads(path.read_text(encoding="utf-8"))["observations"]:
+            rows.setdefault(row["plan"], []).append(row)
+    return rows
+
+
+def _tokens_seen(source: str) -> float:
+    training = Path(source) / "training.json"
+    if training.exists():
+        return float(json.loads(training.read_text(encoding="utf-8"))["tokens"])
+    return TOKENS_SEEN[model_name(source)]
 
 
 def _noise(
@@ -184,12 +208,11 @@ def collect(folder: Path, output: Path) -> None:
     for path in sorted(folder.glob("*/noise.json")):
         noise = ModelNoise.load(path)
         layout = read_layout(noise.model)
-        for name, plan in make_plans(layout, (*CORE, *REST)).items():
-            if not (path.parent / f"{name}.json").exists():
-                continue
-            records.append(json.loads((path.parent / f"{name}.json").read_text(encoding="utf-8")))
-            for row in records[-1]["observations"]:
-                features = plan_features(noise, layout, plan, row["features"]["method"], name)
+        plans = make_plans(layout, (*CORE, *REST))
+        records += [json.loads(part.read_text(encoding="utf-8")) for part in path.parent.glob("plans-*.json")]
+        for name, rows in _observed(path.parent).items():
+            for row in rows:
+                features = plan_features(noise, layout, plans[name], row["features"]["method"], name)
                 observations.append(PtqObservation.model_validate({**row, "features": features}))
     versions = ", ".join(f"{name} {version}" for name, version in records[0]["versions"].items())
     models = len({observation.model for observation in observations})
@@ -211,11 +234,9 @@ def collect(folder: Path, output: Path) -> None:
 
 
 def main() -> None:
-    """Observe one model, or collect."""
+    """Observe models, or collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", nargs="?")
-    parser.add_argument("--family", default="")
-    parser.add_argument("--tokens-seen", type=float, default=None)
+    parser.add_argument("models", nargs="*")
     parser.add_argument("--calibration", default=None)
     parser.add_argument("--eval-text", default=None)
     parser.add_argument("--work", type=Path, default=Path("build/ptq_grid"))
@@ -225,8 +246,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if choices.collect is not None:
         collect(choices.work / "observations", choices.collect)
-    else:
-        observe(choices)
+        fit_ptq_law(choices.collect).save(choices.collect.with_name("ptq_law.json"))
+    for source in choices.models:
+        observe(source, choices)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 #     SHARED=../shared runs/ptq_grid.sh # and the two reference models with their text, where they are
 #
 # One thread, lowest priority but four; about 25 CPU minutes in all on an AMD EPYC (Zen 5). Models and plans that stand
-# in $WORK are not made again, so a killed run goes on where it stopped. Set QUIET to a file that makes it wait.
+# in $WORK are not made again, so a killed run goes on where it stopped. Set QUIET to a file that makes it wait,
+# GRID=--core to measure only the formats that matter most.
 set -eu
 cd "$(dirname "$0")/.."
 WORK=${WORK:-build/ptq_grid}
@@ -13,18 +14,15 @@ PYTHON=${PYTHON:-.venv/bin/python}
 export OMP_NUM_THREADS=1
 
 nice -n 15 "$PYTHON" runs/ptq_grid_models.py --output "$WORK/models"
-for stage in last early; do
-    for shape in opt-w64 opt-w128 llama-w64 llama-w128 llama-w192; do
-        nice -n 15 "$PYTHON" runs/ptq_grid.py "$WORK/models/$shape-$stage" --family "$shape" --work "$WORK"
-    done
+set -- embedded:opt-mini
+for name in llama-w64-last opt-w128-last llama-w192-last opt-w64-last llama-w128-last llama-w128-early \
+    llama-w192-early opt-w128-early; do
+    set -- "$@" "$WORK/models/$name"
 done
-nice -n 15 "$PYTHON" runs/ptq_grid.py embedded:opt-mini --family opt-mini --tokens-seen 8.35e6 --work "$WORK"
+nice -n 15 "$PYTHON" runs/ptq_grid.py "$@" ${GRID:-} --work "$WORK"
 if [ -n "${SHARED:-}" ]; then
-    for pair in llama:11.5e6 opt:12e6; do
-        name=reference-${pair%%:*}
-        nice -n 15 "$PYTHON" runs/ptq_grid.py "$SHARED/models/$name" --family "$name" --tokens-seen "${pair#*:}" \
-            --calibration "$SHARED/data/text/general/train.txt" --eval-text "$SHARED/data/text/general/test.txt" \
-            --work "$WORK"
-    done
+    nice -n 15 "$PYTHON" runs/ptq_grid.py "$SHARED/models/reference-llama" "$SHARED/models/reference-opt" ${GRID:-} \
+        --calibration "$SHARED/data/text/general/train.txt" --eval-text "$SHARED/data/text/general/test.txt" \
+        --work "$WORK"
 fi
-"$PYTHON" runs/ptq_grid.py --collect src/cptquant/laws/data/ptq_observations.csv --work "$WORK"
+nice -n 15 "$PYTHON" runs/ptq_grid.py --collect src/cptquant/laws/data/ptq_observations.csv --work "$WORK"

@@ -57,9 +57,16 @@ def planted_table(
                 rise = PER_KL * kl + PER_SLOPE * features.slope * math.sqrt(features.method_ratio)
                 rows.append(
                     PtqObservation(
-                        model=f"m{family}", family=f"f{family}", plan=f"p{plan}", features=features, kl_nats=kl,
-                        kl_stderr_nats=0.01 * kl, rise_nats=rise, rise_stderr_nats=rise_stderr, original_nll_nats=3.0,
+                        model=f"m{family}",
+                        family=f"f{family}",
+                        plan=f"p{plan}",
+                        features=features,
+                        kl_nats=kl,
+                        kl_stderr_nats=0.01 * kl,
+                        rise_nats=rise,
+                        rise_stderr_nats=rise_stderr,
+                        original_nll_nats=3.0,
                         tokens=8000,
-                    )  # fmt: skip
+                    )
                 )
     return rows

@@ -4,6 +4,17 @@ import math
 
 import numpy as np
 import pytest
+from laws.planted_ptq import (
+    BEND,
+    CORRECTION,
+    PER_KL,
+    PER_SLOPE,
+    PLANTED,
+    POWER,
+    made_features,
+    planted_kl,
+    planted_table,
+)
 
 from cptquant.core.errors import ArtifactError, DataError
 from cptquant.laws.ptq import PtqLawFit, fit_observations, fit_ptq_law, load_ptq_law
@@ -19,17 +30,6 @@ from cptquant.laws.ptq_scores import (
     rise_scale,
 )
 from cptquant.laws.ptq_table import SHIPPED, read_observations
-from laws.planted_ptq import (
-    BEND,
-    CORRECTION,
-    PER_KL,
-    PER_SLOPE,
-    PLANTED,
-    POWER,
-    made_features,
-    planted_kl,
-    planted_table,
-)
 
 
 def test_planted_parameters_come_back():
@@ -132,9 +132,11 @@ def test_rows_without_landscape_leave_the_other_forms():
 
 def test_refusals():
     rows = planted_table()
-    with pytest.raises(DataError, match=r"planted has 32 usable rows of 2 families; a PTQ law needs at least 24 rows of"):
+    with pytest.raises(
+        DataError, match=r"planted has 32 usable rows of 2 families; a PTQ law needs at least 24 rows of"
+    ):
         fit_observations(planted_table(families=2), form="full", source="planted")
-    with pytest.raises(DataError, match="--form 'cubic' is unknown; choose one of: error, curvature, taylor"):
+    with pytest.raises(DataError, match=r"--form .cubic. is unknown; choose one of: error, curvature, taylor"):
         fit_observations(rows, form="cubic", source="planted")
     fit = fit_observations(rows, form="full", source="planted")
     with pytest.raises(DataError, match="was fitted on gptq, rtn, not on 'awq'"):

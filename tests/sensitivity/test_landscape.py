@@ -42,7 +42,11 @@ def test_the_end_of_the_way_is_the_rounded_model(toy, text, candidates, name):
     model, tokens = toy(name), text(sequences=4)
     plan = first_plan(model, candidates, "int3-g16")
     landscape = LandscapeProbe(model, tokens).along_rounding(plan)
-    measured = {m.name: m.value for m in evaluate(model, {"quantized": Rounded(model, plan)}, tokens) if m.subject == "quantized"}
+    measured = {
+        m.name: m.value
+        for m in evaluate(model, {"quantized": Rounded(model, plan)}, tokens)
+        if m.subject == "quantized"
+    }
     assert landscape.full_kl_nats == pytest.approx(measured["kl_nats_per_token"], rel=1e-3)
     assert landscape.full_rise_nats == pytest.approx(measured["nll_increase_nats_per_token"], rel=1e-3, abs=1e-5)
 
@@ -116,5 +120,7 @@ def test_features_of_a_plan_are_sums_over_its_sites(toy, text, candidates):
 
 def test_other_models_are_refused(toy, text, candidates):
     model = toy("classifier")
-    with pytest.raises(ModelError, match="is a sequence classification model; the PTQ law is fitted on causal language"):
+    with pytest.raises(
+        ModelError, match="is a sequence classification model; the PTQ law is fitted on causal language"
+    ):
         measure_model_noise(model, text("sequence_classification"), {})
