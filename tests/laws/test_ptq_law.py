@@ -148,7 +148,7 @@ def test_a_law_is_json_and_comes_back_exactly(tmp_path):
     fit.save(tmp_path / "law.json")
     assert load_ptq_law(tmp_path / "law.json") == fit
     (tmp_path / "law.json").write_text(fit.to_json().replace('"cptquant.ptq_law"', '"something"'))
-    with pytest.raises(ArtifactError, match="holds schema 'something', expected 'cptquant.ptq_law'"):
+    with pytest.raises(ArtifactError, match=r"holds schema 'something', expected 'cptquant\.ptq_law'"):
         load_ptq_law(tmp_path / "law.json")
 
 

@@ -73,9 +73,14 @@ class PtqLawFit(Artifact):
             kl_nats=kl_range,
             rise_nats=Interval(value=rise, low=low, high=high),
             nll_nats=nll,
-            perplexity=Interval(value=math.exp(nll.value), low=math.exp(nll.low), high=math.exp(nll.high)),
+            perplexity=Interval(value=_exp(nll.value), low=_exp(nll.low), high=_exp(nll.high)),
             outside=law.outside(features) if features.taylor_kl_nats > 0 else (),
         )
+
+
+def _exp(nll_nats: float) -> float:
+    """A perplexity; of a hopeless extrapolation the largest float rather than an overflow."""
+    return math.exp(min(nll_nats, 700.0))
 
 
 def load_ptq_law(path: Path | None = None) -> PtqLawFit:

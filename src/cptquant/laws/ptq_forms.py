@@ -24,6 +24,8 @@ Floats = NDArray[np.float64]
 LEAST_KL_NATS = 1e-6
 """Below it the rounding of float32 forward passes is what is seen; such rows teach nothing and are left out."""
 _TINY = 1e-12
+_SECOND_ORDER_LIMIT_NATS = 1.0
+"""Above it the second order says only that the damage is large; the bend of the law stops there."""
 _RIDGE = 1e-3
 """Of standardised terms, per row: enough to settle collinear terms, too little to bend a clear one."""
 _RISE_MODEL_ERROR = 0.1
@@ -38,7 +40,7 @@ TERMS: dict[str, Callable[[PlanFeatures], float | None]] = {
     "ln_random_curvature": lambda f: math.log(f.random_curvature),
     "random_growth": lambda f: f.random_growth,
     "ln_taylor_kl": lambda f: math.log(max(f.taylor_kl_nats, _TINY)),
-    "taylor_kl": lambda f: f.taylor_kl_nats,
+    "taylor_kl": lambda f: min(f.taylor_kl_nats, _SECOND_ORDER_LIMIT_NATS),
     "ln_half_over_taylor": lambda f: _log_over_taylor(f, f.half_kl_nats, 4.0),
     "ln_full_over_taylor": lambda f: _log_over_taylor(f, f.rtn_kl_nats, 1.0),
 }
