@@ -7,7 +7,6 @@ predictions are worth in `ptq_scores.py`.
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ from cptquant.core.artifact import Artifact, digest_file
 from cptquant.core.errors import DataError
 from cptquant.core.forecast import Interval, PlanFeatures, PtqPrediction
 from cptquant.core.provenance import Stopwatch
-from cptquant.laws.ptq_forms import FORMS, LEAST_KL_NATS, PtqCoefficients, fit_coefficients
+from cptquant.laws.ptq_forms import FORMS, LEAST_KL_NATS, Design, PtqCoefficients, fit_coefficients
 from cptquant.laws.ptq_scores import (
     LEVEL,
     Bands,
@@ -124,15 +123,15 @@ def fit_observations(observations: Sequence[PtqObservation], *, form: str, sourc
     bands: dict[str, Bands] = {}
     held_out: dict[str, HeldOutScores] = {}
     for name in FORMS:
-        fitter = partial(fit_coefficients, form=name)
         try:
-            laws[name] = fitter(usable)
+            design = Design.build(usable, name)
         except DataError:
             if name == form:
                 raise
             continue  # a table without that feature has no such form
-        bands[name] = fit_bands(leave_one_family_out(usable, fitter))
-        held_out[name] = score_held_out(usable, fitter)
+        laws[name] = fit_coefficients(usable, name)
+        bands[name] = fit_bands(design, leave_one_family_out(design))
+        held_out[name] = score_held_out(usable, name)
     return PtqLawFit(
         form=form, laws=laws, bands=bands, held_out=held_out, families=families, rows=len(usable), source=source
     )

@@ -10,6 +10,7 @@ first-order part besides, which does not vanish where the text's gradient does n
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,50 +147,118 @@ def scaled_slope(features: PlanFeatures) -> float:
     return 0.0 if features.slope is None else features.slope * math.sqrt(features.method_ratio)
 
 
-def fit_coefficients(observations: Sequence[PtqObservation], form: str) -> PtqCoefficients:
-    """Ridge regression of ln KL on a form's terms, then a weighted line for the rise, per method.
+@dataclass(frozen=True)
+class Design:
+    """A table in the terms of one form, so that a law can be fitted on any part of it without reading it again.
 
-    Rows of one family count together as much as those of another, however many there are.
+    Attributes:
+        terms: (n, terms). methods: names; method: (n,) index into them. family: (n,) index of the family.
+        kl, rise, rise_stderr, slope: (n,) nats per token; slope as `scaled_slope`.
+    """
+
+    form: str
+    terms: Floats
+    methods: tuple[str, ...]
+    method: NDArray[np.int64]
+    family: NDArray[np.int64]
+    kl: Floats
+    rise: Floats
+    rise_stderr: Floats
+    slope: Floats
+
+    @classmethod
+    def build(cls, observations: Sequence[PtqObservation], form: str) -> "Design":
+        """Read the rows.
+
+        Raises:
+            DataError: a feature of the form is missing in a row.
+        """
+        methods = sorted({row.features.method for row in observations})
+        families = list(dict.fromkeys(row.family for row in observations))
+        return cls(
+            form=form,
+            terms=np.array([term_values(form, row.features) for row in observations]),
+            methods=tuple(methods),
+            method=np.array([methods.index(row.features.method) for row in observations]),
+            family=np.array([families.index(row.family) for row in observations]),
+            kl=np.array([row.kl_nats for row in observations]),
+            rise=np.array([row.rise_nats for row in observations]),
+            rise_stderr=np.array([row.rise_stderr_nats for row in observations]),
+            slope=np.array([scaled_slope(row.features) for row in observations]),
+        )
+
+    @property
+    def families(self) -> int:
+        """How many."""
+        return int(self.family.max()) + 1
+
+    def fit(self, used: NDArray[np.bool_]) -> "Solution":
+        """Ridge regression of ln KL on the terms, then a weighted line for the rise, per method.
+
+        Rows of one family count together as much as those of another, however many there are.
+        """
+        terms, family = self.terms[used], self.family[used]
+        weights = np.sqrt(1.0 / np.bincount(family)[family])
+        centre, spread = terms.mean(axis=0), terms.std(axis=0)
+        spread = np.where(spread > 0, spread, 1.0)
+        count = terms.shape[1]
+        dummies = np.eye(len(self.methods))[self.method[used]]
+        design = np.hstack([(terms - centre) / spread, dummies]) * weights[:, None]
+        penalty = np.zeros((count, design.shape[1]))
+        penalty[:, :count] = np.eye(count) * math.sqrt(_RIDGE * float((weights**2).sum()))
+        target = np.concatenate([np.log(self.kl[used]) * weights, np.zeros(count)])
+        found = np.linalg.lstsq(np.vstack([design, penalty]), target, rcond=None)[0]
+        factors = found[:count] / spread
+        intercepts = found[count:] - float(centre @ factors)
+        predicted = np.exp(self.terms @ factors + intercepts[self.method])
+        lines = [self._fit_rise(used & (self.method == index), predicted) for index in range(len(self.methods))]
+        return Solution(factors, intercepts, np.array(lines))
+
+    def _fit_rise(self, used: NDArray[np.bool_], predicted: Floats) -> tuple[float, float]:
+        if not used.any():
+            return 1.0, 0.0
+        weights = 1 / np.sqrt(self.rise_stderr[used] ** 2 + (_RISE_MODEL_ERROR * predicted[used]) ** 2)
+        design = np.stack([predicted[used], self.slope[used]], axis=1) * weights[:, None]
+        line = np.linalg.lstsq(design, self.rise[used] * weights, rcond=None)[0]
+        return float(line[0]), float(line[1])
+
+    def predict(self, solution: "Solution") -> tuple[Floats, Floats]:
+        """KL and rise of every row, (n,) each."""
+        kl = np.exp(self.terms @ solution.factors + solution.intercepts[self.method])
+        lines = solution.lines[self.method]
+        return kl, lines[:, 0] * kl + lines[:, 1] * self.slope
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Numbers of one fit: factors (terms,), intercepts (methods,), lines (methods, 2) of the rise."""
+
+    factors: Floats
+    intercepts: Floats
+    lines: Floats
+
+
+def fit_coefficients(observations: Sequence[PtqObservation], form: str) -> PtqCoefficients:
+    """Fit a form on all rows; see `Design.fit`.
 
     Raises:
         DataError: a feature of the form is missing in a row.
     """
-    rows = [row for row in observations if row.kl_nats >= LEAST_KL_NATS]
-    methods = sorted({row.features.method for row in rows})
-    terms = np.array([term_values(form, row.features) for row in rows])
-    dummies = np.array([[float(row.features.method == method) for method in methods] for row in rows])
-    target = np.log([row.kl_nats for row in rows])
-    families = [row.family for row in rows]
-    weights = np.sqrt([1.0 / families.count(family) for family in families])
-    centre, spread = terms.mean(axis=0), terms.std(axis=0)
-    spread = np.where(spread > 0, spread, 1.0)
-    design = np.hstack([(terms - centre) / spread, dummies]) * weights[:, None]
-    penalty = np.zeros((terms.shape[1], design.shape[1]))
-    penalty[:, : terms.shape[1]] = np.eye(terms.shape[1]) * math.sqrt(_RIDGE * float((weights**2).sum()))
-    solution = np.linalg.lstsq(
-        np.vstack([design, penalty]), np.concatenate([target * weights, np.zeros(len(penalty))]), rcond=None
-    )[0]
-    factors = solution[: terms.shape[1]] / spread
-    shift = float(centre @ factors)
+    design = Design.build(observations, form)
+    solution = design.fit(np.ones(len(observations), dtype=np.bool_))
     names = FORMS[form]
-    intercepts = {m: float(value) - shift for m, value in zip(methods, solution[terms.shape[1] :], strict=True)}
-    unfinished = PtqCoefficients(
+
+    def by_term(values: Floats) -> dict[str, float]:
+        return dict(zip(names, map(float, values), strict=True))
+
+    return PtqCoefficients(
         form=form,
-        intercepts=intercepts,
-        coefficients=dict(zip(names, map(float, factors), strict=True)),
-        rise={},
-        low=dict(zip(names, map(float, terms.min(axis=0)), strict=True)),
-        high=dict(zip(names, map(float, terms.max(axis=0)), strict=True)),
+        intercepts=dict(zip(design.methods, map(float, solution.intercepts), strict=True)),
+        coefficients=by_term(solution.factors),
+        rise={
+            method: RiseLine(per_kl=float(line[0]), per_slope=float(line[1]))
+            for method, line in zip(design.methods, solution.lines, strict=True)
+        },
+        low=by_term(design.terms.min(axis=0)),
+        high=by_term(design.terms.max(axis=0)),
     )
-    return unfinished.model_copy(update={"rise": {m: _fit_rise(rows, m, unfinished) for m in methods}})
-
-
-def _fit_rise(rows: Sequence[PtqObservation], method: str, law: PtqCoefficients) -> RiseLine:
-    mine = [row for row in rows if row.features.method == method]
-    predicted = np.array([law.kl_nats(row.features) for row in mine])
-    slopes = np.array([scaled_slope(row.features) for row in mine])
-    rises, errors = np.array([row.rise_nats for row in mine]), np.array([row.rise_stderr_nats for row in mine])
-    weights = 1 / np.sqrt(errors**2 + (_RISE_MODEL_ERROR * predicted) ** 2)
-    design = np.stack([predicted, slopes], axis=1) * weights[:, None]
-    solution = np.linalg.lstsq(design, rises * weights, rcond=None)[0]
-    return RiseLine(per_kl=float(solution[0]), per_slope=float(solution[1]))

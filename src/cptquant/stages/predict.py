@@ -20,7 +20,7 @@ from cptquant.core.sensitivity import Damage, SensitivityTable
 from cptquant.core.targets import candidate_formats, find_target
 from cptquant.laws.ptq import PtqLawFit, load_ptq_law
 from cptquant.laws.ptq_features import METHODS, Method, ModelNoise, plan_features
-from cptquant.laws.ptq_table import PtqObservation, append_observations
+from cptquant.laws.ptq_table import SHIPPED_LAW, PtqObservation, append_observations
 from cptquant.models.load import load_model
 from cptquant.models.text import load_tokens
 from cptquant.sensitivity.model_noise import MOMENT_SEQUENCES, measure_landscapes, measure_model_noise
@@ -183,11 +183,12 @@ def _mixed_plan(
 def forecast_stage(run: Run, layout: ModelLayout, plans: Mapping[str, Plan]) -> PtqForecast | None:
     """forecast.json: what the plan and its baselines are expected to cost, before they are quantized.
 
-    None (and no file) with `--no-predict`, or for another model than a causal language model, which the law does not
-    know. The second-order KL is taken from the sensitivity table where TDMPQ made it.
+    None (and no file) with `--no-predict`, for another model than a causal language model, which the law does not
+    know, and in an installation that was built without a law (runs/ptq_grid.sh makes it). The second-order KL is taken
+    from the sensitivity table where TDMPQ made it.
     """
     path = run.folder / "forecast.json"
-    if not run.settings.predict or layout.task != "causal_lm":
+    if not run.settings.predict or layout.task != "causal_lm" or not SHIPPED_LAW.exists():
         path.unlink(missing_ok=True)
         return None
     law = load_ptq_law()
