@@ -26,7 +26,7 @@ def law(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_plan_has_an_interval(cptquant: Callable, folder: Path, law: Path, tmp_path: Path) -> None:
     outcome = cptquant(
-        "predict", folder, "--formats", "int3,int4-channel", "--group", "16,32", "--budget", "11bpw", "--law", law,
+        "predict", folder, "--formats", "int3,int4-channel", "--group", "16,32", "--budget", "13bpw", "--law", law,
         "--sequence-length", 32, "--json", "--output", tmp_path / "forecast.json",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
@@ -34,7 +34,7 @@ def test_every_plan_has_an_interval(cptquant: Callable, folder: Path, law: Path,
     assert found == json.loads((tmp_path / "forecast.json").read_text())
     assert [(row["plan"], row["method"]) for row in found["rows"]] == [
         (plan, method)
-        for plan in ("int3-g16", "int3-g32", "int4-channel", "budget 11bpw")
+        for plan in ("int3-g16", "int3-g32", "int4-channel", "budget 13bpw")
         for method in ("rtn", "gptq")
     ]
     for row in found["rows"]:
@@ -44,7 +44,7 @@ def test_every_plan_has_an_interval(cptquant: Callable, folder: Path, law: Path,
     rounded, compensated = found["rows"][:2]
     assert rounded["features"]["method_ratio"] == 1 > compensated["features"]["method_ratio"]
     mixed = found["rows"][-1]
-    assert mixed["bits_per_weight"] <= 11 and mixed["features"]["rtn_kl_nats"] is not None
+    assert mixed["bits_per_weight"] <= 13 and mixed["features"]["rtn_kl_nats"] is not None
     assert not list(folder.glob("*.partial")) and not (tmp_path / "checkpoint").exists()
     table = cptquant("predict", folder, "--formats", "int4", "--group", "16", "--law", law, "--sequence-length", 32)
     assert table.code == 0 and "round to nearest" in table.out and "planted.csv, form full" in table.out
