@@ -74,7 +74,7 @@ def test_predicted_beside_measured_and_recorded(
     monkeypatch.setattr(predict_stage_module, "SHIPPED_LAW", law)
     monkeypatch.setattr("cptquant.laws.ptq.SHIPPED_LAW", law)
     run, table = tmp_path / "run", tmp_path / "mine.csv"
-    outcome = cptquant("quantize", folder, "--budget", "10bpw", "--output", run, *QUICK, "--record", table)
+    outcome = cptquant("quantize", folder, "--budget", "12bpw", "--output", run, *QUICK, "--record", table)
     assert outcome.code == 0, outcome.err
     assert "Predicted before quantizing, measured after" in outcome.out
     assert "Predicted before quantizing, measured after" in (run / "report.html").read_text()
