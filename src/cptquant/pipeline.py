@@ -1,6 +1,7 @@
 """The main path: a model and a budget in, a smaller model that runs and a report out.
 
-    inspect -> measure -> allocate -> quantize (plan and baselines) -> guard -> checkpoint -> evaluate -> report
+    inspect -> measure -> allocate -> predict -> quantize (plan and baselines) -> guard -> checkpoint -> evaluate
+    -> report
 
 Each step is a function in `stages/` that leaves a file in the run folder; this file is their order.
 """
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from cptquant.allocation.reach import check_budget
 from cptquant.core.evaluation import EvaluationReport
+from cptquant.core.forecast import PtqForecast
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.progress import Progress, ignore_progress
@@ -21,6 +23,7 @@ from cptquant.stages.check import check_choices
 from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
 from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
+from cptquant.stages.predict import forecast_stage
 from cptquant.stages.quantize import Variant, export_stage, quantize_stage, write_stage
 from cptquant.stages.run import Run
 
@@ -31,12 +34,14 @@ class Result:
 
     Attributes:
         plan: of the weights that were written: the allocator's, or uniform bits where the guard preferred them.
+        forecast: what was expected before quantizing; None if that was not asked for, or not a causal language model.
     """
 
     folder: Path
     layout: ModelLayout
     plan: Plan
     evaluation: EvaluationReport
+    forecast: PtqForecast | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -80,21 +85,27 @@ def quantize_run(folder: Path, progress: Progress = ignore_progress, **changes: 
 
 
 def _from_plan(run: Run, layout: ModelLayout) -> Result:
+    forecast = forecast_stage(run, layout, _plans(run, layout))
     variants = _quantize_variants(run, layout)
     written, guard = guard_stage(run, variants)
     write_stage(run, variants[written])
     export_stage(run, variants[written])
     evaluation = evaluate_stage(run, layout, variants, written, guard)
     render_report(run.folder)
-    return Result(run.folder, layout, variants[written].plan, evaluation)
+    return Result(run.folder, layout, variants[written].plan, evaluation, forecast)
 
 
-def _quantize_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:
-    """The plan and its baselines at no more bytes, each quantized the same way."""
+def _plans(run: Run, layout: ModelLayout) -> dict[str, Plan]:
+    """The plan and its baselines at no more bytes."""
     plan = run.load("plan.json", Plan)
     check_plan(plan, layout)
     run.read_all_text()
-    plans = {"quantized": plan, **baseline_plans(run, layout, plan)}
+    return {"quantized": plan, **baseline_plans(run, layout, plan)}
+
+
+def _quantize_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:
+    """The plan and its baselines, each quantized the same way."""
+    plans = _plans(run, layout)
     return {name: Variant(plans[name], quantize_stage(run, layout, plans[name], name)) for name in plans}
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cptquant.cli import allocate, evaluate, inspect, law, measure, quantize, report, targets
+from cptquant.cli import allocate, evaluate, inspect, law, measure, predict, quantize, report, targets
 from cptquant.core.errors import CptquantError
 
 app = typer.Typer(
@@ -41,8 +41,8 @@ def _root(
 ) -> None: ...
 
 
-for command in (quantize.quantize, inspect.inspect, measure.measure, allocate.allocate, evaluate.evaluate,
-                report.report, targets.targets):  # fmt: skip
+for command in (quantize.quantize, inspect.inspect, measure.measure, allocate.allocate, predict.predict,
+                evaluate.evaluate, report.report, targets.targets):  # fmt: skip
     app.command()(command)
 app.add_typer(law.app, name="law")
 

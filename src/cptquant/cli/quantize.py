@@ -20,6 +20,17 @@ _Baselines = Annotated[
     ),
 ]
 
+_Predict = Annotated[
+    bool | None,
+    typer.Option("--predict/--no-predict", help="Predict the losses of a causal language model before quantizing it.  "
+                 "[default: predict]", show_default=False),
+]  # fmt: skip
+_Record = Annotated[
+    Path | None,
+    typer.Option("--record", help="Append features and losses of this run to a local table of observations, from which "
+                 "the PTQ law can be fitted anew.", show_default=False),
+]  # fmt: skip
+
 
 def quantize(
     model: options.ModelOrRun,
@@ -38,6 +49,8 @@ def quantize(
     eval_sequences: options.EvalSequences = None,
     sequence_length: options.SequenceLength = None,
     baselines: _Baselines = None,
+    predict: _Predict = None,
+    record: _Record = None,
     seed: options.Seed = None,
     trust_remote_code: options.TrustRemoteCode = None,
     dry_run: _DryRun = False,
@@ -62,6 +75,7 @@ def quantize(
         eval_sequences=eval_sequences,
         sequence_length=sequence_length,
         baselines=_split(baselines),
+        predict=predict,
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
@@ -70,17 +84,23 @@ def quantize(
         return
     from cptquant.cli.terminal import print_json, print_text, watch
     from cptquant.pipeline import quantize_model, quantize_run
-    from cptquant.reports.tables import result_table
+    from cptquant.reports.forecast_tables import beside_rows
+    from cptquant.reports.tables import render_text, result_table
+    from cptquant.stages.predict import record_run
 
     with watch(quiet=as_json) as progress:
         if _is_run(model):
             result = quantize_run(Path(model), progress, **changes)
         else:
             result = quantize_model(model, *_required(changes, output), progress, **changes)
+    if record is not None:
+        record_run(result.folder, record)
     if as_json:
         print_json(result.evaluation)
     else:
         print_text(result_table(result.layout, result.plan, result.evaluation))
+        if result.forecast is not None:
+            print_text(render_text(beside_rows(result.forecast, result.evaluation)))
         print(f"checkpoint {result.folder / 'checkpoint'}\nreport     {result.folder / 'report.html'}")
 
 

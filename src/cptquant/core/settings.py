@@ -24,6 +24,7 @@ class RunSettings(Artifact):
         calibration, eval_text: the person's own text; None means the embedded text.
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
     baselines: "uniform" and "random" at no more bytes; None decides by size (`baselines_for`).
+    predict: whether a causal language model's losses are predicted before it is quantized (forecast.json).
     """
 
     SCHEMA: ClassVar[str] = "cptquant.settings"
@@ -46,6 +47,7 @@ class RunSettings(Artifact):
     baselines: tuple[str, ...] | None = None
     seed: int = 0
     trust_remote_code: bool = False
+    predict: bool = True
 
     @property
     def quant_formats(self) -> tuple[QuantFormat, ...]:

@@ -15,7 +15,7 @@ from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.manifest import CheckpointRecord
 from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
-from cptquant.reports import headline, provenance_rows, sections
+from cptquant.reports import forecast_tables, headline, provenance_rows, sections
 from cptquant.reports.quantities import TASK_NAMES, spell_bytes, spell_count, spell_exact_bytes, spell_name
 from cptquant.reports.run_folder import RunRecord, read_run
 
@@ -62,6 +62,8 @@ def render(record: RunRecord) -> str:
         "baseline_sentence": headline.spell_baselines(evaluation, record.plan) if evaluation else "",
         "sensitivities": sections.sensitivity_sections(record),
         "plans": sections.plan_sections(record),
+        "beside": [[(cell, "") for cell in row] for row in _beside(record)],
+        "beside_columns": forecast_tables.BESIDE_COLUMNS,
         "comparison": sections.comparison_section(record),
         "errors": sections.error_section(record),
         "measurements": sections.measurement_rows(evaluation) if evaluation else [],
@@ -73,6 +75,12 @@ def render(record: RunRecord) -> str:
         "digests": provenance_rows.digest_rows(record),
     }
     return _template().render(context)
+
+
+def _beside(record: RunRecord) -> list[list[str]]:
+    if record.forecast is None or record.evaluation is None:
+        return []
+    return forecast_tables.beside_measured(record.forecast, record.evaluation)
 
 
 def _checkpoint_size(record: RunRecord) -> str:

@@ -29,6 +29,7 @@ def stage_files(record: RunRecord) -> dict[str, Artifact]:
         files["sensitivity.json" if index == 0 else f"sensitivity-{table.method}.json"] = table
     files["plan.json"] = record.plan
     files |= {f"plan-{name}.json": plan for name, plan in (record.baselines or {}).items()}
+    files["forecast.json"] = record.forecast
     for name, manifest in (record.manifests or {}).items():
         files["manifest.json" if name == "quantized" else f"manifest-{name}.json"] = manifest
     files["checkpoint.json"] = record.checkpoint

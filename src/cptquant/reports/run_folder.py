@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 from cptquant.core.artifact import Artifact, digest_json
 from cptquant.core.errors import ArtifactError
 from cptquant.core.evaluation import EvaluationReport
+from cptquant.core.forecast import PtqForecast
 from cptquant.core.layout import ModelLayout
 from cptquant.core.manifest import CheckpointRecord, Manifest
 from cptquant.core.plan import Plan
@@ -32,7 +33,7 @@ class RunRecord:
     Attributes:
         tables: sensitivity tables, the one that the plan was made from first.
         plan: what the allocator proposed. baselines: plan-NAME.json by name.
-        manifests: "quantized" and baselines by name.
+        manifests: "quantized" and baselines by name. forecast: what was expected before quantizing.
         stale: one sentence for each file that was made from something other than what stands beside it.
     """
 
@@ -44,6 +45,7 @@ class RunRecord:
     manifests: dict[str, Manifest] | None = None
     checkpoint: CheckpointRecord | None = None
     evaluation: EvaluationReport | None = None
+    forecast: PtqForecast | None = None
     frontier: tuple[FrontierPoint, ...] = ()
     stale: tuple[str, ...] = ()
 
@@ -100,6 +102,7 @@ def read_run(folder: Path) -> RunRecord:
         manifests=manifests,
         checkpoint=_read(folder / "checkpoint.json", CheckpointRecord),
         evaluation=_read(folder / "evaluation.json", EvaluationReport),
+        forecast=_read(folder / "forecast.json", PtqForecast),
         frontier=_read_frontier(folder / "frontier.json"),
     )
     return _with_stale(record)

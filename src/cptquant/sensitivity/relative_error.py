@@ -79,7 +79,7 @@ def _output_errors(
     for name in outside:
         site = layout.site_by_name[name]
         if site.kind == "embedding":
-            errors[name] = _embedding_errors(model, site, formats[name], counts)
+            errors[name] = embedding_errors(model, site, formats[name], counts)
     # The text passes sites before the blocks again whenever the model is finished, so one pass serves both ends.
     linear = [name for name in outside if name not in errors]
     if linear:
@@ -110,7 +110,7 @@ def _quadratic(
     return max(0.0, float((mapped * matrix).sum(dtype=torch.float64)))
 
 
-def _embedding_errors(
+def embedding_errors(
     model: LoadedModel,
     site: Site,
     formats: tuple[QuantFormat, ...],

@@ -1,0 +1,277 @@
+"""What plans will cost, before anything is quantized: features of the original, then the PTQ law."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cptquant.allocation.allocate import allocate
+from cptquant.allocation.methods import find_allocator
+from cptquant.core.artifact import digest_json
+from cptquant.core.budget import Budget
+from cptquant.core.errors import FormatError, UserError
+from cptquant.core.evaluation import EvaluationReport
+from cptquant.core.forecast import ForecastRow, PtqForecast
+from cptquant.core.formats import QuantFormat
+from cptquant.core.layout import ModelLayout
+from cptquant.core.plan import Plan
+from cptquant.core.progress import Progress, ignore_progress
+from cptquant.core.provenance import Stopwatch
+from cptquant.core.sensitivity import Damage, SensitivityTable
+from cptquant.core.targets import candidate_formats, find_target
+from cptquant.laws.ptq import PtqLawFit, load_ptq_law
+from cptquant.laws.ptq_features import METHODS, Method, ModelNoise, plan_features
+from cptquant.laws.ptq_table import SHIPPED_LAW, PtqObservation, append_observations
+from cptquant.models.load import load_model
+from cptquant.models.text import load_tokens
+from cptquant.sensitivity.model_noise import MOMENT_SEQUENCES, measure_landscapes, measure_model_noise
+from cptquant.stages.run import Run
+
+Formats = Mapping[str, QuantFormat]
+"""Site name -> format: a plan."""
+
+
+@dataclass(frozen=True)
+class ForecastRequest:
+    """What `cptquant predict` was asked for.
+
+    Attributes:
+        formats: widths such as `int3`, taken with every one of `groups`, or whole names such as `int4-channel`.
+        groups: columns that share a scale, or `channel`. budget: of a mixed plan, None for none.
+        methods: `rtn`, `gptq`. law: file of a fitted law, None for the one that comes with the package.
+        form: of the law, None for its own. calibration: text, None for the embedded one.
+        tokens_seen: training tokens of the model, where known.
+    """
+
+    model: str
+    formats: tuple[str, ...] = ("int2", "int3", "int4")
+    groups: tuple[str, ...] = ("64",)
+    budget: str | None = None
+    methods: tuple[str, ...] = METHODS
+    law: Path | None = None
+    form: str | None = None
+    calibration: str | None = None
+    sequence_length: int = 256
+    tokens_seen: float | None = None
+    target: str = "transformers"
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    def quant_formats(self) -> tuple[QuantFormat, ...]:
+        """Every width with every group.
+
+        Raises:
+            FormatError: unreadable.
+        """
+        names = [
+            name if "-" in name else f"{name}-{group if group == 'channel' else f'g{group}'}"
+            for name in self.formats
+            for group in (self.groups if "-" not in name else ("",))
+        ]
+        if not names:
+            raise FormatError("--formats names no format; give a comma-separated list such as int2,int3,int4")
+        return tuple(dict.fromkeys(QuantFormat.parse(name) for name in names))
+
+
+def predict_model(request: ForecastRequest, progress: Progress = ignore_progress) -> PtqForecast:
+    """Measure the features of a model and predict every plan asked for. No quantized model is built or written.
+
+    Raises:
+        UserError: anything the caller can change: unreadable formats or budget, a model that is no causal language
+            model, unusable text, a law that lacks a feature.
+    """
+    watch = Stopwatch()
+    formats = request.quant_formats()
+    budget = None if request.budget is None else Budget.parse(request.budget)
+    methods = _methods(request.methods)
+    find_target(request.target)
+    law = load_ptq_law(request.law)
+    model = load_model(request.model, trust_remote_code=request.trust_remote_code)
+    tokens = load_tokens(
+        model,
+        request.calibration,
+        "calibration",
+        sequences=MOMENT_SEQUENCES,
+        length=request.sequence_length,
+        seed=request.seed,
+    )
+    plans = {fmt.name: uniform_plan(model.layout, fmt, request.target) for fmt in formats}
+    noise = measure_model_noise(model, tokens, plans, tokens_seen=request.tokens_seen, progress=progress)
+    if budget is not None:
+        mixed = _mixed_plan(model.layout, noise, formats, budget, request)
+        plans |= mixed
+        noise = noise.model_copy(
+            update={"landscapes": {**noise.landscapes, **measure_landscapes(model, tokens, mixed, progress=progress)}}
+        )
+    rows = forecast_rows(law, noise, model.layout, plans, methods, form=request.form)
+    return PtqForecast(
+        inputs={"layout": model.layout.digest(), "tokens": tokens.digest, "law": law.digest()},
+        provenance=watch.provenance(seed=request.seed),
+        model=request.model,
+        architecture=model.layout.architecture,
+        parameters=model.layout.parameters,
+        original_nll_nats=noise.nll_nats_per_token,
+        law=f"{law.source}, form {request.form or law.form}",
+        text=noise.text,
+        rows=rows,
+    )
+
+
+def _methods(names: Sequence[str]) -> tuple[Method, ...]:
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise UserError(f"--quantizer {','.join(names)!r} is unknown; choose one of: {', '.join(METHODS)}, or both")
+    return tuple(method for method in METHODS if method in names)
+
+
+def uniform_plan(layout: ModelLayout, fmt: QuantFormat, target: str) -> dict[str, QuantFormat]:
+    """One format wherever the target can hold it, 16 bits elsewhere: what `--allocator uniform` writes."""
+    return {site.name: candidate_formats(site, layout, find_target(target), [fmt])[0] for site in layout.sites}
+
+
+def forecast_rows(
+    law: PtqLawFit,
+    noise: ModelNoise,
+    layout: ModelLayout,
+    plans: Mapping[str, Formats],
+    methods: Sequence[Method],
+    *,
+    form: str | None = None,
+) -> tuple[ForecastRow, ...]:
+    """One row for each plan and method."""
+    rows: list[ForecastRow] = []
+    for name, plan in plans.items():
+        for method in methods:
+            features = plan_features(noise, layout, plan, method, name)
+            size_bytes = layout.plan_bytes(dict(plan))
+            rows.append(
+                ForecastRow(
+                    plan=name,
+                    method=method,
+                    size_bytes=size_bytes,
+                    bits_per_weight=8 * size_bytes / layout.parameters,
+                    prediction=law.predict(features, form),
+                    features=features,
+                )
+            )
+    return tuple(rows)
+
+
+def _mixed_plan(
+    layout: ModelLayout, noise: ModelNoise, formats: Sequence[QuantFormat], budget: Budget, request: ForecastRequest
+) -> dict[str, dict[str, QuantFormat]]:
+    """The knapsack's plan for the second-order damages that were measured, GPTQ's where it is among the methods."""
+    compensated = "gptq" in request.methods
+    damages = {
+        name: {
+            fmt: Damage(value=found.taylor_kl_nats * (found.gptq_ratio if compensated else 1.0))
+            for fmt, found in row.items()
+        }
+        for name, row in noise.sites.items()
+    }
+    keep = layout.keep_format.name
+    table = SensitivityTable(
+        inputs={"layout": layout.digest()},
+        method="tdmpq",
+        unit="kl_nats_per_token",
+        damages={site.name: {**damages.get(site.name, {}), keep: Damage(value=0.0)} for site in layout.sites},
+    )
+    target = find_target(request.target)
+    plan = allocate(layout, table, budget, target, find_allocator("knapsack"), formats=formats, seed=request.seed)
+    return {f"budget {budget.text}": plan.quant_formats}
+
+
+def forecast_stage(run: Run, layout: ModelLayout, plans: Mapping[str, Plan]) -> PtqForecast | None:
+    """forecast.json: what the plan and its baselines are expected to cost, before they are quantized.
+
+    None (and no file) with `--no-predict`, for another model than a causal language model, which the law does not
+    know, and in an installation that was built without a law (runs/ptq_grid.sh makes it). The second-order KL is taken
+    from the sensitivity table where TDMPQ made it.
+    """
+    path = run.folder / "forecast.json"
+    if not run.settings.predict or layout.task != "causal_lm" or not SHIPPED_LAW.exists():
+        path.unlink(missing_ok=True)
+        return None
+    law = load_ptq_law()
+    formats = {name: plan.quant_formats for name, plan in plans.items()}
+    known = _known_taylor(run, formats)
+    method: Method = "gptq" if run.settings.quantizer == "gptq" else "rtn"
+    inputs = {
+        "layout": layout.digest(),
+        "tokens": run.calibration.digest,
+        "law": law.digest(),
+        "method": method,
+        "taylor": "" if known is None else digest_json(known),
+        **{f"plan {name}": digest_json(plan.formats) for name, plan in plans.items()},
+    }
+
+    def make() -> PtqForecast:
+        noise = measure_model_noise(run.model, run.calibration, formats, known_taylor=known, progress=run.progress)
+        return PtqForecast(
+            model=run.settings.model,
+            architecture=layout.architecture,
+            parameters=layout.parameters,
+            original_nll_nats=noise.nll_nats_per_token,
+            law=f"{law.source}, form {law.form}",
+            text=noise.text,
+            rows=forecast_rows(law, noise, layout, formats, (method,)),
+        )
+
+    return run.stage(path.name, PtqForecast, inputs, make)
+
+
+def _known_taylor(run: Run, plans: Mapping[str, Formats]) -> dict[str, dict[str, float]] | None:
+    """Second-order damages of the table at hand; None if it was made otherwise or lacks a format of a plan."""
+    path = run.folder / "sensitivity-tdmpq.json"
+    if not path.exists():
+        return None
+    table = SensitivityTable.load(path)
+    if table.metadata.get("order") != "second" or table.metadata.get("variant") != "weight":
+        return None
+    wanted = {(site, fmt.name) for plan in plans.values() for site, fmt in plan.items() if not fmt.is_float}
+    if any(fmt not in table.damages.get(site, {}) for site, fmt in wanted):
+        return None
+    return {name: {fmt: damage.value for fmt, damage in row.items()} for name, row in table.damages.items()}
+
+
+def record_run(folder: Path, table: Path, *, tokens_seen: float | None = None) -> int:
+    """Append what a run predicted from and measured to a table of observations, from which a law can be fitted.
+
+    Returns:
+        Rows appended.
+
+    Raises:
+        UserError: the run has no forecast. DataError: the file is another table. OutputError: not writable.
+    """
+    if not (folder / "forecast.json").exists():
+        raise UserError(
+            f"{folder} holds no forecast.json, so --record has nothing to write: leave out --no-predict, and give a "
+            "causal language model"
+        )
+    forecast = PtqForecast.load(folder / "forecast.json")
+    evaluation = EvaluationReport.load(folder / "evaluation.json")
+    name = forecast.model if forecast.model.startswith("embedded:") else Path(forecast.model).name
+    observations: list[PtqObservation] = []
+    for row in forecast.rows:
+        subject = "quantized" if row.plan == evaluation.written else row.plan
+        if row.plan == "quantized" and evaluation.written == "uniform":
+            continue  # the guard wrote uniform bits: the plan itself was not evaluated
+        kl, rise = (evaluation.find(m, subject) for m in ("kl_nats_per_token", "nll_increase_nats_per_token"))
+        original = evaluation.find("nll_nats_per_token", "original")
+        if kl is None or rise is None or original is None:
+            continue
+        observations.append(
+            PtqObservation(
+                model=name,
+                family=name,
+                plan=row.plan,
+                features=row.features.model_copy(update={"tokens_seen": tokens_seen}),
+                kl_nats=kl.value,
+                kl_stderr_nats=kl.stderr or 0.0,
+                rise_nats=rise.value,
+                rise_stderr_nats=rise.stderr or 0.0,
+                original_nll_nats=original.value,
+                tokens=kl.n,
+            )
+        )
+    append_observations(table, observations)
+    return len(observations)
