@@ -40,7 +40,7 @@ Draws = Annotated[int, typer.Option("--draws", min=20, help="Bootstrap refits ov
 Penalty = Annotated[
     float,
     typer.Option(
-        "--penalty", min=0.0, help="Strength of the penalty on losses that rise with N, D or share; e.g. 100."
+        "--penalty", min=0.0, help="Strength of the penalty on losses that rise with N, D or share; e.g. 1000."
     ),
 ]
 Fixed = Annotated[
