@@ -36,8 +36,8 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteRecord
 from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
-from cptquant.core.settings import DEFAULT_FORMATS
 from cptquant.core.targets import candidate_formats, find_target
+from cptquant.core.targets.compressed_tensors import DEFAULT_FORMATS
 from cptquant.evaluation.evaluate import evaluate
 from cptquant.models.load import LoadedModel, load_model
 from cptquant.models.text import TokenSet, load_tokens

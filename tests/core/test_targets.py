@@ -84,4 +84,4 @@ def test_an_unknown_target_is_refused_with_the_known_ones():
     assert find_target("transformers") is TARGETS["transformers"]
     with pytest.raises(FormatError) as caught:
         find_target("vllm")
-    assert str(caught.value) == "--target 'vllm' is unknown; choose one of: transformers, transformers-fused"
+    assert str(caught.value) == "--target 'vllm' is unknown; choose one of: transformers, transformers-fused, gguf"

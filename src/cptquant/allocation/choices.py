@@ -1,6 +1,7 @@
 """From layout, table, target and budget to the problem that allocators solve."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Literal
 
@@ -43,6 +44,10 @@ def build_problem(
     groups: list[ChoiceGroup] = []
     for names in _grouped(layout, target, in_scope):
         if names == layout.shared_head:
+            if target.shares_head(layout):
+                together = _group(layout, names, table, requested, fitting, strict=bool(formats))
+                groups.append(_one_tensor(layout, target, together))
+                continue
             embedding, head = (
                 _group(layout, (name,), table, requested, fitting, strict=bool(formats)) for name in names
             )
@@ -54,7 +59,7 @@ def build_problem(
         layout=layout,
         groups=tuple(groups),
         requested=requested,
-        fixed_bytes=layout.kept_bytes if scope == "file" else 0,
+        fixed_bytes=target.kept_bytes(layout) if scope == "file" else 0,
         limit_bytes=0,
         scope=scope,
         table=table,
@@ -85,7 +90,7 @@ class _Fitting:
     """What a requested format becomes at a site, remembered by what it depends on."""
 
     def __init__(self, layout: ModelLayout, target: Target) -> None:
-        self._layout, self._target = layout, target
+        self._layout, self.target = layout, target
         self._known: dict[tuple[str, bool, str, int, str], QuantFormat | None] = {}
 
     def fit(self, site: Site, fmt: QuantFormat) -> QuantFormat | None:
@@ -95,7 +100,7 @@ class _Fitting:
             return keep
         key = (site.kind, site.transposed, site.role, site.in_features, fmt.name)
         if key not in self._known:
-            first = candidate_formats(site, self._layout, self._target, [fmt])[0]
+            first = candidate_formats(site, self._layout, self.target, [fmt])[0]
             self._known[key] = None if first.is_float else first
         return self._known[key]
 
@@ -150,7 +155,7 @@ def _group(
         if key not in known:
             size_bytes, damage = 0, 0.0
             for site, found in zip(sites, fitted, strict=True):
-                size_bytes += found.stored_bytes(site.out_features, site.in_features)
+                size_bytes += fitting.target.site_bytes(layout, site, found)
                 damage += find_damage(table, site, found)
             known[key] = len(options)
             options.append(Option(tuple(fitted), size_bytes, damage))
@@ -161,6 +166,14 @@ def _group(
 def _measured(table: SensitivityTable, sites: Sequence[Site], fitted: Sequence[QuantFormat]) -> bool:
     pairs = zip(sites, fitted, strict=True)
     return all(fmt.is_float or fmt.name in table.damages.get(site.name, {}) for site, fmt in pairs)
+
+
+def _one_tensor(layout: ModelLayout, target: Target, group: ChoiceGroup) -> ChoiceGroup:
+    """An embedding and a head that stay one tensor: one format, counted once, with the damage of both uses."""
+    options = tuple(
+        replace(option, size_bytes=target.shared_head_bytes(layout, *option.formats)) for option in group.options
+    )
+    return replace(group, options=options)
 
 
 def _shared_head_group(

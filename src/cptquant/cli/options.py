@@ -48,7 +48,7 @@ TargetName = Annotated[
     str | None,
     typer.Option(
         "--target",
-        help="Engine the plan must be legal in: transformers or transformers-fused.  [default: transformers]",
+        help="Engine the plan must be legal in (cptquant targets lists them).  [default: transformers]",
         show_default=False,
     ),
 ]
@@ -56,7 +56,7 @@ Formats = Annotated[
     str | None,
     typer.Option(
         "--formats",
-        help="Candidate formats, comma-separated.  [default: int2-g64,int3-g64,int4-g64,int5-g64,int6-g64,int8-g64]",
+        help="Candidate formats, comma-separated.  [default: the target's, see cptquant targets]",
         show_default=False,
     ),
 ]

@@ -2,7 +2,8 @@
 
 Byte counts follow compressed-tensors 0.20 (`pack-quantized` for linear layers, `int-quantized` for embeddings):
 `code_bits`-wide integers packed densely along each row into int32 words, one 16-bit scale per group, an int64
-`weight_shape` of two entries, and, where asymmetric, integer zero points.
+`weight_shape` of two entries, and, where asymmetric, integer zero points. GGUF's block formats (`Q4_K`, `Q8_0`, ...)
+are values of the same type with a `block`; their bytes are whole blocks (`core.gguf_types`).
 """
 
 import re
@@ -12,6 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from cptquant.core.errors import FormatError
+from cptquant.core.gguf_types import BLOCK_LAYOUTS, BlockLayout, GgufType, find_block_type
 
 INTEGER_CODE_BITS = (2, 3, 4, 5, 6, 7, 8)
 _WEIGHT_SHAPE_BYTES = 16  # compressed-tensors stores (rows, columns) as two int64 beside each packed matrix
@@ -31,7 +33,8 @@ class QuantFormat(BaseModel):
         granularity: input columns per scale (a positive int), "channel" (one scale a row) or "tensor".
         symmetric: codes in [-2^(b-1), 2^(b-1)-1] without (True) or with (False) an integer zero point.
         storage: "packed" (dense int32 words), "plain" (one byte a code: embeddings, which compressed-tensors cannot
-            pack), or the name of a 16-bit float.
+            pack), "blocks" (GGUF), or the name of a 16-bit float.
+        block: GGUF's name of a block format, which fixes all other fields; None for every other storage.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -39,10 +42,18 @@ class QuantFormat(BaseModel):
     code_bits: int
     granularity: Granularity = "channel"
     symmetric: bool = True
-    storage: Literal["packed", "plain", "float16", "bfloat16"] = "packed"
+    storage: Literal["packed", "plain", "blocks", "float16", "bfloat16"] = "packed"
+    block: GgufType | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "QuantFormat":
+        if (self.block is not None) != (self.storage == "blocks"):
+            raise ValueError(f"storage blocks and a block name go together, got {self.storage} and {self.block}")
+        if self.block is not None:
+            layout = BLOCK_LAYOUTS[self.block]
+            fixed = (layout.code_bits, layout.sub_block, layout.symmetric)
+            if (self.code_bits, self.granularity, self.symmetric) != fixed:
+                raise ValueError(f"{self.block} has code_bits, granularity, symmetric = {fixed}")
         if self.is_float:
             if self.code_bits != 16:
                 raise ValueError(f"a {self.storage} format has code_bits = 16, got {self.code_bits}")
@@ -59,11 +70,18 @@ class QuantFormat(BaseModel):
         """True for float16 and bfloat16: the weight is kept, only cast."""
         return self.storage in ("float16", "bfloat16")
 
+    @property
+    def block_layout(self) -> BlockLayout | None:
+        """GGUF's block layout; None for other storages."""
+        return None if self.block is None else BLOCK_LAYOUTS[self.block]
+
     @cached_property
     def name(self) -> str:
-        """Spelling used in files and flags, e.g. `int4-g64`, `int8-channel`, `int4-tensor-asym`, `float16`."""
+        """Spelling used in files and flags, e.g. `int4-g64`, `int8-channel`, `int4-tensor-asym`, `Q4_K`, `float16`."""
         if self.is_float:
             return self.storage
+        if self.block is not None:
+            return self.block
         granularity = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
         asym = "" if self.symmetric else "-asym"
         return f"int{self.code_bits}-{granularity}{asym}{'-plain' if self.storage == 'plain' else ''}"
@@ -82,9 +100,18 @@ class QuantFormat(BaseModel):
         return 1 if self.granularity == "tensor" else out_features * self.group_count(in_features)
 
     def stored_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes on disk of all tensors that hold one matrix: codes with padding, scales, zero points, shape record."""
+        """Bytes on disk of all tensors that hold one matrix: codes with padding, scales, zero points, shape record.
+
+        Raises:
+            ValueError: a block format whose block does not divide the row (targets refuse it before).
+        """
         if self.is_float:
             return 2 * out_features * in_features
+        blocks = self.block_layout
+        if blocks is not None:
+            if in_features % blocks.block_columns:
+                raise ValueError(f"{self.name} has blocks of {blocks.block_columns} columns, the row has {in_features}")
+            return out_features * (in_features // blocks.block_columns) * blocks.block_bytes
         scales = 2 * self.scale_count(out_features, in_features)
         if self.storage == "plain":
             zeros = 0 if self.symmetric else self.scale_count(out_features, in_features)
@@ -107,17 +134,21 @@ class QuantFormat(BaseModel):
         """Read a format from its name.
 
         Raises:
-            FormatError: the name is not of the form `int4-g64`, `int8-channel`, `int4-tensor-asym`, `float16`.
+            FormatError: the name is not of the form `int4-g64`, `int8-channel`, `int4-tensor-asym`, `Q4_K`, `float16`.
         """
         if name == "float16":
             return FLOAT16
         if name == "bfloat16":
             return BFLOAT16
+        block = find_block_type(name)
+        if block is not None:
+            return block_format(block)
         match = _NAME.fullmatch(name)
         if match is None:
             raise FormatError(
                 f"format {name!r} is not readable; write int<2..8>-g<group size>, int<2..8>-channel or "
                 "int<2..8>-tensor, with -asym for a zero point (int4-g64, int8-channel, int4-tensor-asym), "
+                "a block format of GGUF (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1), "
                 "or float16, bfloat16"
             )
         text = match["granularity"]
@@ -136,3 +167,15 @@ class QuantFormat(BaseModel):
 
 FLOAT16 = QuantFormat(code_bits=16, storage="float16")
 BFLOAT16 = QuantFormat(code_bits=16, storage="bfloat16")
+
+
+def block_format(block: GgufType) -> QuantFormat:
+    """The format of a GGUF block type."""
+    layout = BLOCK_LAYOUTS[block]
+    return QuantFormat(
+        code_bits=layout.code_bits,
+        granularity=layout.sub_block,
+        symmetric=layout.symmetric,
+        storage="blocks",
+        block=block,
+    )

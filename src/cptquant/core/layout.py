@@ -74,6 +74,8 @@ class ModelLayout(Artifact):
         sites: in forward order. ties: which sites a fusing engine wants in one format.
         shared_head: (embedding site, head site) if the two are one tensor in the original, else None.
         kept: everything that is no site.
+        key_value_width: numbers a token leaves in the cache of one block (keys and values of all key-value heads).
+        rotary_factors: entries of a table of rotary frequencies that an engine needs in the file (Llama 3's scaling).
     """
 
     SCHEMA: ClassVar[str] = "cptquant.layout"
@@ -96,6 +98,8 @@ class ModelLayout(Artifact):
     ties: tuple[Tie, ...] = ()
     shared_head: tuple[str, str] | None = None
     kept: tuple[KeptTensor, ...] = ()
+    key_value_width: int | None = None
+    rotary_factors: int = 0
 
     @cached_property
     def site_by_name(self) -> dict[str, Site]:

@@ -7,10 +7,10 @@ from cptquant.core.budget import Budget
 from cptquant.core.errors import FormatError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
+from cptquant.core.targets import find_target
 
 BASELINES = ("uniform", "random")
 _SMALL_MODEL_PARAMETERS = 50_000_000
-DEFAULT_FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
 
 
 class RunSettings(Artifact):
@@ -18,7 +18,7 @@ class RunSettings(Artifact):
 
     Attributes:
         model: local folder, hub id or `embedded:NAME`. budget: as written; None until `allocate`.
-        formats: candidate formats beside 16 bits.
+        formats: candidate formats beside 16 bits; None means the target's own (`Target.default_formats`).
         calibration, eval_text: the person's own text; None means the embedded text.
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
     baselines: "uniform" and "random" at no more bytes; None decides by size (`baselines_for`).
@@ -33,7 +33,7 @@ class RunSettings(Artifact):
     allocator: str = "knapsack"
     quantizer: str = "gptq"
     target: str = "transformers"
-    formats: tuple[str, ...] = DEFAULT_FORMATS
+    formats: tuple[str, ...] | None = None
     calibration: str | None = None
     eval_text: str | None = None
     calibration_sequences: int = 128
@@ -45,14 +45,15 @@ class RunSettings(Artifact):
 
     @property
     def quant_formats(self) -> tuple[QuantFormat, ...]:
-        """Parsed `formats`.
+        """Parsed `formats`, or the target's default ones.
 
         Raises:
-            FormatError: a format is unreadable, or none is given.
+            FormatError: a format is unreadable, the list is empty, or the target is unknown.
         """
-        if not self.formats:
+        names = find_target(self.target).default_formats if self.formats is None else self.formats
+        if not names:
             raise FormatError("--formats names no format; give a comma-separated list such as int3-g64,int4-g64")
-        return tuple(QuantFormat.parse(name) for name in self.formats)
+        return tuple(QuantFormat.parse(name) for name in names)
 
     @property
     def parsed_budget(self) -> Budget:

@@ -7,7 +7,7 @@ are read once for their digest, for NaN and infinity, and for the largest magnit
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -88,6 +88,8 @@ def build_layout(
         ties=tuple(_ties(sites)),
         shared_head=shared_head,
         kept=tuple(_kept(skeleton, sites)),
+        key_value_width=_key_value_width(text_config),
+        rotary_factors=_rotary_factors(text_config),
     )
     return layout, blocks.path
 
@@ -283,6 +285,28 @@ def _source_bytes(folder: ModelFolder, skeleton: PreTrainedModel, weights: Weigh
             seen.add(id(tensor))
             total += tensor.numel() * (width if tensor.is_floating_point() else tensor.element_size())
     return total
+
+
+def _head_width(text_config: PretrainedConfig) -> int | None:
+    heads = getattr(text_config, "num_attention_heads", None)
+    width = getattr(text_config, "head_dim", None)
+    if isinstance(width, int) and width > 0:
+        return width
+    return int(text_config.hidden_size) // heads if isinstance(heads, int) and heads > 0 else None
+
+
+def _key_value_width(text_config: PretrainedConfig) -> int | None:
+    heads = getattr(text_config, "num_key_value_heads", None) or getattr(text_config, "num_attention_heads", None)
+    width = _head_width(text_config)
+    return 2 * heads * width if isinstance(heads, int) and width is not None else None
+
+
+def _rotary_factors(text_config: PretrainedConfig) -> int:
+    """Half the head's width where frequencies are scaled one by one (Llama 3), else 0."""
+    parameters = getattr(text_config, "rope_parameters", None)
+    scaled = isinstance(parameters, dict) and cast(dict[str, Any], parameters).get("rope_type") == "llama3"
+    width = _head_width(text_config)
+    return width // 2 if scaled and width is not None else 0
 
 
 def _max_positions(skeleton: PreTrainedModel, text_config: PretrainedConfig) -> int | None:

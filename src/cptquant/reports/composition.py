@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from cptquant.core.layout import ModelLayout, Site
 from cptquant.core.plan import Plan
+from cptquant.core.targets import find_target
 from cptquant.reports.figures.arrangement import row_label
 
 
@@ -29,12 +30,12 @@ def site_bytes(plan: Plan, layout: ModelLayout) -> dict[str, int]:
     """Stored bytes of every site; a head that shares the embedding's 16-bit tensor takes none of its own."""
     sizes: dict[str, int] = {}
     formats = plan.quant_formats
+    target = find_target(plan.target)
     for site in layout.sites:
-        fmt = formats.get(site.name, layout.keep_format)
-        sizes[site.name] = fmt.stored_bytes(site.out_features, site.in_features)
+        sizes[site.name] = target.site_bytes(layout, site, formats.get(site.name, layout.keep_format))
     if layout.shared_head is not None:
         embedding, head = (formats.get(name, layout.keep_format) for name in layout.shared_head)
-        sizes[layout.shared_head[1]] = layout.shared_head_bytes(embedding, head) - sizes[layout.shared_head[0]]
+        sizes[layout.shared_head[1]] = target.shared_head_bytes(layout, embedding, head) - sizes[layout.shared_head[0]]
     return sizes
 
 
@@ -44,14 +45,14 @@ def portions_by_format(plan: Plan, layout: ModelLayout) -> list[Portion]:
     bits = {fmt.name: fmt.code_bits for fmt in plan.quant_formats.values()} | {layout.keep_format.name: 16}
     ordered = sorted(portions, key=lambda portion: (bits[portion.name], portion.name))
     named = [replace(portion, code_bits=bits[portion.name]) for portion in ordered]
-    kept = Portion("norms, biases, positions", 0, 0, layout.kept_bytes)
+    kept = Portion("norms, biases, positions", 0, 0, find_target(plan.target).kept_bytes(layout))
     return [*named, kept] if layout.kept else named
 
 
 def portions_by_role(plan: Plan, layout: ModelLayout) -> list[Portion]:
     """One portion per role in forward order, then kept tensors; sums to the plan."""
     portions = _group(plan, layout, row_label)
-    kept = Portion("norms, biases, positions", 0, 0, layout.kept_bytes)
+    kept = Portion("norms, biases, positions", 0, 0, find_target(plan.target).kept_bytes(layout))
     return [*portions, kept] if layout.kept else portions
 
 

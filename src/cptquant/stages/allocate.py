@@ -8,8 +8,11 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
-from cptquant.core.targets import candidate_formats, find_target
+from cptquant.core.targets import candidate_formats, find_target, list_refusals
 from cptquant.stages.run import Run
+
+_LISTED = 8
+"""Illegal places spelled out in a message."""
 
 
 def needs_table(allocator: str) -> bool:
@@ -28,7 +31,7 @@ def site_formats(run: Run, layout: ModelLayout) -> dict[str, tuple[QuantFormat, 
     if all(fmt.is_float for row in candidates.values() for fmt in row):
         refusals = {target.refusal(site, fmt) for site in layout.block_sites for fmt in formats}
         reasons = "; ".join(sorted(reason for reason in refusals if reason))
-        raise UserError(f"--target {target.name} allows none of --formats {','.join(run.settings.formats)}: {reasons}")
+        raise UserError(f"--target {target.name} allows none of --formats {','.join(map(str, formats))}: {reasons}")
     return candidates
 
 
@@ -41,7 +44,7 @@ def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None
         "budget": settings.parsed_budget.text,
         "allocator": settings.allocator,
         "target": settings.target,
-        "formats": ",".join(settings.formats),
+        "formats": ",".join(map(str, settings.quant_formats)),
         "seed": str(settings.seed),
     }
     return run.stage(
@@ -104,11 +107,14 @@ def check_plan(plan: Plan, layout: ModelLayout) -> None:
             f"{len(unknown)} unknown names (first: {unknown[:1]}); make it anew with: {Plan.MADE_BY}"
         )
     target = find_target(plan.target)
-    for site in layout.sites:
-        refusal = target.refusal(site, plan.quant_formats[site.name])
-        if refusal:
-            raise ArtifactError(f"plan.json gives {site.name} the format {plan.formats[site.name]}: {refusal}")
-    size_bytes = layout.plan_bytes(plan.quant_formats)
+    refusals = list_refusals(layout, target, plan.quant_formats)
+    if refusals:
+        raise ArtifactError(
+            f"plan.json is illegal under --target {target.name} in {len(refusals)} "
+            f"{'place' if len(refusals) == 1 else 'places'}: {'; '.join(refusals[:_LISTED])}"
+            + ("" if len(refusals) <= _LISTED else f"; and {len(refusals) - _LISTED} more")
+        )
+    size_bytes = target.plan_bytes(layout, plan.quant_formats)
     if size_bytes != plan.size_bytes:
         raise ArtifactError(
             f"plan.json says size_bytes = {plan.size_bytes}, its formats take {size_bytes}; correct the number if the "

@@ -80,7 +80,7 @@ def _stage_seconds(layout: ModelLayout, settings: RunSettings, speed: float) -> 
     attention = 2 * layout.block_count * layout.hidden_size * length
     block_pass, outer_pass = 2.0 * (block_weights + attention), 2.0 * outer_weights
     variants = 1 + len(settings.baselines_for(layout))
-    formats = len(settings.formats)
+    formats = len(settings.quant_formats)
     hessian = sum(2.0 * site.in_features**2 for site in layout.block_sites)
     inputs = sum(site.in_features**3 for site in layout.block_sites)
     updates = sum(2.0 * site.in_features * site.weight_count for site in layout.block_sites)
@@ -105,7 +105,7 @@ def _stage_seconds(layout: ModelLayout, settings: RunSettings, speed: float) -> 
 
 def _uniform_bytes(layout: ModelLayout, settings: RunSettings, fmt: QuantFormat) -> int:
     target = find_target(settings.target)
-    return layout.plan_bytes({s.name: candidate_formats(s, layout, target, [fmt])[0] for s in layout.sites})
+    return target.plan_bytes(layout, {s.name: candidate_formats(s, layout, target, [fmt])[0] for s in layout.sites})
 
 
 def _peak_bytes(layout: ModelLayout, settings: RunSettings, variants: int) -> int:

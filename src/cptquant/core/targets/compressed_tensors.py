@@ -1,31 +1,30 @@
-"""What the engine that will run the checkpoint can hold. A plan is made under a target, so it is legal there."""
+"""compressed-tensors safetensors, as stock transformers reads them (decision 0002)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cptquant.core.errors import FormatError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout, Site, Tie
+from cptquant.core.targets.base import Target
+
+DEFAULT_FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
 
 
 @dataclass(frozen=True)
-class Target:
-    """An engine's rules.
+class CompressedTensors(Target):
+    """The rules of compressed-tensors 0.20 in transformers 5.23.
 
     Attributes:
-        name: spelling of `--target`.
         fuses: whether the engine runs q/k/v and gate/up as one matrix, so that they must share a format.
-        description: one line for people.
     """
 
-    name: str
-    fuses: bool
-    description: str
+    fuses: bool = False
 
     def refusal(self, site: Site, fmt: QuantFormat) -> str | None:
         """Why this site cannot have this format here, or None if it can."""
         if fmt.is_float:
             return None
+        if fmt.storage == "blocks":
+            return f"{fmt.name} is a block format of GGUF, which compressed-tensors does not have"
         if _is_initialized_by_weight(site):
             if fmt.storage == "plain" and fmt.symmetric:
                 return _divisibility(site, fmt)
@@ -42,6 +41,15 @@ class Target:
                 "layout leaves them unpacked); use the symmetric format, or one zero point per tensor"
             )
         return _divisibility(site, fmt)
+
+    def fit(self, site: Site, fmt: QuantFormat) -> QuantFormat:
+        """The nearest format that compressed-tensors can hold.
+
+        A packed 8-bit format offered to an embedding is translated to its plain twin; a group size that does not
+        divide the row is replaced by the largest power of two (at least 16) that does, else by one scale per row; a
+        block format of GGUF becomes groups of 64 of the same width.
+        """
+        return _fit(site, fmt)
 
     def ties(self, layout: ModelLayout) -> tuple[Tie, ...]:
         """Sites that must share a format here."""
@@ -62,51 +70,11 @@ def _divisibility(site: Site, fmt: QuantFormat) -> str | None:
     return None
 
 
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("transformers", fuses=False, description="compressed-tensors safetensors, read by stock transformers"),
-        Target(
-            "transformers-fused",
-            fuses=True,
-            description="the same with q/k/v and gate/up in one format each, for engines that fuse them",
-        ),
-    )
-}
-
-
-def find_target(name: str) -> Target:
-    """Look a target up by its `--target` spelling.
-
-    Raises:
-        FormatError: no such target.
-    """
-    if name not in TARGETS:
-        raise FormatError(f"--target {name!r} is unknown; choose one of: {', '.join(TARGETS)}")
-    return TARGETS[name]
-
-
-def candidate_formats(
-    site: Site, layout: ModelLayout, target: Target, formats: Sequence[QuantFormat]
-) -> tuple[QuantFormat, ...]:
-    """The formats that are legal for a site, 16 bits always among them, without repeats, in the order given.
-
-    A packed 8-bit format offered to an embedding is translated to its plain twin; a group size that does not
-    divide the row is replaced by the largest power of two (at least 16) that does, else by one scale per row.
-    Both are stated in the plan by the format's own name.
-    """
-    candidates: dict[QuantFormat, None] = {}
-    for fmt in formats:
-        fitted = _fit(site, fmt)
-        if target.refusal(site, fitted) is None:
-            candidates[fitted] = None
-    candidates[layout.keep_format] = None
-    return tuple(candidates)
-
-
 def _fit(site: Site, fmt: QuantFormat) -> QuantFormat:
     if fmt.is_float:
         return fmt
+    if fmt.storage == "blocks":
+        fmt = QuantFormat(code_bits=fmt.code_bits, granularity=64)
     changes: dict[str, object] = {}
     if _is_initialized_by_weight(site) and fmt.code_bits == 8:
         changes["storage"] = "plain"

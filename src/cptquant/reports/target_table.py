@@ -1,0 +1,51 @@
+"""The table of `cptquant targets`: what each engine can hold."""
+
+from collections.abc import Iterable
+
+from cptquant.core.formats import QuantFormat
+from cptquant.core.targets import Target
+from cptquant.reports.tables import TextTable, render_text
+
+_EXAMPLE_COLUMNS = 1024
+"""Row length at which bits per weight are stated: a multiple of every block and group."""
+
+
+def describe_target(target: Target) -> dict[str, object]:
+    """A target's rules as plain values, for JSON."""
+    return {
+        "target": target.name,
+        "description": target.description,
+        "formats": {name: _bits_per_weight(name) for name in target.default_formats},
+        "divisibility": target.divisibility,
+        "share_a_format": target.tied,
+        "kept": target.kept,
+        "architectures": list(target.architectures),
+    }
+
+
+def target_table(targets: Iterable[Target]) -> str:
+    """One block of lines a target."""
+    tables = [
+        TextTable(
+            title=f"--target {target.name}: {target.description}",
+            columns=("Rule", "What"),
+            rows=[
+                ["default formats (bits per weight)", _spell_formats(target)],
+                ["row lengths", target.divisibility],
+                ["share a format", target.tied],
+                ["never quantized", target.kept],
+                ["architectures", ", ".join(target.architectures) or "those that cptquant inspect accepts"],
+            ],
+            left=(0, 1),
+        )
+        for target in targets
+    ]
+    return render_text(*tables)
+
+
+def _spell_formats(target: Target) -> str:
+    return ", ".join(f"{name} ({_bits_per_weight(name):g})" for name in target.default_formats)
+
+
+def _bits_per_weight(name: str) -> float:
+    return round(QuantFormat.parse(name).bits_per_weight(1024, _EXAMPLE_COLUMNS), 4)
