@@ -25,7 +25,8 @@ class OnnxRuntimeEngine:
     """
 
     def __init__(self, model_file: Path, *, threads: int = 1, context: int | None = None) -> None:
-        runtime = _import_runtime()
+        runtime = import_runtime()
+        self.version = f"onnxruntime {runtime.__version__}"
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
@@ -36,7 +37,6 @@ class OnnxRuntimeEngine:
                 f"ONNX Runtime {runtime.__version__} cannot load {model_file} ({_first_line(error)}); is the file whole? "
                 "Write it again with: cptquant export RUN --target onnx"
             ) from error
-        self._runtime = runtime
         facts: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         if "cptquant.task" not in facts:
             raise EngineError(f"{model_file} was not written by cptquant; give a folder of: cptquant export --target onnx")
@@ -96,7 +96,12 @@ class OnnxRuntimeEngine:
         return self._session.run(None, {name: feeds[name] for name in self._names})[0]
 
 
-def _import_runtime() -> Any:
+def import_runtime() -> Any:
+    """The package.
+
+    Raises:
+        EngineError: missing, or too old.
+    """
     try:
         import onnxruntime
     except ImportError:

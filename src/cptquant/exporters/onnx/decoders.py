@@ -53,6 +53,11 @@ class Decoder:
 
     def use_rotary(self, inverse_frequencies: torch.Tensor, scaling: float) -> None:
         """Cosines and sines for all positions up to the context, computed when the engine loads the model."""
+        if inverse_frequencies.numel() % 8:
+            raise ModelError(
+                f"{self.parts.layout.architecture} turns {2 * inverse_frequencies.numel()} entries of each head by their "
+                "position; ONNX Runtime needs a multiple of 16"
+            )
         graph = self.graph
         frequencies = graph.constant(inverse_frequencies.float().reshape(1, -1).numpy())
         places = graph.constant(np.arange(self.context, dtype=np.float32).reshape(-1, 1))
@@ -121,7 +126,7 @@ def build_opt(parts: Parts, context: int) -> Decoder:
     normed = decoder.select(normed)
     if parts.has(f"{root}.project_out.weight"):
         normed = parts.linear(normed, f"{root}.project_out")
-    decoder.finish(parts.linear(normed, "lm_head"))
+    decoder.finish(parts.linear(normed, parts.head))
     return decoder
 
 
@@ -147,7 +152,7 @@ def build_llama(parts: Parts, context: int) -> Decoder:
         hidden, normed = parts.add_norm(hidden, update, second)
         update = parts.linear(_gated(parts, normed, f"{layer}.mlp"), f"{layer}.mlp.down_proj")
         hidden, normed = parts.add_norm(hidden, update, afters[index])
-    decoder.finish(parts.linear(decoder.select(normed), "lm_head"))
+    decoder.finish(parts.linear(decoder.select(normed), parts.head))
     return decoder
 
 
@@ -172,7 +177,7 @@ def build_gpt2(parts: Parts, context: int) -> Decoder:
         hidden, normed = parts.add_norm(hidden, update, Norm(f"{layer}.ln_2", epsilon))
         inner = parts.activate(parts.linear(normed, f"{layer}.mlp.c_fc"), config.activation_function)
         hidden, normed = parts.add_norm(hidden, parts.linear(inner, f"{layer}.mlp.c_proj"), afters[index])
-    decoder.finish(parts.linear(decoder.select(normed), "lm_head"))
+    decoder.finish(parts.linear(decoder.select(normed), parts.head))
     return decoder
 
 
@@ -186,7 +191,7 @@ def build_gpt_neox(parts: Parts, context: int) -> Decoder:
     decoder = Decoder(parts, cache, context)
     decoder.use_rotary(frequencies, scaling)
     epsilon = config.layer_norm_eps
-    order = torch.arange(3 * config.hidden_size).reshape(heads, 3, head_size).transpose(0, 1).reshape(-1)
+    order = gpt_neox_row_order(config.hidden_size, heads)
     hidden = parts.embedding(decoder.ids, f"{root}.embed_in")
     for index in range(config.num_hidden_layers):
         layer = f"{root}.layers.{index}"
@@ -201,8 +206,13 @@ def build_gpt_neox(parts: Parts, context: int) -> Decoder:
         inner = parts.activate(parts.linear(inner, f"{layer}.mlp.dense_h_to_4h"), config.hidden_act)
         hidden = graph.node("Add", hidden, parts.linear(inner, f"{layer}.mlp.dense_4h_to_h"))
     normed = parts.norm(decoder.select(hidden), Norm(f"{root}.final_layer_norm", epsilon))
-    decoder.finish(parts.linear(normed, "embed_out"))
+    decoder.finish(parts.linear(normed, parts.head))
     return decoder
+
+
+def gpt_neox_row_order(hidden_size: int, heads: int) -> torch.Tensor:
+    """(3 · hidden_size,) int64: row r of q, k, v one below the other is row `order[r]` of GPT-NeoX's fused matrix."""
+    return torch.arange(3 * hidden_size).reshape(heads, 3, hidden_size // heads).transpose(0, 1).reshape(-1)
 
 
 DECODERS: dict[str, Callable[[Parts, int], Decoder]] = {

@@ -13,7 +13,7 @@ from cptquant.core.errors import ModelError
 from cptquant.core.formats import QuantFormat
 from cptquant.exporters.onnx.decoders import DECODERS
 from cptquant.exporters.onnx.encoders import build_bert
-from cptquant.exporters.onnx.graph import GraphBuilder
+from cptquant.exporters.onnx.graph import GraphBuilder, with_float_activations
 from cptquant.exporters.onnx.parts import Parts
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import QuantizedSource
@@ -32,6 +32,11 @@ class WrittenOnnx:
     tensor_bytes: int
     model_bytes: int
     context: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of both files."""
+        return self.model_bytes + (self.folder / DATA_NAME).stat().st_size
 
     @property
     def model_file(self) -> Path:
@@ -95,6 +100,15 @@ def export_onnx(
         shutil.rmtree(partial, ignore_errors=True)
         raise output_error(folder, error) from None
     return WrittenOnnx(folder, graph.tensor_bytes, (folder / MODEL_NAME).stat().st_size, context)
+
+
+def write_float_twin(model_file: Path) -> Path:
+    """A second model file on the same tensors that computes with float activations: slow, for checking."""
+    import onnx
+
+    twin = model_file.with_name("check-float.onnx")
+    onnx.save_model(with_float_activations(onnx.load_model(model_file, load_external_data=False)), twin)
+    return twin
 
 
 def _build(parts: Parts, context: int) -> dict[str, str]:

@@ -204,7 +204,8 @@ def _dequantized_product(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     weight, product, output = f"{node.name}.weight", f"{node.name}.product", node.output[0]
     has_bias = bool(bias and bias[0])
     made = [
-        helper.make_node("DequantizeLinear", [codes, scales], [weight], name=weight, axis=1),
+        helper.make_node("Cast", [codes], [f"{weight}.codes"], name=f"{weight}.codes", to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{weight}.codes", scales], [weight], name=weight),
         helper.make_node("MatMul", [x, weight], [product if has_bias else output], name=product),
     ]
     if has_bias:

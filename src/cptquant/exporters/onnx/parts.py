@@ -46,6 +46,11 @@ class Parts:
         self.graph, self.config, self.layout = graph, config, layout
         self._state, self._formats, self._source = state, formats, source
 
+    @property
+    def head(self) -> str:
+        """Name of the site that makes logits."""
+        return next(site.name for site in self.layout.sites if site.role == "head")
+
     def has(self, name: str) -> bool:
         """Whether the original has a tensor of that name."""
         return name in self._state
