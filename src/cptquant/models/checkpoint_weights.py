@@ -14,16 +14,16 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout, Site
 from cptquant.core.manifest import Manifest
 from cptquant.models.weights import read_weight_files
-from cptquant.packing.quantized_weight import QuantizedWeight, decode
+from cptquant.packing.quantized_weight import StoredWeight, decode
 
 
 @dataclass(frozen=True)
 class MemoryWeights:
     """Quantized weights held in memory; sites that are not named are the original's."""
 
-    weights: Mapping[str, QuantizedWeight]
+    weights: Mapping[str, StoredWeight]
 
-    def quantized(self, site_name: str) -> QuantizedWeight | None:
+    def quantized(self, site_name: str) -> StoredWeight | None:
         """Codes and scales of a site; None if it is the original's."""
         return self.weights.get(site_name)
 
@@ -51,7 +51,7 @@ class CheckpointWeights:
         self._formats = formats_from_config(folder, layout) if formats is None else formats
         self._tensors = read_weight_files(folder).tensors
 
-    def quantized(self, site_name: str) -> QuantizedWeight | None:
+    def quantized(self, site_name: str) -> StoredWeight | None:
         """Codes and scales of a site; None if the checkpoint holds it in 16 bits.
 
         Raises:

@@ -8,14 +8,13 @@ rows does not touch a row's codes or scales, so a quantized matrix is rewritten 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cptquant.core.errors import ModelError
-from cptquant.packing.quantized_weight import QuantizedWeight
+from cptquant.packing.quantized_weight import StoredWeight
 
 _ARCHITECTURES = {
     "GPT2LMHeadModel": "GPTBigCodeForCausalLM",
@@ -85,19 +84,13 @@ def rewrite_dense(
 
 def rewrite_quantized(
     site_name: str,
-    weight: QuantizedWeight,
+    weight: StoredWeight,
     order: Tensor,  # (3 * hidden_size,) int64, of `attention_row_order`
-) -> QuantizedWeight:
+) -> StoredWeight:
     """The quantized matrix of that name in GPT-BigCode: c_attn's rows by heads, everything else as it is."""
     if not _is_fused_attention(site_name):
         return weight
-    per_tensor = weight.format.granularity == "tensor"
-    return replace(
-        weight,
-        codes=weight.codes[order],
-        scales=weight.scales if per_tensor else weight.scales[order],
-        zeros=weight.zeros if per_tensor or weight.zeros is None else weight.zeros[order],
-    )
+    return weight.rows(order)
 
 
 def _is_fused_attention(module_name: str) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cptquant.core.layout import ModelLayout, Site
-from cptquant.packing.quantized_weight import QuantizedWeight
+from cptquant.packing.quantized_weight import StoredWeight
 
 if TYPE_CHECKING:
     from cptquant.models.load import LoadedModel
@@ -40,7 +40,7 @@ class WeightSource(Protocol):
 class QuantizedSource(WeightSource, Protocol):
     """A source that can also hand over codes, so that a large embedding is never dequantized whole."""
 
-    def quantized(self, site_name: str) -> QuantizedWeight | None:
+    def quantized(self, site_name: str) -> StoredWeight | None:
         """The site's integer codes and scales; None if it is not quantized."""
         ...
 
@@ -129,22 +129,14 @@ class _ShellState:
 class _WeightRows:
     """A tall matrix whose rows are upcast or dequantized only where they are used."""
 
-    def __init__(self, stored: Tensor | QuantizedWeight) -> None:
+    def __init__(self, stored: Tensor | StoredWeight) -> None:
         self._stored = stored
-        self.shape = tuple((stored.codes if isinstance(stored, QuantizedWeight) else stored).shape)
+        self.shape = tuple(stored.shape)
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
         """Rows in float32, shape (len(rows), columns)."""
         stored = self._stored
-        if not isinstance(stored, QuantizedWeight):
-            return stored[rows].float()
-        per_tensor = stored.scales.dim() == 1
-        return QuantizedWeight(
-            format=stored.format,
-            codes=stored.codes[rows],
-            scales=stored.scales if per_tensor else stored.scales[rows],
-            zeros=stored.zeros if stored.zeros is None or per_tensor else stored.zeros[rows],
-        ).dequantize()
+        return stored[rows].float() if isinstance(stored, Tensor) else stored.rows(rows).dequantize()
 
 
 class _LargeEmbedding(nn.Module):
@@ -339,7 +331,7 @@ class ModelStream:
         self._substitute_outer(shell, skip=large)
         return shell
 
-    def _large_weight(self, site_name: str, original: Tensor) -> Tensor | QuantizedWeight:
+    def _large_weight(self, site_name: str, original: Tensor) -> Tensor | StoredWeight:
         if self.weights is not None:
             if isinstance(self.weights, QuantizedSource):
                 quantized = self.weights.quantized(site_name)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cptquant.core.errors import ArtifactError
 from cptquant.core.formats import QuantFormat
+from cptquant.packing.block_weight import BlockWeight, join_block_rows
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -52,6 +53,11 @@ class QuantizedWeight:
         if self.zeros is not None and (tuple(self.zeros.shape) != expected or self.zeros.dtype is not torch.int8):
             raise ValueError(f"zeros are int8 of shape {expected}, got {self.zeros.dtype} {tuple(self.zeros.shape)}")
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return (self.codes.shape[0], self.codes.shape[1])
+
     def dequantize(self) -> Tensor:
         """The matrix as float32 (out_features, in_features); the product is computed in float32."""
         values = self.codes.float()
@@ -74,10 +80,21 @@ class QuantizedWeight:
         return per_group.repeat_interleave(self.format.granularity, dim=1)[:, : self.codes.shape[1]]
 
 
-def join_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+StoredWeight = QuantizedWeight | BlockWeight
+"""A matrix after quantization, in the form of compressed-tensors or of GGUF."""
+
+
+def join_rows(parts: Sequence[StoredWeight]) -> StoredWeight:
     """Matrices of one format, not "tensor", set one below the other."""
     if len(parts) == 1:
         return parts[0]
+    blocks = [part for part in parts if isinstance(part, BlockWeight)]
+    if blocks:
+        return join_block_rows(blocks)
+    return _join_quantized([part for part in parts if isinstance(part, QuantizedWeight)])
+
+
+def _join_quantized(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     zeros = [part.zeros for part in parts if part.zeros is not None]
     return QuantizedWeight(
         parts[0].format,
@@ -92,15 +109,18 @@ def scale_shape(fmt: QuantFormat, out_features: int, in_features: int) -> tuple[
     return (1,) if fmt.granularity == "tensor" else (out_features, fmt.group_count(in_features))
 
 
-def encode(weight: QuantizedWeight) -> dict[str, Tensor]:
+def encode(weight: StoredWeight) -> dict[str, Tensor]:
     """Tensors to write, under compressed-tensors' names local to the module.
 
     Returns:
         packed: `weight_packed` int32 (out, ceil(in * b / 32)), `weight_scale`, `weight_shape` int64 (2,) and, where
         asymmetric, `weight_zero_point`: int32 (ceil(out * b / 32), groups), or int8 (1,) per tensor.
         plain: `weight` int8 (out, in), `weight_scale` and, where asymmetric, `weight_zero_point` int8.
+        blocks: `weight_blocks` uint8 (out, bytes a row), as in a GGUF file.
         Their bytes sum to `weight.format.stored_bytes(out, in)`.
     """
+    if isinstance(weight, BlockWeight):
+        return {"weight_blocks": weight.pack()}
     fmt = weight.format
     tensors = {"weight_scale": weight.scales.contiguous()}
     if fmt.storage == "plain":
@@ -115,7 +135,7 @@ def encode(weight: QuantizedWeight) -> dict[str, Tensor]:
     return tensors
 
 
-def decode(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, int]) -> QuantizedWeight:
+def decode(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, int]) -> StoredWeight:
     """Inverse of `encode`, exact.
 
     Args:
@@ -135,6 +155,8 @@ def decode(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, in
                 f"tensor {name} of a {fmt.name} matrix {shape} must be {dtype} {expected}, "
                 f"found {found.dtype} {tuple(found.shape)}; the file does not belong to this plan: quantize again"
             )
+    if fmt.storage == "blocks":
+        return BlockWeight.unpack(fmt, tensors["weight_blocks"], shape[1])
     if fmt.storage == "packed":
         recorded = tuple(tensors["weight_shape"].tolist())
         if recorded != tuple(shape):
@@ -154,6 +176,8 @@ def decode(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, in
 def _stored_tensors(fmt: QuantFormat, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Name -> (dtype, shape) of every tensor a format writes; scales may be either 16-bit float."""
     rows, columns = shape
+    if fmt.storage == "blocks":
+        return {"weight_blocks": (torch.uint8, (rows, fmt.stored_bytes(1, columns)))}
     scales = scale_shape(fmt, rows, columns)
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight_scale": (torch.float16, scales)}
     if fmt.storage == "plain":

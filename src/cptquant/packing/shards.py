@@ -11,7 +11,7 @@ from torch import Tensor
 from cptquant.core.artifact import output_error
 from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteRecord
-from cptquant.packing.quantized_weight import QuantizedWeight, decode, encode
+from cptquant.packing.quantized_weight import StoredWeight, decode, encode
 
 
 class ShardFolder:
@@ -49,7 +49,7 @@ class ShardFolder:
         for site in json.loads(metadata["sites"]):
             self._piece_of[site] = path
 
-    def save(self, label: str, weights: Mapping[str, QuantizedWeight], records: Sequence[SiteRecord]) -> None:
+    def save(self, label: str, weights: Mapping[str, StoredWeight], records: Sequence[SiteRecord]) -> None:
         """Write one piece.
 
         Raises:
@@ -80,7 +80,7 @@ class ShardFolder:
         """Labels of the finished pieces."""
         return frozenset(self._records)
 
-    def piece(self, label: str) -> Mapping[str, QuantizedWeight]:
+    def piece(self, label: str) -> Mapping[str, StoredWeight]:
         """The quantized weights of a finished piece by site name, each read when asked for."""
         path = self.folder / f"{label}.safetensors"
         return _Piece(self, tuple(site for site, piece in self._piece_of.items() if piece == path))
@@ -91,7 +91,7 @@ class ShardFolder:
             return self._records[label]
         return [record for records in self._records.values() for record in records]
 
-    def quantized(self, site_name: str) -> QuantizedWeight | None:
+    def quantized(self, site_name: str) -> StoredWeight | None:
         """Codes and scales of a site; None if the plan keeps it in 16 bits."""
         return self._decode(site_name) if site_name in self._piece_of else None
 
@@ -107,7 +107,7 @@ class ShardFolder:
                 for name in file.keys():
                     yield name, file.get_tensor(name)
 
-    def _decode(self, site: str) -> QuantizedWeight:
+    def _decode(self, site: str) -> StoredWeight:
         prefix = site + "."
         with safe_open(self._piece_of[site], framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]
@@ -115,11 +115,11 @@ class ShardFolder:
         return decode(tensors, self._formats[site], self._shapes[site])
 
 
-class _Piece(Mapping[str, QuantizedWeight]):
+class _Piece(Mapping[str, StoredWeight]):
     def __init__(self, folder: ShardFolder, sites: tuple[str, ...]) -> None:
         self._folder, self._sites = folder, sites
 
-    def __getitem__(self, site: str) -> QuantizedWeight:
+    def __getitem__(self, site: str) -> StoredWeight:
         if site not in self._sites:
             raise KeyError(site)
         return self._folder._decode(site)

@@ -27,7 +27,9 @@ from torch import Tensor
 from cptquant.core.errors import DataError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteOutcome
-from cptquant.packing.quantized_weight import QuantizedWeight, join_rows, scale_shape
+from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight, join_rows, scale_shape
+from cptquant.quantizers.block_descent import descend_blocks_
+from cptquant.quantizers.block_gptq import BlockLoop
 from cptquant.quantizers.descent import Rounded, descend_
 from cptquant.quantizers.grid import ROWS_ENTRIES, Grid, code_range, fit_grid
 
@@ -50,7 +52,7 @@ class GptqResult:
             the denominator is 0.
     """
 
-    weight: QuantizedWeight
+    weight: StoredWeight
     outcome: SiteOutcome
     damping: float
     relative_output_error: float | None
@@ -100,10 +102,12 @@ class Gptq:
             DataError: the Hessian is NaN or infinite: the calibration text overflowed the model.
             ModelError: a weight is NaN or infinite, or needs a scale beyond the storage dtype's range.
         """
-        factor = factor_hessian(hessian, self.damping, by_activation=self.activation_order)
+        blocks = fmt.block_layout is not None  # whose columns keep their order
+        factor = factor_hessian(hessian, self.damping, by_activation=self.activation_order and not blocks)
+        quantize = self._quantize_blocks if blocks else self._quantize
         pieces: list[list[_Piece]] = [[] for _ in weights]
         for stack in _stacks(weights, fmt):
-            done = self._quantize([weights[index][rows] for index, rows in stack], factor, hessian, fmt, scale_dtype)
+            done = quantize([weights[index][rows] for index, rows in stack], factor, hessian, fmt, scale_dtype)
             for (index, _), piece in zip(stack, done, strict=True):
                 pieces[index].append(piece)
         return [
@@ -146,12 +150,33 @@ class Gptq:
             pieces.append(_Piece(quantized, _power(error[:, rows], hessian), _power(columns[:, rows], hessian)))
         return pieces
 
+    def _quantize_blocks(
+        self, weights: Sequence[Tensor], factor: "HessianFactor", hessian: Tensor, fmt: QuantFormat, dtype: torch.dtype
+    ) -> list["_Piece"]:
+        """The same onto GGUF's blocks; their scales are float16 whatever `dtype` is."""
+        layout = fmt.block_layout
+        assert layout is not None
+        columns = torch.cat([weight.float().t() for weight in weights], dim=1).contiguous()
+        importance = factor.importance if self.diagonal_importance else None
+        placed = BlockLoop(columns, factor.feedback, layout, importance, search=self.clip_search).run()
+        if self.descent_rounds:
+            descend_blocks_(placed, columns, factor.damped, self.descent_rounds)
+        error = placed.values().sub_(columns)
+        pieces: list[_Piece] = []
+        start = 0
+        for weight in weights:
+            rows = slice(start, start + weight.shape[0])
+            start = rows.stop
+            stored = placed.weight(rows, fmt)
+            pieces.append(_Piece(stored, _power(error[:, rows], hessian), _power(columns[:, rows], hessian)))
+        return pieces
+
 
 @dataclass(frozen=True)
 class _Piece:
     """Some rows of a matrix: tr(E H E') and tr(W H W') over them."""
 
-    weight: QuantizedWeight
+    weight: StoredWeight
     error: float
     power: float
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cptquant.core.errors import ModelError
 from cptquant.core.formats import QuantFormat
-from cptquant.packing.quantized_weight import QuantizedWeight, join_rows, scale_shape
+from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight, join_rows, scale_shape
 
 _CHUNK_ENTRIES = 1 << 18
 """Weights searched at a time: three float32 buffers of this size stay inside the processor's cache."""
@@ -239,7 +239,7 @@ def round_to_grid(
     *,
     importance: Tensor | None = None,  # (in_features,) float32
     clip_search: bool = True,
-) -> QuantizedWeight:
+) -> StoredWeight:
     """Fit every group of a matrix and round to nearest; the last group of a row may be shorter.
 
     Large matrices are cast to float32 a few rows at a time.

@@ -14,16 +14,16 @@ from cptquant.core.plan import Plan
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, read_weight, site_modules, write_weight_
 from cptquant.models.text import TokenSet
-from cptquant.packing.quantized_weight import QuantizedWeight
+from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.gptq import Gptq, GptqResult
 from cptquant.quantizers.grid import ROWS_ENTRIES
 from cptquant.quantizers.hessian import InputHessians, collect_block_hessians, collect_outer_hessians
 from cptquant.quantizers.rtn import Rtn
 
-BlockWeights = Mapping[str, QuantizedWeight]
+BlockWeights = Mapping[str, StoredWeight]
 """The quantized sites of one block, by site name."""
 
-Sink = Callable[[int | None, dict[str, QuantizedWeight], list[SiteRecord]], None]
+Sink = Callable[[int | None, dict[str, StoredWeight], list[SiteRecord]], None]
 """Takes a finished block (its index; None for all sites outside the blocks, which come last)."""
 
 
@@ -101,14 +101,14 @@ def _outer_sites(model: LoadedModel) -> tuple[list[Site], list[Site]]:
 
 def _relative_error(
     weight: Tensor,  # (out_features, in_features), any float dtype
-    changed: QuantizedWeight | torch.dtype,
+    changed: StoredWeight | torch.dtype,
 ) -> float:
     """||changed - weight||^2 / ||weight||^2 of a quantized or cast matrix, a few rows at a time."""
     error = norm = 0.0
     step = max(1, ROWS_ENTRIES // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         original = weight[start : start + step].float()
-        if isinstance(changed, QuantizedWeight):
+        if isinstance(changed, StoredWeight):
             difference = changed.rows(slice(start, start + step)).dequantize() - original
         else:
             difference = original.to(changed).float() - original
@@ -119,7 +119,7 @@ def _relative_error(
 
 @dataclass
 class _Results:
-    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    weights: dict[str, StoredWeight] = field(default_factory=dict)
     records: list[SiteRecord] = field(default_factory=list)
 
     def extend(self, other: "_Results") -> None:
@@ -141,7 +141,7 @@ class _Task:
         self._model, self._quantizer, self._sink = model, quantizer, sink
         self._formats = plan.quant_formats
         self._scale_dtype = torch.float16 if model.layout.storage_dtype == "float16" else torch.bfloat16
-        self._entry: dict[str, QuantizedWeight] = {}
+        self._entry: dict[str, StoredWeight] = {}
         self.resume = resume
 
     def format_of(self, site: Site) -> QuantFormat:
@@ -155,7 +155,7 @@ class _Task:
 
     # The stream asks here for finished weights.
 
-    def quantized(self, site_name: str) -> QuantizedWeight | None:
+    def quantized(self, site_name: str) -> StoredWeight | None:
         """Codes of a finished site."""
         block_index = self._model.layout.site_by_name[site_name].block_index
         finished = self._entry if block_index is None else self.resume.get(block_index, {})

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cptquant.core.formats import QuantFormat
-from cptquant.packing.quantized_weight import QuantizedWeight
+from cptquant.packing.quantized_weight import StoredWeight
+from cptquant.quantizers.block_grid import round_to_blocks
 from cptquant.quantizers.grid import round_to_grid
 
 
@@ -28,7 +29,7 @@ class Rtn:
         scale_dtype: torch.dtype,
         *,
         importance: Tensor | None = None,  # (in_features,) float32
-    ) -> QuantizedWeight:
+    ) -> StoredWeight:
         """Quantize one matrix.
 
         Args:
@@ -39,4 +40,6 @@ class Rtn:
         Raises:
             ModelError: a weight is NaN or infinite, or needs a scale beyond the storage dtype's range.
         """
+        if fmt.block_layout is not None:
+            return round_to_blocks(weight, fmt, importance=importance, search=self.clip_search)
         return round_to_grid(weight, fmt, scale_dtype, importance=importance, clip_search=self.clip_search)

@@ -12,7 +12,7 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout, Site
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, read_weight, write_weight_
-from cptquant.packing.quantized_weight import QuantizedWeight
+from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.rtn import Rtn
 from cptquant.sensitivity.scores import SiteFormats
 
@@ -46,9 +46,9 @@ class OneSite:
     """A weight source that changes a single site."""
 
     site_name: str
-    replacement: QuantizedWeight
+    replacement: StoredWeight
 
-    def quantized(self, site_name: str) -> QuantizedWeight | None:
+    def quantized(self, site_name: str) -> StoredWeight | None:
         """Codes of the changed site."""
         return self.replacement if site_name == self.site_name else None
 
