@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cptquant.allocation.reach import check_budget
 from cptquant.core.evaluation import EvaluationReport
+from cptquant.core.export import ExportRecord
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.progress import Progress, ignore_progress
@@ -19,6 +20,7 @@ from cptquant.reports.html import render_report
 from cptquant.stages.allocate import allocate_stage, baseline_plans, check_plan, needs_table
 from cptquant.stages.check import check_choices
 from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
+from cptquant.stages.export import ENGINE_TARGETS, export_stage
 from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
 from cptquant.stages.quantize import Variant, quantize_stage, write_stage
@@ -83,6 +85,8 @@ def _from_plan(run: Run, layout: ModelLayout) -> Result:
     variants = _quantize_variants(run, layout)
     written, guard = guard_stage(run, variants)
     write_stage(run, variants[written])
+    if variants[written].plan.target in ENGINE_TARGETS:
+        export_stage(run, layout, variants[written], variants[written].plan.target)
     evaluation = evaluate_stage(run, layout, variants, written, guard)
     render_report(run.folder)
     return Result(run.folder, layout, variants[written].plan, evaluation)
@@ -95,6 +99,27 @@ def _quantize_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:
     run.read_all_text()
     plans = {"quantized": plan, **baseline_plans(run, layout, plan)}
     return {name: Variant(plans[name], quantize_stage(run, layout, plans[name], name)) for name in plans}
+
+
+def export_run(
+    folder: Path, target: str | None, progress: Progress = ignore_progress, **changes: object
+) -> ExportRecord:
+    """Write a quantized run for an engine and compare it there with our own model.
+
+    Args:
+        target: spelling of `--target`; None is the one the plan was made for.
+
+    Raises:
+        ArtifactError: nothing was quantized yet, or the plan is illegal under the target. EngineError: the engine
+        refuses the file or computes something else.
+    """
+    run = Run.resume(folder, progress, **changes)
+    layout = run.load("layout.json", ModelLayout)
+    plan_file = "plan-uniform.json" if run.load("evaluation.json", EvaluationReport).written == "uniform" else "plan.json"
+    plan = run.load(plan_file, Plan)
+    name = "uniform" if plan_file == "plan-uniform.json" else "quantized"
+    variant = Variant(plan, quantize_stage(run, layout, plan, name))
+    return export_stage(run, layout, variant, target or plan.target)
 
 
 def evaluate_run(folder: Path, progress: Progress = ignore_progress, **changes: object) -> EvaluationReport:

@@ -95,6 +95,14 @@ TrustRemoteCode = Annotated[
     bool | None,
     typer.Option("--trust-remote-code", help="Run code that comes with the model folder.", show_default=False),
 ]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context", min=1, help="Longest sequence the engine will run.  [default: the model's, at most 4096]",
+        show_default=False,
+    ),
+]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the engine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
 
 

@@ -21,6 +21,8 @@ class RunSettings(Artifact):
         formats: candidate formats beside 16 bits; None means the target's own (`Target.default_formats`).
         calibration, eval_text: the person's own text; None means the embedded text.
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
+        memory: what the engine may take in all, instead of a budget. context: longest sequence it will run; None leaves
+            it to the target (at most 4,096).
     baselines: "uniform" and "random" at no more bytes; None decides by size (`baselines_for`).
     """
 
@@ -40,6 +42,8 @@ class RunSettings(Artifact):
     eval_sequences: int = 64
     sequence_length: int = 256
     baselines: tuple[str, ...] | None = None
+    memory: str | None = None
+    context: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
 

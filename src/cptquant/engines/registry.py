@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 from cptquant.core.errors import EngineError
 
 ENGINE_NAMES = ("transformers", "transformers-bf16", "onnx", "openvino", "llamacpp")
-TARGET_ENGINES = {"onnx": "onnx", "gguf": "llamacpp", "transformers": "transformers", "transformers-fused": "transformers"}
+TARGET_ENGINES = {
+    "onnx": "onnx",
+    "gguf": "llamacpp",
+    "transformers": "transformers",
+    "transformers-fused": "transformers",
+    "vllm": "transformers",
+}
 """Target -> the engine that runs its files."""
 
 

@@ -7,9 +7,7 @@ from cptquant.core.artifact import digest_file, digest_json
 from cptquant.core.layout import ModelLayout
 from cptquant.core.manifest import CheckpointRecord, Manifest
 from cptquant.core.plan import Plan
-from cptquant.exporters.compressed_tensors import check_exportable, write_checkpoint
-from cptquant.exporters.gguf.write import check_gguf_exportable, write_gguf
-from cptquant.models.load import LoadedModel
+from cptquant.exporters.export import find_exporter
 from cptquant.packing.shards import ShardFolder
 from cptquant.quantizers.methods import find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
@@ -32,7 +30,7 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
     they depend on, so equal plans share them.
     """
     check_plan(plan, layout)
-    check_model(run.model, plan.target)
+    find_exporter(plan.target).check(run.model)
     quantizer = find_quantizer(run.settings.quantizer)
     inputs = {
         "plan": digest_json(plan.formats),
@@ -77,8 +75,7 @@ def write_stage(run: Run, variant: Variant) -> Path:
         stamp.unlink(missing_ok=True)
 
     def make() -> CheckpointRecord:
-        write = write_gguf if variant.plan.target == "gguf" else write_checkpoint
-        written = write(run.model, variant.plan, variant.shards, folder)
+        written = find_exporter(variant.plan.target).write(run.model, variant.plan, variant.shards, folder)
         return CheckpointRecord(
             tensor_bytes=written.tensor_bytes,
             header_bytes=written.header_bytes,
@@ -87,18 +84,6 @@ def write_stage(run: Run, variant: Variant) -> Path:
 
     run.stage(stamp.name, CheckpointRecord, inputs, make)
     return folder
-
-
-def check_model(model: LoadedModel, target: str) -> None:
-    """Refuse a model that could not be written for a target, before anything is quantized.
-
-    Raises:
-        ModelError: with the reason.
-    """
-    if target == "gguf":
-        check_gguf_exportable(model)
-    else:
-        check_exportable(model)
 
 
 def block_label(block_index: int | None) -> str:

@@ -14,6 +14,8 @@ from cptquant.core.targets.base import Target
 
 _WIDTHS = (2, 4, 8)
 _SMALLEST_BLOCK = 16
+_UNUSED_POOLER = "pooler.dense"
+"""The pooler of a bare BertModel (a classifier's is bert.pooler.dense)."""
 ONNX_MODEL_TYPES = ("opt", "llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "bert")
 
 
@@ -25,6 +27,8 @@ class Onnx(Target):
         """Why this site cannot have this format here, or None if it can."""
         if fmt.is_float:
             return None
+        if site.name == _UNUSED_POOLER:
+            return "a bare encoder's file leaves its pooler out: embeddings are means of the last hidden state"
         if fmt.storage == "blocks":
             return f"{fmt.name} is a block format of GGUF, which ONNX Runtime does not have"
         if fmt.code_bits not in _WIDTHS:
@@ -65,12 +69,20 @@ class Onnx(Target):
     def site_bytes(self, layout: ModelLayout, site: Site, fmt: QuantFormat) -> int:
         """Bytes of one site: codes, 16-bit scales, and zero points as wide as the codes, one per block."""
         rows, columns = site.out_features, site.in_features
+        if site.name == _UNUSED_POOLER:
+            return 0
         if fmt.is_float:
             return 2 * rows * columns
         codes, scales = rows * (columns * fmt.code_bits // 8), 2 * fmt.scale_count(rows, columns)
         if fmt.symmetric:
             return codes + scales
         return codes + scales + rows * -(-(columns // _block(site, fmt)) * fmt.code_bits // 8)
+
+    def kept_bytes(self, layout: ModelLayout) -> int:
+        """Everything in 16 bits, without a bare encoder's pooler."""
+        return sum(
+            tensor.stored_bytes for tensor in layout.kept if tensor.name.rpartition(".")[0] != _UNUSED_POOLER
+        )
 
     def shared_head_bytes(self, layout: ModelLayout, embedding_format: QuantFormat, head_format: QuantFormat) -> int:
         """One tensor while both stay in 16 bits; else each by itself, the embedding by rows, the head as a product."""

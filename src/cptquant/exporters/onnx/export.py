@@ -2,59 +2,57 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 
 from cptquant.core.artifact import output_error
-from cptquant.core.errors import ModelError
+from cptquant.core.errors import CptquantError, ModelError
 from cptquant.core.formats import QuantFormat
+from cptquant.core.plan import Plan
+from cptquant.core.targets import find_target
+from cptquant.exporters.compressed_tensors import WrittenCheckpoint
 from cptquant.exporters.onnx.decoders import DECODERS
 from cptquant.exporters.onnx.encoders import build_bert
 from cptquant.exporters.onnx.graph import GraphBuilder, with_float_activations
 from cptquant.exporters.onnx.parts import Parts
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import QuantizedSource
+from cptquant.packing.shards import ShardFolder
 
 MODEL_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
 DEFAULT_CONTEXT = 4096
-FAMILIES = (*DECODERS, "bert")
 _COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
 
-@dataclass(frozen=True)
-class WrittenOnnx:
-    """What was written: the two files' folder, bytes of the tensors and of the model file, longest context."""
-
-    folder: Path
-    tensor_bytes: int
-    model_bytes: int
-    context: int
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of both files."""
-        return self.model_bytes + (self.folder / DATA_NAME).stat().st_size
-
-    @property
-    def model_file(self) -> Path:
-        """The file an engine is given."""
-        return self.folder / MODEL_NAME
-
-
-def check_family(model_type: str, architecture: str) -> None:
-    """Refuse an architecture that has no graph here.
+def check_onnx_exportable(model: LoadedModel) -> None:
+    """Refuse, before anything is quantized, a model that has no graph here.
 
     Raises:
-        ModelError: with the ones that have.
+        ModelError: architecture or task, with the ones that are possible.
     """
-    if model_type not in FAMILIES:
-        raise ModelError(
-            f"--target onnx does not know {architecture}; it writes graphs of {', '.join(FAMILIES)}; use --target "
-            "transformers"
-        )
+    refusal = find_target("onnx").refuse_model(model.layout)
+    if refusal is not None:
+        raise ModelError(refusal)
+
+
+def write_onnx(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path) -> WrittenCheckpoint:
+    """Write `model.onnx`, `model.onnx.data`, the config and the tokenizer.
+
+    Returns:
+        Sizes; `tensor_bytes` equals `plan.size_bytes`, which is checked. The "header" is model.onnx and padding.
+
+    Raises:
+        ModelError: an architecture or activation that cannot be written. OutputError: disk full or not writable;
+        nothing appears under the final name. CptquantError: other bytes than the plan's (a fault of ours).
+    """
+    written = export_onnx(model, plan.quant_formats, shards, folder)
+    if written.tensor_bytes != plan.size_bytes:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CptquantError(f"{MODEL_NAME} has {written.tensor_bytes} bytes of tensors, the plan says {plan.size_bytes}")
+    return written
 
 
 def export_onnx(
@@ -64,21 +62,17 @@ def export_onnx(
     folder: Path,
     *,
     context: int | None = None,
-) -> WrittenOnnx:
-    """Write `model.onnx`, `model.onnx.data`, the config and the tokenizer into a new folder.
+) -> WrittenCheckpoint:
+    """As `write_onnx`, from any source of codes and with a longest sequence of one's own.
 
     Args:
         context: longest sequence, a decoder's cache included; by default the model's, at most `DEFAULT_CONTEXT`.
 
     Raises:
-        ModelError: an architecture, activation or context that cannot be written.
-        FormatError: a format that the engine does not hold.
-        OutputError: disk full or not writable; nothing appears under the final name.
+        ModelError: also a context longer than the model's. FormatError: a format that the engine does not hold.
     """
-    import onnx
-
+    check_onnx_exportable(model)
     layout = model.layout
-    check_family(layout.model_type, layout.architecture)
     longest = layout.max_positions or DEFAULT_CONTEXT
     context = min(longest, DEFAULT_CONTEXT) if context is None else context
     if context > longest:
@@ -99,13 +93,13 @@ def export_onnx(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise output_error(folder, error) from None
-    return WrittenOnnx(folder, graph.tensor_bytes, (folder / MODEL_NAME).stat().st_size, context)
+    files = (folder / MODEL_NAME, folder / DATA_NAME)
+    total = sum(file.stat().st_size for file in files)
+    return WrittenCheckpoint(folder, graph.tensor_bytes, total - graph.tensor_bytes, files)
 
 
 def write_float_twin(model_file: Path) -> Path:
     """A second model file on the same tensors that computes with float activations: slow, for checking."""
-    import onnx
-
     twin = model_file.with_name("check-float.onnx")
     onnx.save_model(with_float_activations(onnx.load_model(model_file, load_external_data=False)), twin)
     return twin
@@ -122,8 +116,6 @@ def _build(parts: Parts, context: int) -> dict[str, str]:
     if layout.model_type == "bert":
         build_bert(parts)
     else:
-        if layout.task != "causal_lm":
-            raise ModelError(f"--target onnx writes causal language models of this family, not {layout.architecture}")
         cache = DECODERS[layout.model_type](parts, context).cache
         facts |= {"layers": cache.layers, "kv_heads": cache.kv_heads, "head_size": cache.head_size}
     return {f"cptquant.{name}": str(value) for name, value in facts.items()}

@@ -13,7 +13,7 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.exporters.onnx.graph import CONTRIB, GraphBuilder
 from cptquant.models.stream import QuantizedSource
-from cptquant.packing.quantized_weight import QuantizedWeight, join_rows
+from cptquant.packing.quantized_weight import QuantizedWeight, join_quantized
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Parts:
         fmt = next(iter(formats))
         if len(formats) > 1 or fmt is None or fmt.granularity == "tensor":
             return None
-        weight = join_rows([self._require(site) for site in sites])
+        weight = join_quantized([self._require(site) for site in sites])
         biases = [self._state[f"{site}.bias"] for site in sites if self.has(f"{site}.bias")]
         if len(biases) not in (0, len(sites)):
             return None
@@ -169,8 +169,8 @@ class Parts:
 
     def _require(self, site: str) -> QuantizedWeight:
         weight = self._source.quantized(site)
-        if weight is None:
-            raise ModelError(f"the plan quantizes {site}, but no quantized weight of it stands; run: cptquant quantize RUN")
+        if not isinstance(weight, QuantizedWeight):
+            raise ModelError(f"the plan quantizes {site}, but no codes of it stand; run: cptquant quantize RUN")
         return weight
 
     def _quantized(self, x: str, name: str, weight: QuantizedWeight, bias: str) -> str:
