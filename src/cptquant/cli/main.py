@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cptquant.cli import allocate, evaluate, export, inspect, measure, quantize, report, targets
+from cptquant.cli import allocate, bench, evaluate, export, generate, inspect, measure, quantize, report, targets
 from cptquant.core.errors import CptquantError
 
 app = typer.Typer(
@@ -42,7 +42,7 @@ def _root(
 
 
 for command in (quantize.quantize, inspect.inspect, measure.measure, allocate.allocate, evaluate.evaluate,
-                report.report, targets.targets, export.export):  # fmt: skip
+                report.report, targets.targets, export.export, bench.bench, generate.generate):  # fmt: skip
     app.command()(command)
 
 

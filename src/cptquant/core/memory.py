@@ -92,6 +92,30 @@ def predict_memory(
     )
 
 
+def held_bytes_per_token(
+    layout: ModelLayout, formats: Mapping[str, QuantFormat], *, float_bytes: int
+) -> int | None:
+    """Bytes of weights that decoding one token reads: every matrix but the embedding, of which one row is read.
+
+    Args:
+        formats: site -> format; sites not named, or in 16 bits, take `float_bytes` a weight in the engine's memory.
+
+    Returns:
+        None for encoders, which do not decode.
+    """
+    if layout.task != "causal_lm":
+        return None
+    total = 0
+    for site in layout.sites:
+        fmt = formats.get(site.name, layout.keep_format)
+        if site.kind == "embedding":
+            continue
+        total += (
+            float_bytes * site.weight_count if fmt.is_float else fmt.stored_bytes(site.out_features, site.in_features)
+        )
+    return total
+
+
 def parse_memory(text: str) -> int:
     """Bytes of `2GB`, `512MiB`.
 
