@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cptquant.allocation.reach import check_budget
 from cptquant.core.evaluation import EvaluationReport
-from cptquant.core.export import ExportRecord
+from cptquant.core.engine_export import ExportRecord
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.progress import Progress, ignore_progress

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cptquant.core.errors import BudgetError
-from cptquant.core.export import MemoryUse
+from cptquant.core.engine_export import MemoryUse
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.targets import find_target

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cptquant.core.export import KL_BOUND_NATS, EngineComparison
+from cptquant.core.engine_export import KL_BOUND_NATS, EngineComparison
 from cptquant.core.layout import ModelLayout
 from cptquant.evaluation.estimates import estimate_ratio
 from cptquant.evaluation.lockstep import LANGUAGE_TASKS, pieces, run_blocks

@@ -1,6 +1,6 @@
 """An export for people: what was written, and how it compared in its engine."""
 
-from cptquant.core.export import EngineComparison, ExportRecord, MemoryUse
+from cptquant.core.engine_export import EngineComparison, ExportRecord, MemoryUse
 from cptquant.reports.quantities import spell_bytes
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from cptquant.core.bench import BASELINE, BenchRecord, BenchVariant, spread
 from cptquant.core.errors import ArtifactError, EngineError, UserError
-from cptquant.core.export import ExportRecord
+from cptquant.core.engine_export import ExportRecord
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.memory import held_bytes_per_token

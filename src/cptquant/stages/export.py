@@ -8,7 +8,7 @@ import torch
 
 from cptquant.core.artifact import digest_file
 from cptquant.core.errors import ArtifactError, EngineError
-from cptquant.core.export import EngineComparison, ExportRecord, MemoryUse, SiteRoundTrip
+from cptquant.core.engine_export import EngineComparison, ExportRecord, MemoryUse, SiteRoundTrip
 from cptquant.core.layout import ModelLayout
 from cptquant.core.memory import ENGINE_MEMORY, predict_memory
 from cptquant.core.plan import Plan

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cptquant.core.errors import ArtifactError, ModelError, UserError
-from cptquant.core.export import ExportRecord
+from cptquant.core.engine_export import ExportRecord
 from cptquant.core.layout import ModelLayout
 from cptquant.core.settings import RunSettings
 from cptquant.engines.process import run_engine
