@@ -15,6 +15,7 @@ class SiteOutcome(StrEnum):
     DEAD_INPUTS = "dead_inputs"
     NO_CALIBRATION_INPUT = "no_calibration_input"
     ROUNDED_TO_NEAREST = "rounded_to_nearest"
+    SHARES_EMBEDDING = "shares_embedding"
 
     @property
     def sentence(self) -> str:
@@ -28,6 +29,7 @@ class SiteOutcome(StrEnum):
             SiteOutcome.DEAD_INPUTS: "some inputs were zero on all calibration text; their columns were rounded",
             SiteOutcome.NO_CALIBRATION_INPUT: "no calibration input reached this site; it was rounded to nearest",
             SiteOutcome.ROUNDED_TO_NEAREST: "rounded to nearest: an embedding has no input statistics for GPTQ",
+            SiteOutcome.SHARES_EMBEDDING: "the head is the embedding's tensor, quantized once",
         }[self]
 
 

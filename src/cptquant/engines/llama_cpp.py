@@ -70,6 +70,7 @@ class LlamaCppEngine:
 def _open(library: Any, model_file: Path, **arguments: Any) -> Any:
     if not model_file.is_file():
         raise EngineError(f"{model_file} does not exist; write it with: cptquant export RUN --target gguf")
+    _keep_plain_layouts(library)
     try:
         return library.Llama(model_path=str(model_file), verbose=False, **arguments)
     except Exception as error:
@@ -77,6 +78,23 @@ def _open(library: Any, model_file: Path, **arguments: Any) -> Any:
             f"llama.cpp cannot load {model_file} ({str(error).strip().splitlines()[0][:200]}); is the file whole? Write "
             "it again with: cptquant export RUN --target gguf"
         ) from error
+
+
+def _keep_plain_layouts(library: Any) -> None:
+    """Weights as they stand in the file: the repacked layouts (AMX) of some builds crash on some machines."""
+    defaults = library.llama_model_default_params
+    if getattr(defaults, "is_plain", False):
+        return
+
+    def plain() -> Any:
+        parameters = defaults()
+        if hasattr(parameters, "use_extra_bufts"):
+            parameters.use_extra_bufts = False
+        return parameters
+
+    plain.is_plain = True  # type: ignore[attr-defined]
+    library.llama_cpp.llama_model_default_params = plain
+    library.llama_model_default_params = plain
 
 
 def import_llama_cpp() -> Any:

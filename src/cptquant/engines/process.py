@@ -10,6 +10,9 @@ from typing import Any
 
 from cptquant.core.errors import EngineError
 
+LLAMACPP_PYTHON = "CPTQUANT_LLAMACPP_PYTHON"
+"""Another interpreter that has numpy and llama-cpp-python (`exporters.llamacpp.engine`)."""
+
 
 def run_engine(
     engine: str, model: Path, do: str, *, threads: int = 1, context: int | None = None, **request: Any
@@ -27,8 +30,12 @@ def run_engine(
         content = {"engine": engine, "model": str(model), "do": do, "threads": threads, "context": context, **request}
         asked.write_text(json.dumps(content))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        python = sys.executable
+        if engine == "llamacpp" and LLAMACPP_PYTHON in os.environ:  # an environment of its own, given this package's path
+            python = os.environ[LLAMACPP_PYTHON]
+            environment["PYTHONPATH"] = str(Path(__file__).parents[2])
         done = subprocess.run(
-            [sys.executable, "-m", "cptquant.engines.worker", str(asked), str(answer)],
+            [python, "-m", "cptquant.engines.worker", str(asked), str(answer)],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if not answer.is_file():

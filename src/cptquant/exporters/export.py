@@ -11,6 +11,7 @@ from torch import Tensor
 from cptquant.core.errors import UserError
 from cptquant.core.plan import Plan
 from cptquant.exporters.compressed_tensors import WrittenCheckpoint, check_exportable, write_checkpoint
+from cptquant.exporters.gguf.read_back import GgufWeights
 from cptquant.exporters.gguf.write import FILE_NAME, check_gguf_exportable, write_gguf
 from cptquant.models.checkpoint_weights import CheckpointWeights
 from cptquant.models.load import LoadedModel
@@ -27,14 +28,14 @@ class Exporter:
     Attributes:
         entry: the file in the folder that an engine is given; "" for the folder itself.
         check: refuses a model before anything is quantized. write: makes the folder; bytes equal the plan's.
-        read_back: None where `write` itself compares every byte.
+        read_back: the quantized matrices as the files hold them.
         package: extra package it needs, also the extra's name if `extra` is empty.
     """
 
     entry: str
     check: Callable[[LoadedModel], None]
     write: Callable[[LoadedModel, Plan, ShardFolder, Path], WrittenCheckpoint]
-    read_back: Callable[[Path, LoadedModel, Plan], ReadBack] | None
+    read_back: Callable[[Path, LoadedModel, Plan], ReadBack]
     package: str = ""
     extra: str = ""
 
@@ -69,13 +70,21 @@ def _read_checkpoint(folder: Path, model: LoadedModel, plan: Plan) -> ReadBack:
             yield name, weight
 
 
+def _read_gguf(folder: Path, model: LoadedModel, plan: Plan) -> ReadBack:
+    weights = GgufWeights(folder / FILE_NAME, model)
+    for name, fmt in plan.quant_formats.items():
+        found = None if fmt.is_float else weights.weight(name)
+        if found is not None:
+            yield name, found
+
+
 _COMPRESSED_TENSORS = Exporter("", check_exportable, write_checkpoint, _read_checkpoint)
 
 EXPORTERS: dict[str, Exporter] = {
     "transformers": _COMPRESSED_TENSORS,
     "transformers-fused": _COMPRESSED_TENSORS,
     "vllm": _COMPRESSED_TENSORS,
-    "gguf": Exporter(FILE_NAME, check_gguf_exportable, write_gguf, None),
+    "gguf": Exporter(FILE_NAME, check_gguf_exportable, write_gguf, _read_gguf, package="gguf"),
     "onnx": Exporter("model.onnx", _check_onnx, _write_onnx, _read_onnx, package="onnx", extra="onnx"),
 }
 

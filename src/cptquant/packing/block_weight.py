@@ -71,7 +71,7 @@ class BlockWeight:
         return d.repeat_interleave(self.layout.block_columns // self.layout.sub_block, dim=1) * self.scales.float()
 
     def sub_offsets(self) -> Tensor | None:
-        """What is added in every sub-block, float32 (out_features, sub-blocks): -dmin * mn, or m; None if nothing is."""
+        """Offset of every sub-block, float32 (out_features, sub-blocks): -dmin * mn, or m; None if there is none."""
         if self.minimum is None:
             return None
         minimum = self.minimum.float()
@@ -81,7 +81,7 @@ class BlockWeight:
         return -(spread * self.minimum_codes.float())
 
     def dequantize(self) -> Tensor:
-        """The matrix as float32 (out_features, in_features), bit for bit what the `gguf` package's dequantizer gives."""
+        """The matrix as float32 (out_features, in_features), bit for bit as the `gguf` package dequantizes it."""
         rows, columns = self.shape
         values = self.codes.float().view(rows, -1, self.layout.sub_block)
         values = values * self.sub_scales()[:, :, None]

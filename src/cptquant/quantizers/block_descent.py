@@ -1,11 +1,11 @@
 """Coordinate descent on a grid of GGUF blocks: codes, integer sub-scales and minima, and the float16 super-scales.
 
-As in `descent.py`, f(Q) = tr((W - Q) H (W - Q)') can only fall. A sweep goes through the columns 32 at a time. In every
-sub-block first the scale and minimum are set anew, codes fixed: f is a quadratic in the two, the real optimum is found,
-and of the integers around it the best pair is taken if it lowers f (where the scale is a float16 of its own, the rounded
-optimum). Neighbouring scales are also tried together with codes rounded anew, which moves that no coordinate alone can
-make. Then each column is rounded to its best code given all others (QuantEase, arXiv 2309.01885, equation 8). When the
-last column of a super-block is done, its d and dmin are refitted the same way.
+As in `descent.py`, f(Q) = tr((W - Q) H (W - Q)') can only fall. A sweep goes through the columns 32 at a time. In
+every sub-block first the scale and minimum are set anew, codes fixed: f is a quadratic in the two, the real optimum is
+found, and of the integers around it the best pair is taken if it lowers f (where the scale is a float16 of its own, the
+rounded optimum). Neighbouring scales are also tried together with codes rounded anew, a move that no coordinate alone
+can make. Then each column is rounded to its best code given all others (QuantEase, arXiv 2309.01885, equation 8). When
+the last column of a super-block is done, its d and dmin are refitted the same way.
 """
 
 from dataclasses import dataclass
@@ -135,7 +135,7 @@ class _Sweep:
     def take(self, start: int) -> None:
         """Columns start to start + 32: grids of their sub-blocks, then their codes."""
         stop = start + _BLOCK_COLUMNS
-        placed, width = self._placed, self._placed.layout.sub_block
+        width = self._placed.layout.sub_block
         local = self._gradient[start:stop].clone()
         square = self._hessian[start:stop, start:stop]
         change = torch.zeros_like(local)

@@ -40,7 +40,8 @@ class BlockGrid:
 
     Attributes:
         d: float32 (n, blocks), representable in float16. scales: float32 of integers (n, sub-blocks), or None.
-        minimum: float32 (n, blocks), representable in float16, or None. minimum_codes: float32 (n, sub-blocks), or None.
+        minimum: float32 (n, blocks), representable in float16, or None.
+        minimum_codes: float32 of integers (n, sub-blocks), or None.
     """
 
     layout: BlockLayout

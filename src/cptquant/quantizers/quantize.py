@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from cptquant.core.errors import DataError, UserError
 from cptquant.core.formats import QuantFormat
-from cptquant.core.layout import Site
+from cptquant.core.layout import ModelLayout, Site
 from cptquant.core.manifest import SiteOutcome, SiteRecord
 from cptquant.core.plan import Plan
+from cptquant.core.targets import find_target
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, read_weight, site_modules, write_weight_
 from cptquant.models.text import TokenSet
@@ -22,6 +23,9 @@ from cptquant.quantizers.rtn import Rtn
 
 BlockWeights = Mapping[str, StoredWeight]
 """The quantized sites of one block, by site name."""
+
+_EMBEDDING_SHARE = 0.1
+"""Of the mean diagonal of the head's Hessian, added where the head is the embedding too."""
 
 Sink = Callable[[int | None, dict[str, StoredWeight], list[SiteRecord]], None]
 """Takes a finished block (its index; None for all sites outside the blocks, which come last)."""
@@ -87,6 +91,13 @@ def _round_everything(task: "_Task", model: LoadedModel, progress: Callable[[int
     task.hand_over(None, task.round_all([*entry, *leaving]))
 
 
+def shared_matrix(layout: ModelLayout, plan: Plan) -> tuple[str, str] | None:
+    """(embedding, head) where the target keeps them one quantized tensor, else None."""
+    if layout.shared_head is None or not find_target(plan.target).shares_head(layout):
+        return None
+    return None if plan.quant_formats[layout.shared_head[0]].is_float else layout.shared_head
+
+
 def _sites_of_block(model: LoadedModel, index: int) -> list[Site]:
     return [site for site in model.layout.sites if site.block_index == index]
 
@@ -142,6 +153,7 @@ class _Task:
         self._formats = plan.quant_formats
         self._scale_dtype = torch.float16 if model.layout.storage_dtype == "float16" else torch.bfloat16
         self._entry: dict[str, StoredWeight] = {}
+        self._shared = shared_matrix(model.layout, plan)
         self.resume = resume
 
     def format_of(self, site: Site) -> QuantFormat:
@@ -171,7 +183,12 @@ class _Task:
     def quantize_entry(self, tokens: TokenSet) -> _Results:
         """Sites the hidden states pass before the first block: embeddings, then projections of their width."""
         entry, _ = _outer_sites(self._model)
-        results = self.round_all([site for site in entry if site.kind == "embedding"])
+        if self._shared is None:
+            results = self.round_all([site for site in entry if site.kind == "embedding"])
+        else:
+            results = self._quantize_shared(self._shared, tokens)
+            others = [site for site in entry if site.kind == "embedding" and site.name != self._shared[0]]
+            results.extend(self.round_all(others))
         self._entry.update(results.weights)
         linear = [site for site in entry if site.kind == "linear"]
         if any(not self.format_of(site).is_float for site in linear):
@@ -185,7 +202,39 @@ class _Task:
     def quantize_exit(self, stream: ModelStream) -> _Results:
         """Sites after the last block: final projections, pooler, head."""
         _, leaving = _outer_sites(self._model)
-        return self._apply_gptq_outside(leaving, stream)
+        if self._shared is None:
+            return self._apply_gptq_outside(leaving, stream)
+        results = self._apply_gptq_outside([site for site in leaving if site.name != self._shared[1]], stream)
+        self._share_(results, self._entry[self._shared[0]])
+        return results
+
+    def _quantize_shared(self, shared: tuple[str, str], tokens: TokenSet) -> _Results:
+        """An embedding that is the head as well, by GPTQ for its use as a head.
+
+        The Hessian is that of the original's last hidden states: the quantized ones exist only once the embedding is.
+        A multiple of the identity is added for its use as an embedding, where every column counts alike.
+        """
+        embedding, head = (self._model.layout.site_by_name[name] for name in shared)
+        stream = ModelStream(self._model, tokens)
+        for _ in range(self._model.layout.block_count):
+            stream.advance(stream.load_block())
+        hessians = collect_outer_hessians(stream, {head.name: stream.outer_modules()[head.name]})
+        hessian = hessians.hessian(head.name)
+        hessian.diagonal().add_(_EMBEDDING_SHARE * hessian.diagonal().mean())
+        return self._apply_gptq_to([embedding], hessian)
+
+    def _share_(self, results: _Results, weight: StoredWeight) -> None:
+        """The head's entry: the embedding's tensor."""
+        assert self._shared is not None
+        head = self._model.layout.site_by_name[self._shared[1]]
+        results.weights[head.name] = weight
+        record = SiteRecord(
+            site=head.name,
+            format=self.format_of(head).name,
+            outcome=SiteOutcome.SHARES_EMBEDDING,
+            relative_weight_error=_relative_error(self._original(head), weight),
+        )
+        results.records.append(record)
 
     def quantize_block(self, index: int, block: nn.Module, stream: ModelStream) -> _Results:
         """The sites of one block, in place in `block` (a private copy) as well."""
@@ -211,7 +260,10 @@ class _Task:
         """Sites that need no text: kept ones, embeddings, and all of them under round-to-nearest."""
         results = _Results()
         for site in sites:
-            self._round(site, results, SiteOutcome.NOMINAL)
+            if self._shared is not None and site.name == self._shared[1]:
+                self._share_(results, results.weights[self._shared[0]])
+            else:
+                self._round(site, results, SiteOutcome.NOMINAL)
         return results
 
     def apply_gptq(self, sites: Sequence[Site], hessians: InputHessians | None) -> _Results:
@@ -230,14 +282,22 @@ class _Task:
                 together.setdefault((hessians.leader[site.name], fmt), []).append(site)
         if hessians is None:
             return results
-        for (leader, fmt), group in together.items():
-            weights = [self._original(site) for site in group]
-            try:
-                found = self._quantizer.quantize_together(weights, hessians.hessian(leader), fmt, self._scale_dtype)
-            except UserError as error:
-                raise type(error)(f"{', '.join(site.name for site in group)}: {error}") from None
-            for site, weight, result in zip(group, weights, found, strict=True):
-                self._keep(site, weight, result, results)
+        for (leader, _), group in together.items():
+            results.extend(self._apply_gptq_to(group, hessians.hessian(leader)))
+        return results
+
+    def _apply_gptq_to(self, group: Sequence[Site], hessian: Tensor) -> _Results:
+        """GPTQ on sites of one format that read the same input."""
+        if not isinstance(self._quantizer, Gptq):
+            raise TypeError(f"expected a Gptq, got {type(self._quantizer).__name__}")
+        results = _Results()
+        weights = [self._original(site) for site in group]
+        try:
+            found = self._quantizer.quantize_together(weights, hessian, self.format_of(group[0]), self._scale_dtype)
+        except UserError as error:
+            raise type(error)(f"{', '.join(site.name for site in group)}: {error}") from None
+        for site, weight, result in zip(group, weights, found, strict=True):
+            self._keep(site, weight, result, results)
         return results
 
     def _keep(self, site: Site, weight: Tensor, result: GptqResult, results: _Results) -> None:

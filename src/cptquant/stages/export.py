@@ -1,6 +1,7 @@
 """checkpoint/ or export/TARGET/ and what became of it in its engine: export.json."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from cptquant.engines.registry import TARGET_ENGINES
 from cptquant.evaluation.engine import EngineOutputs, compare_engine, comparison_sequences
 from cptquant.evaluation.scored_text import prepare_text
 from cptquant.exporters.export import find_exporter, round_trip_error
+from cptquant.exporters.gguf.read_back import check_tensors
+from cptquant.exporters.llamacpp.check import BOUND_NATS, check_token_ids, compare_in_engine
+from cptquant.exporters.llamacpp.engine import INSTALL, find_llamacpp
 from cptquant.stages.quantize import Variant, write_stage
 from cptquant.stages.run import Run
 
@@ -55,8 +59,8 @@ def export_stage(run: Run, layout: ModelLayout, variant: Variant, target: str) -
             exporter.check(run.model)
             exporter.write(run.model, plan, variant.shards, folder)
         run.progress("write", 1, 1)
-        round_trip = _round_trip(run, plan, variant, folder)
-        comparisons, engine = _compare(run, variant, target, folder / exporter.entry, round_trip)
+        check = _check_gguf if target == "gguf" else _check_in_engine
+        checked = check(run, plan, variant, folder / exporter.entry)
         run.progress("check in the engine", 1, 1)
         files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".onnx", ".data", ".gguf")]
         return ExportRecord(
@@ -66,10 +70,11 @@ def export_stage(run: Run, layout: ModelLayout, variant: Variant, target: str) -
             tensor_bytes=plan.size_bytes,
             file_bytes=sum(path.stat().st_size for path in files),
             context=run.settings.context,
-            round_trip=tuple(round_trip),
-            comparisons=tuple(comparisons),
-            engine=engine,
-            memory=_measure_memory(run, layout, plan, folder / exporter.entry, ran=bool(comparisons)),
+            round_trip=tuple(checked.round_trip),
+            tokens_equal=checked.tokens_equal,
+            comparisons=tuple(checked.comparisons),
+            engine=checked.engine,
+            memory=_measure_memory(run, layout, plan, folder / exporter.entry, ran=bool(checked.comparisons)),
         )
 
     if not (folder / exporter.entry).exists():
@@ -95,23 +100,31 @@ def retarget(plan: Plan, layout: ModelLayout, target_name: str) -> Plan:
     return plan.model_copy(update={"target": target_name, "size_bytes": size_bytes})
 
 
-def _round_trip(run: Run, plan: Plan, variant: Variant, folder: Path) -> list[SiteRoundTrip]:
-    exporter = find_exporter(plan.target)
-    if exporter.read_back is None:  # every byte was compared when the file was written
-        names = [name for name, fmt in plan.quant_formats.items() if not fmt.is_float]
-        return [SiteRoundTrip(site=name, format=plan.formats[name], largest_error=0.0) for name in names]
-    records: list[SiteRoundTrip] = []
-    for name, found in exporter.read_back(folder, run.model, plan):
+@dataclass(frozen=True)
+class _Checked:
+    """What the files were found to be; `comparisons` empty where the engine is not installed, as `engine` says."""
+
+    round_trip: list[SiteRoundTrip]
+    comparisons: list[EngineComparison]
+    engine: str
+    tokens_equal: bool | None = None
+
+
+def _check_in_engine(run: Run, plan: Plan, variant: Variant, entry: Path) -> _Checked:
+    """Read every quantized matrix back, then the engine's outputs beside ours."""
+    round_trip: list[SiteRoundTrip] = []
+    folder = entry if entry.is_dir() else entry.parent
+    for name, found in find_exporter(plan.target).read_back(folder, run.model, plan):
         ours = variant.shards.weight(name)
         assert ours is not None
         error = round_trip_error(found, ours)
-        records.append(SiteRoundTrip(site=name, format=plan.formats[name], largest_error=error))
-    return records
+        round_trip.append(SiteRoundTrip(site=name, format=plan.formats[name], largest_error=error))
+    comparisons, engine = _compare(run, variant, plan.target, entry)
+    _enforce(comparisons, round_trip, entry)
+    return _Checked(round_trip, comparisons, engine)
 
 
-def _compare(
-    run: Run, variant: Variant, target: str, entry: Path, round_trip: list[SiteRoundTrip]
-) -> tuple[list[EngineComparison], str]:
+def _compare(run: Run, variant: Variant, target: str, entry: Path) -> tuple[list[EngineComparison], str]:
     """The engine's outputs beside ours; no comparison, and the reason, where the engine is not installed."""
     engine = TARGET_ENGINES[target]
     model = run.model
@@ -139,9 +152,7 @@ def _compare(
                     file.unlink()
             version = str(answer["version"])
             ways.append(EngineOutputs(arithmetic, bounded, lambda index, at=outputs: _read(at, index)))
-        compared = compare_engine(model, variant.shards, text, ways)
-    _enforce(compared, round_trip, entry)
-    return compared, version
+        return compare_engine(model, variant.shards, text, ways), version
 
 
 def _read(folder: Path, index: int) -> torch.Tensor:
@@ -154,9 +165,33 @@ def _files_to_check(target: str, entry: Path) -> list[tuple[str, bool, Path]]:
         from cptquant.exporters.onnx.export import write_float_twin
 
         return [(FLOAT, True, write_float_twin(entry)), (INT8, False, entry)]
-    if target == "gguf":  # llama.cpp always rounds the activations of quantized products
-        return [(INT8, False, entry)]
     return [(FLOAT, True, entry)]
+
+
+def _check_gguf(run: Run, plan: Plan, variant: Variant, entry: Path) -> _Checked:
+    """llama.cpp: our dequantized weights in a float32 file within the bound, then the file itself, and its tokenizer."""
+    tensors = check_tensors(entry, run.model, plan, variant.shards)
+    round_trip = [
+        SiteRoundTrip(site=found.site, format=plan.formats[found.site], largest_error=found.largest_difference)
+        for found in tensors
+        if not plan.quant_formats[found.site].is_float
+    ]
+    engine = find_llamacpp()
+    if engine is None:
+        return _Checked(round_trip, [], f"not run: llama-cpp-python is not installed; {INSTALL}")
+    ways = {"dequantized": (FLOAT, BOUND_NATS), "file": (INT8, None)}
+    found = compare_in_engine(engine, entry, run.model, plan, variant.shards, run.test)
+    encoder = run.model.layout.task == "encoder"
+    comparisons = [
+        EngineComparison(
+            arithmetic=ways[way.weights][0], bound=ways[way.weights][1], n=way.n, stderr=way.kl_stderr,
+            kl_nats=None if encoder else way.kl_nats_per_token, top1_agreement=way.top1_agreement,
+            cosine=1 - way.kl_nats_per_token if encoder else None,
+        )
+        for way in found
+    ]  # fmt: skip
+    equal = check_token_ids(engine, entry, run.model)
+    return _Checked(round_trip, comparisons, f"llama-cpp-python {engine.version}", equal)
 
 
 def _enforce(compared: list[EngineComparison], round_trip: list[SiteRoundTrip], entry: Path) -> None:

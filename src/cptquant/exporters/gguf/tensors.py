@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -46,8 +47,11 @@ class GgufTensor:
     make: Callable[[], NDArray[Any]]
 
 
-def list_tensors(model: LoadedModel, plan: Plan, shards: ShardFolder) -> list[GgufTensor]:
+def list_tensors(model: LoadedModel, plan: Plan, shards: ShardFolder, *, in_float32: bool = False) -> list[GgufTensor]:
     """Every tensor of the file, in the model's order.
+
+    Args:
+        in_float32: sites dequantized, so that an engine computes with the same weights and float activations.
 
     Raises:
         ModelError: a tensor that llama.cpp has no place for.
@@ -66,7 +70,19 @@ def list_tensors(model: LoadedModel, plan: Plan, shards: ShardFolder) -> list[Gg
     for name, parts in stacked.items():
         sites = [site for _, site in sorted(parts, key=lambda part: part[0])]
         tensors.append(_site_tensor(model, name, sites, formats[sites[0].name], shards, rows))
-    return [*tensors, *_kept_tensors(model, rows)]
+    tensors += _kept_tensors(model, rows)
+    return [_widened(tensor) for tensor in tensors] if in_float32 else tensors
+
+
+def _widened(tensor: GgufTensor) -> GgufTensor:
+    """The same values in float32, dequantized by the `gguf` package."""
+    size_bytes = 4 * int(np.prod(tensor.shape))
+
+    def make() -> NDArray[Any]:
+        kind = gguf.GGMLQuantizationType(tensor.type_id)
+        return tensor.make() if kind.value == 0 else gguf.dequantize(tensor.make(), kind).reshape(tensor.shape)
+
+    return GgufTensor(tensor.name, tensor.shape, FLOAT_TYPE_IDS["float32"], size_bytes, tensor.sites, make)
 
 
 def _place(layout: ModelLayout, parameter_name: str) -> Place:

@@ -17,7 +17,10 @@ from cptquant.models.load import LoadedModel
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_REGEX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
     (_GPT2_REGEX,): "gpt-2",
     (_LLAMA3_REGEX,): "llama-bpe",
@@ -149,7 +152,7 @@ def _cuts(pre_tokenizer: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _sentencepiece(content: dict[str, Any], rows: int) -> GgufVocabulary:
-    """SentencePiece's BPE: llama.cpp merges the pair whose result has the highest score, so a score is minus the rank."""
+    """SentencePiece's BPE: llama.cpp merges the pair whose result scores highest, so a score is minus the rank."""
     tokens, types = _token_rows(content, rows)
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(content["model"]["merges"]):
