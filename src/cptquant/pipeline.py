@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cptquant.allocation.reach import check_budget
-from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.engine_export import ExportRecord
+from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.progress import Progress, ignore_progress
@@ -115,7 +115,9 @@ def export_run(
     """
     run = Run.resume(folder, progress, **changes)
     layout = run.load("layout.json", ModelLayout)
-    plan_file = "plan-uniform.json" if run.load("evaluation.json", EvaluationReport).written == "uniform" else "plan.json"
+    plan_file = (
+        "plan-uniform.json" if run.load("evaluation.json", EvaluationReport).written == "uniform" else "plan.json"
+    )
     plan = run.load(plan_file, Plan)
     name = "uniform" if plan_file == "plan-uniform.json" else "quantized"
     variant = Variant(plan, quantize_stage(run, layout, plan, name))

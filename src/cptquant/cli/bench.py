@@ -7,10 +7,10 @@ import typer
 
 from cptquant.cli import options
 
-_Run = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder with exported files.", show_default=False)]
-_Engines = Annotated[
-    str, typer.Option("--engines", help="Comma-separated: transformers, onnx, llamacpp, openvino.")
+_Run = Annotated[
+    Path | None, typer.Argument(metavar="[RUN]", help="Run folder with exported files.", show_default=False)
 ]
+_Engines = Annotated[str, typer.Option("--engines", help="Comma-separated: transformers, onnx, llamacpp.")]
 _Synthetic = Annotated[
     str | None,
     typer.Option(
@@ -32,11 +32,11 @@ def bench(
     output: options.Output = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure engines on a run's files: decode and prefill speed, load time, peak memory, size; bench.json, bench.html."""
+    """Measure engines on a run's files: speed, load time, peak memory, size; bench.json, bench.html."""
     from cptquant.cli.terminal import print_json, print_text, watch
     from cptquant.core.errors import UserError
     from cptquant.reports.bench_table import bench_table
-    from cptquant.stages.bench_run import bench_folder, bench_synthetic
+    from cptquant.stages.bench_run import SyntheticPlan, bench_folder, bench_synthetic
 
     if (run_folder is None) == (synthetic is None):
         raise UserError("give either a RUN folder or --synthetic with one of llama-0.3b, opt-125m, bert-base")
@@ -45,8 +45,10 @@ def bench(
         if synthetic is not None:
             if output is None:
                 raise UserError("--synthetic needs a folder for its results; add --output, e.g. --output runs/bench")
-            chosen = options.given(budget=budget, formats=formats)
-            record = bench_synthetic(synthetic, output, names, threads=threads, rounds=rounds, progress=progress, **chosen)
+            plan = SyntheticPlan(**options.given(budget=budget, formats=formats))
+            record = bench_synthetic(
+                synthetic, output, names, threads=threads, rounds=rounds, progress=progress, plan=plan
+            )
             folder = output
         else:
             assert run_folder is not None

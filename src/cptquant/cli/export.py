@@ -9,7 +9,9 @@ from cptquant.cli import options
 _Target = Annotated[
     str | None,
     typer.Option(
-        "--target", help="transformers, transformers-fused, vllm, gguf or onnx.  [default: the plan's]", show_default=False
+        "--target",
+        help="transformers, transformers-fused, vllm, gguf or onnx.  [default: the plan's]",
+        show_default=False,
     ),
 ]
 

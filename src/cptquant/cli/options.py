@@ -98,7 +98,9 @@ TrustRemoteCode = Annotated[
 Context = Annotated[
     int | None,
     typer.Option(
-        "--context", min=1, help="Longest sequence the engine will run.  [default: the model's, at most 4096]",
+        "--context",
+        min=1,
+        help="Longest sequence the engine will run.  [default: the model's, at most 4096]",
         show_default=False,
     ),
 ]

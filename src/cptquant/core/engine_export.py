@@ -73,7 +73,7 @@ class ExportRecord(Artifact):
         files: name -> sha256. tensor_bytes: of all tensors; file_bytes: of the files that hold them.
         context: longest sequence the files were written for; None where they set no limit.
         round_trip: one record per quantized site.
-        tokens_equal: the engine's own tokenizer gives Hugging Face's ids on a text of mixed scripts; None where it has none.
+        tokens_equal: the engine's own tokenizer gives Hugging Face's ids on mixed text; None where it has none.
         comparisons: in the engine; empty if it was not run. engine: its name and version, or why it was not run.
     """
 

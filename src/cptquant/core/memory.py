@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cptquant.core.errors import BudgetError
 from cptquant.core.engine_export import MemoryUse
+from cptquant.core.errors import BudgetError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.targets import find_target
@@ -92,9 +92,7 @@ def predict_memory(
     )
 
 
-def held_bytes_per_token(
-    layout: ModelLayout, formats: Mapping[str, QuantFormat], *, float_bytes: int
-) -> int | None:
+def held_bytes_per_token(layout: ModelLayout, formats: Mapping[str, QuantFormat], *, float_bytes: int) -> int | None:
     """Bytes of weights that decoding one token reads: every matrix but the embedding, of which one row is read.
 
     Args:

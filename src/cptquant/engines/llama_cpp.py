@@ -75,8 +75,8 @@ def _open(library: Any, model_file: Path, **arguments: Any) -> Any:
         return library.Llama(model_path=str(model_file), verbose=False, **arguments)
     except Exception as error:
         raise EngineError(
-            f"llama.cpp cannot load {model_file} ({str(error).strip().splitlines()[0][:200]}); is the file whole? Write "
-            "it again with: cptquant export RUN --target gguf"
+            f"llama.cpp cannot load {model_file} ({str(error).strip().splitlines()[0][:200]}); is the file whole? "
+            "Write it again with: cptquant export RUN --target gguf"
         ) from error
 
 

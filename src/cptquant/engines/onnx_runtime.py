@@ -34,16 +34,20 @@ class OnnxRuntimeEngine:
             self._session = runtime.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise EngineError(
-                f"ONNX Runtime {runtime.__version__} cannot load {model_file} ({_first_line(error)}); is the file whole? "
-                "Write it again with: cptquant export RUN --target onnx"
+                f"ONNX Runtime {runtime.__version__} cannot load {model_file} ({_first_line(error)}); is the file "
+                "whole? Write it again with: cptquant export RUN --target onnx"
             ) from error
         facts: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         if "cptquant.task" not in facts:
-            raise EngineError(f"{model_file} was not written by cptquant; give a folder of: cptquant export --target onnx")
+            raise EngineError(
+                f"{model_file} was not written by cptquant; give a folder of: cptquant export --target onnx"
+            )
         self.task = facts["cptquant.task"]
         longest = int(facts["cptquant.context"])
         if context is not None and context > longest:
-            raise EngineError(f"--context {context} is longer than the {longest} positions {model_file} was written for")
+            raise EngineError(
+                f"--context {context} is longer than the {longest} positions {model_file} was written for"
+            )
         self.context = context or longest
         self._names = [node.name for node in self._session.get_inputs()]
         self._cache: dict[str, Any] = {}

@@ -31,7 +31,9 @@ def run_engine(
         asked.write_text(json.dumps(content))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         python = sys.executable
-        if engine == "llamacpp" and LLAMACPP_PYTHON in os.environ:  # an environment of its own, given this package's path
+        if (
+            engine == "llamacpp" and LLAMACPP_PYTHON in os.environ
+        ):  # an environment of its own, given this package's path
             python = os.environ[LLAMACPP_PYTHON]
             environment["PYTHONPATH"] = str(Path(__file__).parents[2])
         done = subprocess.run(
@@ -41,8 +43,8 @@ def run_engine(
         if not answer.is_file():
             lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
             raise EngineError(
-                f"the {engine} engine ended with code {done.returncode} on {model} ({lines[-1] if lines else 'no message'}); "
-                "is the file whole? Export it again"
+                f"the {engine} engine ended with code {done.returncode} on {model} "
+                f"({lines[-1] if lines else 'no message'}); is the file whole? Export it again"
             )
         result: dict[str, Any] = json.loads(answer.read_text())
     if "error" in result:

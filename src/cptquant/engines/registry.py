@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cptquant.core.errors import EngineError
 
-ENGINE_NAMES = ("transformers", "transformers-bf16", "onnx", "openvino", "llamacpp")
+ENGINE_NAMES = ("transformers", "transformers-bf16", "onnx", "llamacpp")
 TARGET_ENGINES = {
     "onnx": "onnx",
     "gguf": "llamacpp",
@@ -55,11 +55,6 @@ def open_engine(name: str, threads: int) -> Opening:
 
         import_runtime()
         return lambda file, context: OnnxRuntimeEngine(file, context=context, **arguments)
-    if name == "openvino":
-        from cptquant.engines.openvino import OpenVinoEngine, import_openvino
-
-        import_openvino()
-        return lambda file, context: OpenVinoEngine(file, context=context, **arguments)
     if name == "llamacpp":
         from cptquant.engines.llama_cpp import LlamaCppEngine, import_llama_cpp
 

@@ -28,7 +28,9 @@ def measure_speed(
             continue
         ids = rng.integers(3, vocabulary, length).astype(np.int64)
         if engine.task == "causal_lm":
-            figures[f"prefill_{length}_tokens_per_second"] = length / _best(lambda ids=ids: _prefill(engine, ids), seconds)
+            figures[f"prefill_{length}_tokens_per_second"] = length / _best(
+                lambda ids=ids: _prefill(engine, ids), seconds
+            )
         else:
             batch, mask = ids.reshape(1, -1), np.ones((1, length), np.int64)
             figures[f"encode_{length}_ms"] = 1e3 * _best(lambda b=batch, m=mask: engine.encode(b, m), seconds)

@@ -23,9 +23,7 @@ class TransformersEngine:
         ModelError: the folder cannot be loaded. EngineError: the context is longer than the model's.
     """
 
-    def __init__(
-        self, folder: Path, *, threads: int = 1, context: int | None = None, dtype: str = "float32"
-    ) -> None:
+    def __init__(self, folder: Path, *, threads: int = 1, context: int | None = None, dtype: str = "float32") -> None:
         torch.set_num_threads(threads)
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {dtype}"
         loaded = load_any(folder)

@@ -1,7 +1,7 @@
 """Our integers in the layout of ONNX Runtime's MatMulNBits and GatherBlockQuantized, without loss.
 
-A row of `in_features` codes is cut into blocks of one scale each; codes are stored without sign (zero point 2^(b-1) unless
-another is given), `8 / b` of them to a byte, the first in the lowest bits. Scales stay the 16-bit floats they are.
+A row of `in_features` codes is cut into blocks of one scale each; codes are stored without sign (zero point 2^(b-1)
+unless another is given), `8 / b` of them to a byte, the first in the lowest bits. Scales stay the 16-bit floats they are.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class NBitsWeight:
     Attributes:
         bits: 2, 4 or 8. block_size: input columns per block.
         codes: uint8 (out_features, blocks, block_size * bits / 8).
-        scales: 16-bit float (out_features, groups), (out_features, 1) or (1, 1); `blocks` is a multiple of `groups`, and
+        scales: 16-bit float (out_features, groups), (out_features, 1) or (1, 1); `blocks` is a multiple of `groups`;
             consecutive blocks share a scale.
         zeros: uint8 (out_features, ceil(blocks * bits / 8)), packed like the codes; None where all are 2^(bits-1).
     """

@@ -24,7 +24,9 @@ _SPEEDS = {
 def bench_table(record: BenchRecord) -> str:
     """The table as text."""
     columns, rows = bench_rows(record)
-    return render_text(TextTable(f"{record.model}, {spell_setting(record)}", tuple(columns), rows, lines=bench_notes(record)))
+    return render_text(
+        TextTable(f"{record.model}, {spell_setting(record)}", tuple(columns), rows, lines=bench_notes(record))
+    )
 
 
 def bench_rows(record: BenchRecord) -> tuple[list[str], list[list[str]]]:
@@ -55,10 +57,10 @@ def bench_notes(record: BenchRecord) -> tuple[str, ...]:
     """What the numbers are, and which engines gave none."""
     bandwidth = record.bandwidth_bytes_per_second
     notes = [
-        f"Median (least to largest) of {record.rounds} interleaved rounds; in brackets the median of the rounds' ratios "
-        f"to {BASELINE}. Decoding at batch 1.",
-        f"Memory is read at {bandwidth.median / 1e9:.1f} GB/s ({bandwidth.low / 1e9:.1f} to {bandwidth.high / 1e9:.1f}) "
-        f"by {record.threads} thread{'s' if record.threads > 1 else ''}; models that fit the caches can be faster.",
+        f"Median (least to largest) of {record.rounds} interleaved rounds; in brackets the median of the rounds' "
+        f"ratios to {BASELINE}. Decoding at batch 1.",
+        f"Memory is read at {bandwidth.median / 1e9:.1f} GB/s ({bandwidth.low / 1e9:.1f} to {bandwidth.high / 1e9:.1f})"
+        f" by {record.threads} thread{'s' if record.threads > 1 else ''}; models that fit the caches can be faster.",
     ]
     return (*notes, *(f"{variant.name}: {variant.problem}" for variant in record.variants if variant.problem))
 

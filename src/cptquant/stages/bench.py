@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from cptquant.core.bench import BASELINE, BenchRecord, BenchVariant, spread
-from cptquant.core.errors import ArtifactError, EngineError, UserError
 from cptquant.core.engine_export import ExportRecord
+from cptquant.core.errors import ArtifactError, EngineError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.memory import held_bytes_per_token
 from cptquant.core.progress import Progress
 from cptquant.engines.process import run_engine
 
-ENGINES = ("transformers", "onnx", "llamacpp", "openvino")
-ENGINE_TARGETS = {"onnx": "onnx", "llamacpp": "gguf", "openvino": "onnx"}
+ENGINES = ("transformers", "onnx", "llamacpp")
+ENGINE_TARGETS = {"onnx": "onnx", "llamacpp": "gguf"}
 _DECODE_TOKENS, _PREFILL = 32, [128, 512]
 _LOWER_IS_BETTER = ("encode_128_ms", "encode_512_ms")
 
@@ -150,4 +150,3 @@ def _variant(
 def _ratios(key: str, answers: list[dict[str, Any]], reference: list[dict[str, Any]]) -> list[float]:
     pairs = [(float(answer[key]), float(base[key])) for answer, base in zip(answers, reference, strict=False)]
     return [base / own if key in _LOWER_IS_BETTER else own / base for own, base in pairs]
-

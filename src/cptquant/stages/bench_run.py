@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cptquant.core.artifact import output_error, write_whole
@@ -13,15 +14,27 @@ from cptquant.core.provenance import Stopwatch
 from cptquant.core.settings import RunSettings
 from cptquant.models.source import find_model
 from cptquant.reports.bench_table import bench_page
-from cptquant.stages.bench import ENGINE_TARGETS, ENGINES, Contender, baselines, bench_stage, engine_contender, run_contenders
+from cptquant.stages.bench import (
+    ENGINE_TARGETS,
+    ENGINES,
+    Contender,
+    baselines,
+    bench_stage,
+    engine_contender,
+    run_contenders,
+)
 from cptquant.stages.synthetic import load_synthetic, make_model, write_for_target
 
-DEFAULT_BUDGET = "4.2bpw"
+
+@dataclass(frozen=True)
+class SyntheticPlan:
+    """Budget and candidate formats of a random mixed plan; no formats means each target's own."""
+
+    budget: str = "4.2bpw"
+    formats: tuple[str, ...] = ()
 
 
-def bench_folder(
-    folder: Path, engines: Sequence[str], *, threads: int, rounds: int, progress: Progress
-) -> BenchRecord:
+def bench_folder(folder: Path, engines: Sequence[str], *, threads: int, rounds: int, progress: Progress) -> BenchRecord:
     """Measure a run's files in the engines named, beside the original in transformers.
 
     Raises:
@@ -44,13 +57,12 @@ def bench_synthetic(
     threads: int,
     rounds: int,
     progress: Progress,
-    budget: str = DEFAULT_BUDGET,
-    formats: tuple[str, ...] = (),
+    plan: SyntheticPlan = SyntheticPlan(),
 ) -> BenchRecord:
     """Measure engines on a shape with random weights, rounded to a random mixed plan of the budget.
 
     Args:
-        formats: of the plan; by default each target's own.
+        plan: budget and formats of the rounding.
 
     Raises:
         UserError: an unknown shape or engine, or a budget that cannot be met.
@@ -72,13 +84,13 @@ def bench_synthetic(
                 contenders += baselines(model.layout, original)
                 continue
             target = ENGINE_TARGETS[engine]
-            file, plan = write_for_target(model, target, budget, Path(work) / engine, formats)
+            file, plan = write_for_target(model, target, plan.budget, Path(work) / engine, plan.formats)
             size = sum(path.stat().st_size for path in file.parent.glob("model*"))
             contenders.append(engine_contender(engine, model.layout, file, plan.quant_formats, size))
             progress(f"write {engine}", 1, 1)
         layout = model.layout
         del model
-        name = f"{shape} (random weights, {budget})"
+        name = f"{shape} (random weights, {plan.budget})"
         record = bench_stage(name, layout, contenders, threads=threads, rounds=rounds, progress=progress)
     return _save(record, output, watch, threads)
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from cptquant.core.artifact import digest_file
-from cptquant.core.errors import ArtifactError, EngineError
 from cptquant.core.engine_export import EngineComparison, ExportRecord, MemoryUse, SiteRoundTrip
+from cptquant.core.errors import ArtifactError, EngineError
 from cptquant.core.layout import ModelLayout
 from cptquant.core.memory import ENGINE_MEMORY, predict_memory
 from cptquant.core.plan import Plan
@@ -62,7 +62,9 @@ def export_stage(run: Run, layout: ModelLayout, variant: Variant, target: str) -
         check = _check_gguf if target == "gguf" else _check_in_engine
         checked = check(run, plan, variant, folder / exporter.entry)
         run.progress("check in the engine", 1, 1)
-        files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".onnx", ".data", ".gguf")]
+        files = [
+            path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".onnx", ".data", ".gguf")
+        ]
         return ExportRecord(
             target=target,
             entry=str((folder / exporter.entry).relative_to(run.folder)),
@@ -169,7 +171,7 @@ def _files_to_check(target: str, entry: Path) -> list[tuple[str, bool, Path]]:
 
 
 def _check_gguf(run: Run, plan: Plan, variant: Variant, entry: Path) -> _Checked:
-    """llama.cpp: our dequantized weights in a float32 file within the bound, then the file itself, and its tokenizer."""
+    """llama.cpp: our dequantized weights in a float32 file within the bound, then the file and its tokenizer."""
     tensors = check_tensors(entry, run.model, plan, variant.shards)
     round_trip = [
         SiteRoundTrip(site=found.site, format=plan.formats[found.site], largest_error=found.largest_difference)

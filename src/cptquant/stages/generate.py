@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from cptquant.core.errors import ArtifactError, ModelError, UserError
 from cptquant.core.engine_export import ExportRecord
+from cptquant.core.errors import ArtifactError, ModelError, UserError
 from cptquant.core.layout import ModelLayout
 from cptquant.core.settings import RunSettings
 from cptquant.engines.process import run_engine
 from cptquant.models.source import find_model
 
-_ENGINE_TARGETS = {"onnx": "onnx", "llamacpp": "gguf", "openvino": "onnx"}
+_ENGINE_TARGETS = {"onnx": "onnx", "llamacpp": "gguf"}
 
 
 def generate_text(
@@ -18,7 +18,7 @@ def generate_text(
     """The prompt's most likely continuation.
 
     Args:
-        engine: transformers (checkpoint/), onnx, llamacpp or openvino (their exported files). tokens: at most.
+        engine: transformers (checkpoint/), onnx or llamacpp (their exported files). tokens: at most.
 
     Raises:
         UserError: an unknown engine, an empty prompt. ArtifactError: the engine's files were not written.
@@ -41,8 +41,8 @@ def generate_text(
     longest = context or layout.max_positions
     if longest is not None and len(ids) + tokens > longest:
         raise UserError(
-            f"--prompt of {len(ids)} tokens and --tokens {tokens} do not fit the context of {longest}; lower --tokens or "
-            "shorten the prompt"
+            f"--prompt of {len(ids)} tokens and --tokens {tokens} do not fit the context of {longest}; lower --tokens "
+            "or shorten the prompt"
         )
     stop = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     answer = run_engine(
@@ -65,5 +65,7 @@ def _file(folder: Path, engine: str) -> Path:
     target = _ENGINE_TARGETS[engine]
     record = folder / "export" / target / "export.json"
     if not record.is_file():
-        raise ArtifactError(f"{folder} holds no files for {engine}; write them with: cptquant export {folder} --target {target}")
+        raise ArtifactError(
+            f"{folder} holds no files for {engine}; write them with: cptquant export {folder} --target {target}"
+        )
     return folder / ExportRecord.load(record).entry

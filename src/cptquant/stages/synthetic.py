@@ -1,4 +1,4 @@
-"""Models of a known shape with random weights, quantized and written for engines: for speed where no model is at hand."""
+"""Models of a known shape with random weights, quantized and written for engines, to measure speed on."""
 
 import shutil
 from pathlib import Path

@@ -1,9 +1,9 @@
 """ONNX Runtime on the CPU, through the graphs of `exporters/onnx`.
 
-Rules: MatMulNBits has kernels for 2, 4 and 8 bits (3, 5, 6 and 7 are rejected when the model is loaded), symmetric or not,
-in blocks of powers of two from 16. A scale per row or per matrix is written once and spread when the engine loads the
-file. Everything else stays in 16 bits in the file and is float32 in memory. Nothing is fused that our integers would
-notice: matrices of one input are joined only where the plan gives them one format.
+Rules: MatMulNBits has kernels for 2, 4 and 8 bits (3, 5, 6 and 7 are rejected when the model is loaded), symmetric or
+not, in blocks of powers of two from 16. A scale per row or per matrix is written once and spread when the engine loads the
+file. Everything else stays in 16 bits in the file and is float32 in memory. An embedding that is also
+the head is one tensor. Other matrices of one input are joined only where the plan gives them one format.
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,9 @@ class Onnx(Target):
                 f"supported: {', '.join(ONNX_MODEL_TYPES)}"
             )
         if layout.model_type != "bert" and layout.task != "causal_lm":
-            return f"--target {self.name}: {layout.model_type} is supported for text (…ForCausalLM), not for {layout.task}"
+            return (
+                f"--target {self.name}: {layout.model_type} is supported for text (…ForCausalLM), not for {layout.task}"
+            )
         return None
 
     def site_bytes(self, layout: ModelLayout, site: Site, fmt: QuantFormat) -> int:
@@ -80,19 +82,17 @@ class Onnx(Target):
 
     def kept_bytes(self, layout: ModelLayout) -> int:
         """Everything in 16 bits, without a bare encoder's pooler."""
-        return sum(
-            tensor.stored_bytes for tensor in layout.kept if tensor.name.rpartition(".")[0] != _UNUSED_POOLER
-        )
+        return sum(tensor.stored_bytes for tensor in layout.kept if tensor.name.rpartition(".")[0] != _UNUSED_POOLER)
+
+    def shares_head(self, layout: ModelLayout) -> bool:
+        """The embedding's rows and the head's product read the same codes."""
+        return True
 
     def shared_head_bytes(self, layout: ModelLayout, embedding_format: QuantFormat, head_format: QuantFormat) -> int:
-        """One tensor while both stay in 16 bits; else each by itself, the embedding by rows, the head as a product."""
+        """One tensor."""
         if layout.shared_head is None:
             raise ValueError("this model's embedding and head are not shared")
-        embedding, head = (layout.site_by_name[name] for name in layout.shared_head)
-        stored = self.site_bytes(layout, embedding, embedding_format)
-        if embedding_format.is_float and head_format.is_float:
-            return stored
-        return stored + self.site_bytes(layout, head, head_format)
+        return self.site_bytes(layout, layout.site_by_name[layout.shared_head[0]], embedding_format)
 
 
 def _block(site: Site, fmt: QuantFormat) -> int:
@@ -106,7 +106,7 @@ ONNX = Onnx(
     description="model.onnx with MatMulNBits for ONNX Runtime on the CPU: pip install cptquant[onnx]",
     default_formats=("int2-g64", "int4-g64", "int8-g128"),
     architectures=ONNX_MODEL_TYPES,
-    divisibility="2, 4 or 8 bits; groups a multiple of 16 that divides the row; else the largest power of two that does",
-    tied="none",
+    divisibility="2, 4 or 8 bits; groups a multiple of 16 that divides the row, else the largest power of two",
+    tied="an embedding and the head it is shared with",
     kept="norms, biases, positions in 16 bits; embeddings in 2, 4, 8 or 16",
 )

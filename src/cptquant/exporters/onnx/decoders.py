@@ -55,8 +55,8 @@ class Decoder:
         """Cosines and sines for all positions up to the context, computed when the engine loads the model."""
         if inverse_frequencies.numel() % 8:
             raise ModelError(
-                f"{self.parts.layout.architecture} turns {2 * inverse_frequencies.numel()} entries of each head by their "
-                "position; ONNX Runtime needs a multiple of 16"
+                f"{self.parts.layout.architecture} turns {2 * inverse_frequencies.numel()} entries of each head by "
+                "their position; ONNX Runtime needs a multiple of 16"
             )
         graph = self.graph
         frequencies = graph.constant(inverse_frequencies.float().reshape(1, -1).numpy())
@@ -87,9 +87,7 @@ class Decoder:
 
     def finish(self, logits: str) -> None:
         """Declare the output."""
-        self.graph.output(
-            logits, "logits", TensorProto.FLOAT, ["batch", "selected", self.parts.layout.vocabulary_size]
-        )
+        self.graph.output(logits, "logits", TensorProto.FLOAT, ["batch", "selected", self.parts.layout.vocabulary_size])
 
 
 def build_opt(parts: Parts, context: int) -> Decoder:
@@ -280,7 +278,11 @@ def _rotary(parts: Parts) -> tuple[torch.Tensor, float]:
 
 def _refuse_windows(parts: Parts, context: int) -> None:
     window = getattr(parts.config, "sliding_window", None)
-    if window is not None and context > window and "sliding_attention" in (getattr(parts.config, "layer_types", None) or ["sliding_attention"]):
+    if (
+        window is not None
+        and context > window
+        and "sliding_attention" in (getattr(parts.config, "layer_types", None) or ["sliding_attention"])
+    ):
         raise ModelError(
             f"{parts.layout.architecture} attends to the last {window} tokens only, and the context is {context}; "
             f"--target onnx holds full attention: pass --context {window}"

@@ -51,7 +51,9 @@ def write_onnx(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path
     written = export_onnx(model, plan.quant_formats, shards, folder)
     if written.tensor_bytes != plan.size_bytes:
         shutil.rmtree(folder, ignore_errors=True)
-        raise CptquantError(f"{MODEL_NAME} has {written.tensor_bytes} bytes of tensors, the plan says {plan.size_bytes}")
+        raise CptquantError(
+            f"{MODEL_NAME} has {written.tensor_bytes} bytes of tensors, the plan says {plan.size_bytes}"
+        )
     return written
 
 

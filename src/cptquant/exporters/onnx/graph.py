@@ -1,7 +1,7 @@
 """Build an ONNX graph whose matrices hold our integers, and write its tensors beside it as they are made.
 
 Tensors go into one external data file, one after another, so memory holds one matrix at a time. Everything that is a
-16-bit float in the plan is a 16-bit float in the file; a Cast, folded when the engine loads the model, makes it float32.
+16-bit float in the plan is a 16-bit float in the file; a Cast, folded when the engine loads it, makes it float32.
 """
 
 from collections.abc import Sequence
@@ -48,6 +48,7 @@ class GraphBuilder:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._floats: dict[str, str] = {}
+        self._block_inputs: dict[str, tuple[str, str, str]] = {}
         self._count = 0
         self.tensor_bytes = 0
 
@@ -118,9 +119,13 @@ class GraphBuilder:
         """x times the quantized matrix's transpose: MatMulNBits with our codes and scales."""
         packed = pack_nbits(weight)
         rows, columns = weight.codes.shape
-        codes = self.store(f"{name}.codes", packed.codes)
-        scales = self._block_scales(name, packed.scales, rows, packed.block_count)
-        zeros = "" if packed.zeros is None else self.store(f"{name}.zeros", packed.zeros)
+        if f"{name}.codes" in self._block_inputs:  # an embedding's tensors, whose codes lie row by row
+            flat, scales, zeros = self._block_inputs[f"{name}.codes"]
+            codes = self.node("Reshape", flat, self.constant(np.array(packed.codes.shape, np.int64)))
+        else:
+            codes = self.store(f"{name}.codes", packed.codes)
+            scales = self._block_scales(name, packed.scales, rows, packed.block_count)
+            zeros = "" if packed.zeros is None else self.store(f"{name}.zeros", packed.zeros)
         inputs = [x, codes, scales, zeros, "", bias]
         while not inputs[-1]:
             inputs.pop()
@@ -144,10 +149,11 @@ class GraphBuilder:
         rows = weight.codes.shape[0]
         codes = self.store(f"{name}.codes", packed.codes.reshape(rows, -1))
         scales = self._block_scales(name, packed.scales, rows, packed.block_count)
-        zeros = [] if packed.zeros is None else [self.store(f"{name}.zeros", packed.zeros)]
+        zeros = "" if packed.zeros is None else self.store(f"{name}.zeros", packed.zeros)
+        self._block_inputs[f"{name}.codes"] = (codes, scales, zeros)
         return self.nodes(
-            "GatherBlockQuantized", [codes, ids, scales, *zeros], 1, domain=CONTRIB, bits=packed.bits,
-            block_size=packed.block_size, gather_axis=0, quantize_axis=1,
+            "GatherBlockQuantized", [codes, ids, scales, *([zeros] if zeros else [])], 1, domain=CONTRIB,
+            bits=packed.bits, block_size=packed.block_size, gather_axis=0, quantize_axis=1,
         )[0]  # fmt: skip
 
     def gather_rows(self, ids: str, name: str, weight: QuantizedWeight) -> str:

@@ -68,6 +68,8 @@ class Parts:
         bias = self.tensor(f"{site}.bias") if self.has(f"{site}.bias") else ""
         if self._format(site) is None:
             return self._dense(x, site, bias)
+        if self._is_shared(site):
+            return self.graph.block_product(x, self._shared_embedding(site), self._require(site), bias)
         return self._quantized(x, site, self._require(site), bias)
 
     def joined(self, x: str, sites: Sequence[str], order: Tensor | None = None) -> str | None:
@@ -76,9 +78,9 @@ class Parts:
         Args:
             order: rows of the joined matrix in the order wanted.
         """
-        formats = {self._format(site) for site in sites}
-        fmt = next(iter(formats))
-        if len(formats) > 1 or fmt is None or fmt.granularity == "tensor":
+        formats = [self._format(site) for site in sites]
+        fmt = formats[0]
+        if any(other != fmt for other in formats) or fmt is None or fmt.granularity == "tensor":
             return None
         weight = join_quantized([self._require(site) for site in sites])
         biases = [self._state[f"{site}.bias"] for site in sites if self.has(f"{site}.bias")]
@@ -117,7 +119,8 @@ class Parts:
             rows = self.graph.node("Gather", self.graph.stored_float(name, self._state[name]), ids)
             return self.graph.node("Cast", rows, to=TensorProto.FLOAT)
         weight = self._require(site)
-        if fmt.granularity == "channel" and fmt.code_bits == 8 and fmt.symmetric:
+        by_rows = fmt.granularity == "channel" and fmt.code_bits == 8 and fmt.symmetric
+        if by_rows and not self._is_shared(site):
             return self.graph.gather_rows(ids, site, weight)
         return self.graph.gather_quantized(ids, site, weight)
 
@@ -166,6 +169,27 @@ class Parts:
         """The integer format of a site; None in 16 bits, and for linear maps that are no site."""
         fmt = self._formats.get(site)
         return None if fmt is None or fmt.is_float else fmt
+
+    def _is_shared(self, site: str) -> bool:
+        """Whether a site is an embedding or head that are one quantized tensor."""
+        shared = self.layout.shared_head
+        return shared is not None and site in shared and self._format(site) is not None
+
+    def _shared_embedding(self, head: str) -> str:
+        """The embedding whose tensor the head is.
+
+        Raises:
+            ModelError: the two were quantized apart.
+        """
+        assert self.layout.shared_head is not None
+        embedding = self.layout.shared_head[0]
+        first, second = self._require(embedding), self._require(head)
+        if not torch.equal(first.codes, second.codes) or not torch.equal(first.scales, second.scales):
+            raise ModelError(
+                f"{embedding} and {head} are one tensor in a file for ONNX Runtime, but this run quantized them apart; "
+                "quantize with --target onnx"
+            )
+        return embedding
 
     def _require(self, site: str) -> QuantizedWeight:
         weight = self._source.quantized(site)

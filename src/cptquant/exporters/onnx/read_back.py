@@ -15,7 +15,7 @@ from cptquant.exporters.onnx.decoders import gpt_neox_row_order
 from cptquant.packing.nbits import NBitsWeight, block_size_of, unpack_nbits
 from cptquant.packing.quantized_weight import QuantizedWeight
 
-_DTYPES = {
+_DTYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT16: torch.float16,
     onnx.TensorProto.BFLOAT16: torch.bfloat16,
     onnx.TensorProto.UINT8: torch.uint8,
@@ -48,6 +48,8 @@ def read_sites(
 
 def _locate(file: "_TensorFile", site: Site, layout: ModelLayout) -> tuple[str, slice]:
     """Name under which a site's codes are stored, and its rows there (several sites may be one matrix)."""
+    if layout.shared_head is not None and site.name == layout.shared_head[1]:
+        site = layout.site_by_name[layout.shared_head[0]]
     if f"{site.name}.codes" in file.tensors:
         return site.name, slice(None)
     for name in file.tensors:
