@@ -12,6 +12,7 @@ from cptquant.allocation.reach import check_budget
 from cptquant.core.engine_export import ExportRecord
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.layout import ModelLayout
+from cptquant.core.memory import memory_budget
 from cptquant.core.plan import Plan
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.settings import RunSettings
@@ -47,7 +48,7 @@ class Result:
 
 
 def quantize_model(
-    model: str, budget: str, output: Path, progress: Progress = ignore_progress, **choices: object
+    model: str, budget: str | None, output: Path, progress: Progress = ignore_progress, **choices: object
 ) -> Result:
     """Quantize a model under a budget: the whole chain.
 
@@ -63,6 +64,10 @@ def quantize_model(
     check_choices(settings)
     run = Run.start(output, settings, progress)
     layout = inspect_stage(run)
+    if settings.memory is not None:
+        allowed = memory_budget(layout, settings.target, settings.memory, settings.context)
+        run.settings = settings = settings.model_copy(update={"budget": allowed})
+        settings.save(output / "settings.json")
     check_budget(layout, settings.parsed_budget, find_target(settings.target), settings.quant_formats)
     run.read_all_text()
     table = measure_stage(run, layout) if needs_table(settings.allocator) else None

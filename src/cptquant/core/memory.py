@@ -17,6 +17,7 @@ from cptquant.core.targets import find_target
 
 _PIECE_TOKENS = 512
 """Prompts are run in pieces of at most this many tokens when memory is measured."""
+DEFAULT_CONTEXT = 4096
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -112,6 +113,48 @@ def held_bytes_per_token(layout: ModelLayout, formats: Mapping[str, QuantFormat]
             float_bytes * site.weight_count if fmt.is_float else fmt.stored_bytes(site.out_features, site.in_features)
         )
     return total
+
+
+def memory_budget(layout: ModelLayout, target_name: str, memory: str, context: int | None) -> str:
+    """The `--budget` that lets weights, cache and engine together stay within `--memory`.
+
+    Args:
+        memory: e.g. `2GB`. context: tokens the cache must hold; None means the model's positions, at most 4,096.
+
+    Raises:
+        BudgetError: unreadable, a target without a measured engine, a context beyond the model's, or nothing left for
+            the weights.
+    """
+    if target_name not in ENGINE_MEMORY:
+        raise BudgetError(
+            f"--memory goes with an engine whose needs were measured: --target {' or '.join(ENGINE_MEMORY)}, not "
+            f"{target_name}; give --budget"
+        )
+    limit = parse_memory(memory)
+    context = default_context(layout, context)
+    empty = predict_memory(layout, target_name, {}, context)
+    rest = limit - (empty.predicted_bytes - empty.weight_bytes)
+    if rest <= 0:
+        raise BudgetError(
+            f"--memory {memory} is {limit:,} bytes; a cache for --context {context} takes {empty.cache_bytes:,} and the "
+            f"engine {empty.base_bytes + empty.overhead_bytes:,}, which leaves nothing for the weights; raise --memory or "
+            "lower --context"
+        )
+    return f"{int(rest / ENGINE_MEMORY[target_name].weight_factor)}B"
+
+
+def default_context(layout: ModelLayout, context: int | None) -> int:
+    """The context asked for, or the model's, at most 4,096.
+
+    Raises:
+        BudgetError: longer than the model's positions.
+    """
+    longest = layout.max_positions
+    if context is None:
+        return min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if longest is not None and context > longest:
+        raise BudgetError(f"--context {context} is longer than the {longest} positions of {layout.source}")
+    return context
 
 
 def parse_memory(text: str) -> int:

@@ -1,7 +1,7 @@
 """Our integers in the layout of ONNX Runtime's MatMulNBits and GatherBlockQuantized, without loss.
 
 A row of `in_features` codes is cut into blocks of one scale each; codes are stored without sign (zero point 2^(b-1)
-unless another is given), `8 / b` of them to a byte, the first in the lowest bits. Scales stay the 16-bit floats they are.
+unless another is given), `8 / b` of them to a byte, the first in the lowest bits. Scales stay 16-bit floats.
 """
 
 from dataclasses import dataclass

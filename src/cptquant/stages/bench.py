@@ -21,6 +21,15 @@ _LOWER_IS_BETTER = ("encode_128_ms", "encode_512_ms")
 
 
 @dataclass(frozen=True)
+class BenchMethod:
+    """How speeds are measured: threads of every engine, rounds, and seconds given to each speed in a round."""
+
+    threads: int = 1
+    rounds: int = 5
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True)
 class Contender:
     """One engine with one file; `bytes_per_token` None for encoders."""
 
@@ -78,7 +87,7 @@ def engine_contender(
 
 
 def bench_stage(
-    name: str, layout: ModelLayout, contenders: Sequence[Contender], *, threads: int, rounds: int, progress: Progress
+    name: str, layout: ModelLayout, contenders: Sequence[Contender], how: BenchMethod, progress: Progress
 ) -> BenchRecord:
     """Measure all contenders, interleaved: a change in what else the machine does touches all of them alike.
 
@@ -87,16 +96,16 @@ def bench_stage(
     answers: list[list[dict[str, Any]]] = [[] for _ in contenders]
     problems = ["" for _ in contenders]
     bandwidths: list[float] = []
-    for turn in range(rounds):
-        probe = run_engine("none", Path(), "bandwidth", threads=threads)
+    for turn in range(how.rounds):
+        probe = run_engine("none", Path(), "bandwidth", threads=how.threads)
         bandwidths.append(float(probe["bytes_per_second"]))
         for index, contender in enumerate(contenders):
             if not problems[index]:
                 try:
-                    answers[index].append(_measure(contender, layout, threads))
+                    answers[index].append(_measure(contender, layout, how))
                 except EngineError as error:
                     problems[index] = str(error)
-            progress("bench", turn * len(contenders) + index + 1, rounds * len(contenders))
+            progress("bench", turn * len(contenders) + index + 1, how.rounds * len(contenders))
     base = next((i for i, contender in enumerate(contenders) if contender.name == BASELINE), None)
     reference = [] if base is None else answers[base]
     variants = [
@@ -104,20 +113,23 @@ def bench_stage(
         for contender, found, problem in zip(contenders, answers, problems, strict=True)
     ]
     return BenchRecord(
-        model=name, parameters=layout.parameters, threads=threads, rounds=rounds,
+        model=name, parameters=layout.parameters, threads=how.threads, rounds=how.rounds,
         bandwidth_bytes_per_second=spread(bandwidths), variants=tuple(variants),
     )  # fmt: skip
 
 
-def _measure(contender: Contender, layout: ModelLayout, threads: int) -> dict[str, Any]:
+def _measure(contender: Contender, layout: ModelLayout, how: BenchMethod) -> dict[str, Any]:
     longest = layout.max_positions or 4096
     arguments = {
         "prefill": [length for length in _PREFILL if length <= longest],
         "decode_tokens": _DECODE_TOKENS,
         "vocabulary": layout.vocabulary_size,
+        "seconds": how.seconds,
     }
     context = min(longest, _PREFILL[-1] + _DECODE_TOKENS)
-    return run_engine(contender.engine, contender.file, "speed", threads=threads, context=context, arguments=arguments)
+    return run_engine(
+        contender.engine, contender.file, "speed", threads=how.threads, context=context, arguments=arguments
+    )
 
 
 def _variant(

@@ -17,6 +17,7 @@ from cptquant.reports.bench_table import bench_page
 from cptquant.stages.bench import (
     ENGINE_TARGETS,
     ENGINES,
+    BenchMethod,
     Contender,
     baselines,
     bench_stage,
@@ -34,7 +35,7 @@ class SyntheticPlan:
     formats: tuple[str, ...] = ()
 
 
-def bench_folder(folder: Path, engines: Sequence[str], *, threads: int, rounds: int, progress: Progress) -> BenchRecord:
+def bench_folder(folder: Path, engines: Sequence[str], *, how: BenchMethod, progress: Progress) -> BenchRecord:
     """Measure a run's files in the engines named, beside the original in transformers.
 
     Raises:
@@ -45,8 +46,8 @@ def bench_folder(folder: Path, engines: Sequence[str], *, threads: int, rounds: 
     layout = ModelLayout.load(folder / "layout.json")
     original = find_model(settings.model, trust_remote_code=settings.trust_remote_code).path
     contenders = run_contenders(folder, layout, original, engines)
-    record = bench_stage(layout.source, layout, contenders, threads=threads, rounds=rounds, progress=progress)
-    return _save(record, folder, watch, threads)
+    record = bench_stage(layout.source, layout, contenders, how, progress)
+    return _save(record, folder, watch, how.threads)
 
 
 def bench_synthetic(
@@ -54,8 +55,7 @@ def bench_synthetic(
     output: Path,
     engines: Sequence[str],
     *,
-    threads: int,
-    rounds: int,
+    how: BenchMethod,
     progress: Progress,
     plan: SyntheticPlan = SyntheticPlan(),
 ) -> BenchRecord:
@@ -84,15 +84,15 @@ def bench_synthetic(
                 contenders += baselines(model.layout, original)
                 continue
             target = ENGINE_TARGETS[engine]
-            file, plan = write_for_target(model, target, plan.budget, Path(work) / engine, plan.formats)
+            file, written = write_for_target(model, target, plan.budget, Path(work) / engine, plan.formats)
             size = sum(path.stat().st_size for path in file.parent.glob("model*"))
-            contenders.append(engine_contender(engine, model.layout, file, plan.quant_formats, size))
+            contenders.append(engine_contender(engine, model.layout, file, written.quant_formats, size))
             progress(f"write {engine}", 1, 1)
         layout = model.layout
         del model
         name = f"{shape} (random weights, {plan.budget})"
-        record = bench_stage(name, layout, contenders, threads=threads, rounds=rounds, progress=progress)
-    return _save(record, output, watch, threads)
+        record = bench_stage(name, layout, contenders, how, progress)
+    return _save(record, output, watch, how.threads)
 
 
 def _save(record: BenchRecord, folder: Path, watch: Stopwatch, threads: int) -> BenchRecord:

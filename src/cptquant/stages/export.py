@@ -11,7 +11,7 @@ from cptquant.core.artifact import digest_file
 from cptquant.core.engine_export import EngineComparison, ExportRecord, MemoryUse, SiteRoundTrip
 from cptquant.core.errors import ArtifactError, EngineError
 from cptquant.core.layout import ModelLayout
-from cptquant.core.memory import ENGINE_MEMORY, predict_memory
+from cptquant.core.memory import ENGINE_MEMORY, default_context, predict_memory
 from cptquant.core.plan import Plan
 from cptquant.core.targets import find_target, list_refusals
 from cptquant.engines.process import run_engine
@@ -218,7 +218,7 @@ def _enforce(compared: list[EngineComparison], round_trip: list[SiteRoundTrip], 
 def _measure_memory(run: Run, layout: ModelLayout, plan: Plan, entry: Path, *, ran: bool) -> MemoryUse | None:
     if plan.target not in ENGINE_MEMORY:
         return None
-    context = run.settings.context or min(layout.max_positions or 4096, 4096)
+    context = default_context(layout, run.settings.context)
     predicted = predict_memory(layout, plan.target, plan.quant_formats, context)
     if not ran:
         return predicted

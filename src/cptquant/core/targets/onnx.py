@@ -1,8 +1,8 @@
 """ONNX Runtime on the CPU, through the graphs of `exporters/onnx`.
 
 Rules: MatMulNBits has kernels for 2, 4 and 8 bits (3, 5, 6 and 7 are rejected when the model is loaded), symmetric or
-not, in blocks of powers of two from 16. A scale per row or per matrix is written once and spread when the engine loads the
-file. Everything else stays in 16 bits in the file and is float32 in memory. An embedding that is also
+not, in blocks of powers of two from 16. A scale per row or per matrix is written once and spread when the engine loads
+the file. Everything else stays in 16 bits in the file and is float32 in memory. An embedding that is also
 the head is one tensor. Other matrices of one input are joined only where the plan gives them one format.
 """
 

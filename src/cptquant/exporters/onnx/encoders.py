@@ -1,7 +1,7 @@
 """BERT as a graph: masked language model, sequence classifier, or bare encoder.
 
-Inputs: `input_ids`, `attention_mask` (1 for real tokens), `token_type_ids`, each (batch, tokens) int64. Output: `logits`
-or, of a bare encoder, `last_hidden_state`.
+Inputs: `input_ids`, `attention_mask` (1 for real tokens), `token_type_ids`, each (batch, tokens) int64. Output:
+`logits` or, of a bare encoder, `last_hidden_state`.
 """
 
 import numpy as np
