@@ -60,7 +60,7 @@ def save_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def quantize(model: LoadedModel, names: list[str]) -> tuple[dict[str, QuantFormat], MemoryWeights]:
-    """Codes for every site, formats in turn; an embedding that is the head has one tensor. Signs of scales alternate."""
+    """Codes for every site, formats in turn; an embedding that is the head has one tensor."""
     layout, state = model.layout, model.module.state_dict()
     scale_dtype = torch.float16 if layout.storage_dtype == "float16" else torch.bfloat16
     formats, weights = {}, {}

@@ -16,8 +16,9 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def written(cptquant, folder, tmp_path):
     run = tmp_path / "run"
     outcome = cptquant(
-        "quantize", folder, "--target", "vllm", "--budget", "15bpw", "--output", run, "--quantizer", "rtn", "--allocator",
-        "random", "--baselines", "uniform", "--calibration-sequences", 4, "--eval-sequences", 8, "--sequence-length", 32,
+        "quantize", folder, "--target", "vllm", "--budget", "15bpw", "--output", run, "--quantizer", "rtn",
+        "--allocator", "random", "--baselines", "uniform", "--calibration-sequences", 4, "--eval-sequences", 8,
+        "--sequence-length", 32,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     return run / "checkpoint"

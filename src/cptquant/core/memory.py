@@ -136,9 +136,9 @@ def memory_budget(layout: ModelLayout, target_name: str, memory: str, context: i
     rest = limit - (empty.predicted_bytes - empty.weight_bytes)
     if rest <= 0:
         raise BudgetError(
-            f"--memory {memory} is {limit:,} bytes; a cache for --context {context} takes {empty.cache_bytes:,} and the "
-            f"engine {empty.base_bytes + empty.overhead_bytes:,}, which leaves nothing for the weights; raise --memory or "
-            "lower --context"
+            f"--memory {memory} is {limit:,} bytes; a cache for --context {context} takes {empty.cache_bytes:,} and "
+            f"the engine {empty.base_bytes + empty.overhead_bytes:,}, which leaves nothing for the weights; raise "
+            "--memory or lower --context"
         )
     return f"{int(rest / ENGINE_MEMORY[target_name].weight_factor)}B"
 
