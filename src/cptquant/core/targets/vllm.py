@@ -1,6 +1,6 @@
 """vLLM on a GPU: a compressed-tensors checkpoint within the rules of its WNA16 kernels.
 
-Rules (vLLM's documentation, 2026-11): symmetric integer weights, groups of 32, 64 or 128 columns that divide the row, or
+Rules (vLLM's documentation, 2026-11): symmetric integer weights, groups of 32, 64 or 128 columns that divide the row or
 one scale a row; q/k/v and gate/up are one matrix there, hence one scheme; embedding and head stay in 16 bits; a linear
 layer in 16 bits must be named under `ignore`. 4 and 8 bits run on Marlin kernels (Ampere and newer); 2, 3, 5, 6 and 7
 bits need the Humming kernels of releases from the summer of 2026 (Turing and newer).
