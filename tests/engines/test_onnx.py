@@ -74,6 +74,18 @@ def test_float_activations_give_our_outputs(name, exported):
     assert (theirs - ours).abs().max() < 2e-4 * ours.abs().max()
 
 
+@pytest.mark.parametrize("name", ["bert-encoder", "bert-classifier"])
+def test_one_scale_a_row_in_encoders(name, exported):
+    """DynamicQuantizeMatMul, with a second term where activations have outliers."""
+    model, _, weights, _, file, twin = exported(name, ("int8-channel",))
+    tokens = make_tokens()
+    ours, exact, rounded = our_outputs(model, weights, tokens), run(twin, tokens), run(file, tokens)
+    assert (exact - ours).abs().max() < 2e-4 * ours.abs().max()
+    assert 0 < (rounded - ours).abs().max() < 0.1 * ours.abs().max()
+    kinds = [node.op_type for node in onnx.load_model(file, load_external_data=False).graph.node]
+    assert kinds.count("DynamicQuantizeLinear") == 2 * 3  # o, up and down of two blocks
+
+
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_every_matrix_reads_back_and_bytes_are_counted(name, exported):
     from cptquant.core.targets import find_target

@@ -15,7 +15,9 @@ def export_table(record: ExportRecord) -> str:
     ]
     lines += [f"           {spell_comparison(found)}" for found in record.comparisons]
     if record.tokens_equal is not None:
-        lines.append(f"tokenizer  {'gives' if record.tokens_equal else 'DOES NOT give'} Hugging Face's ids on mixed text")
+        lines.append(
+            f"tokenizer  {'gives' if record.tokens_equal else 'DOES NOT give'} Hugging Face's ids on mixed text"
+        )
     if record.memory is not None:
         lines.append(f"memory     {spell_memory(record.memory)}")
     return "\n".join(lines) + "\n"

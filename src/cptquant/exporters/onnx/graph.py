@@ -134,14 +134,24 @@ class GraphBuilder:
             block_size=packed.block_size, accuracy_level=_INT8_COMPUTE,
         )[0]  # fmt: skip
 
-    def row_product(self, x: str, name: str, weight: QuantizedWeight, bias: str = "") -> str:
-        """x times an 8-bit matrix with one scale a row: one integer product, activations rounded per call."""
+    def row_product(self, x: str, name: str, weight: QuantizedWeight, bias: str = "", *, terms: int = 1) -> str:
+        """x times an 8-bit matrix with one scale a row, in integers; activations are rounded with one scale a call.
+
+        Args:
+            terms: 2 adds the product of what the first rounding of x left over, rounded by itself: activations then
+                have about 16 bits, at twice the integer work.
+        """
         codes = self.store(f"{name}.codes", weight.codes.t())
-        scales = self.store(f"{name}.scales", weight.scales.reshape(-1))
-        inputs = [x, codes, self.node("Cast", scales, to=TensorProto.FLOAT), "", bias]
-        while not inputs[-1]:
-            inputs.pop()
-        return self.nodes("DynamicQuantizeMatMul", inputs, 1, domain=CONTRIB)[0]
+        scales = self.node("Cast", self.store(f"{name}.scales", weight.scales.reshape(-1)), to=TensorProto.FLOAT)
+        inputs = [x, codes, scales, *(["", bias] if bias else [])]
+        product = self.nodes("DynamicQuantizeMatMul", inputs, 1, domain=CONTRIB)[0]
+        if terms == 1:
+            return product
+        rounded = self.nodes("DynamicQuantizeLinear", [x], 3)
+        rest = self.node("Sub", x, self.node("DequantizeLinear", *rounded))
+        return self.node(
+            "Add", product, self.nodes("DynamicQuantizeMatMul", [rest, codes, scales], 1, domain=CONTRIB)[0]
+        )
 
     def gather_quantized(self, ids: str, name: str, weight: QuantizedWeight) -> str:
         """Rows of a quantized embedding as float32."""
@@ -190,7 +200,14 @@ def with_float_activations(model: onnx.ModelProto) -> onnx.ModelProto:
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     nodes: list[onnx.NodeProto] = []
+    rounded: dict[str, str] = {}  # activations in 8 bits -> what they were rounded from
     for node in changed.graph.node:
+        if node.op_type == "DynamicQuantizeLinear":
+            rounded[node.output[0]] = node.input[0]
+            continue
+        if node.op_type == "DequantizeLinear" and node.input[0] in rounded:  # nothing is left over for a second term
+            nodes.append(helper.make_node("Identity", [rounded[node.input[0]]], list(node.output), name=node.name))
+            continue
         if node.op_type == "MatMulNBits":
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
