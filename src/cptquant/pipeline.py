@@ -17,11 +17,11 @@ from cptquant.core.settings import RunSettings
 from cptquant.core.targets import find_target
 from cptquant.reports.html import render_report
 from cptquant.stages.allocate import allocate_stage, baseline_plans, check_plan, needs_table
-from cptquant.stages.check import check_choices
+from cptquant.stages.check import check_choices, check_target
 from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
 from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
-from cptquant.stages.quantize import Variant, export_stage, quantize_stage, write_stage
+from cptquant.stages.quantize import Variant, check_model, export_stage, quantize_stage, write_stage
 from cptquant.stages.run import Run
 
 
@@ -61,8 +61,10 @@ def quantize_model(
     check_choices(settings)
     run = Run.start(output, settings, progress)
     layout = inspect_stage(run)
+    check_target(layout, settings.target)
     check_budget(layout, settings.budget_for(layout), find_target(settings.target), settings.quant_formats)
     run.read_all_text()
+    check_model(run.model, settings.target)
     table = measure_stage(run, layout) if needs_table(settings.allocator) else None
     allocate_stage(run, layout, table)
     return _from_plan(run, layout)

@@ -120,11 +120,13 @@ def _check_export(run: Run, variant: Variant, engine: LlamaCpp | None) -> Export
         note=f"not run in llama.cpp: it is not installed; {INSTALL}" if engine is None else "",
     )
     if engine is not None:
+        same = check_token_ids(engine, path, run.model)
         report = report.model_copy(
             update={
                 "engine": f"llama-cpp-python {engine.version}",
-                "tokens_equal": check_token_ids(engine, path, run.model),
+                "tokens_equal": same,
                 "comparisons": compare_in_engine(engine, path, run.model, variant.plan, variant.shards, run.validation),
+                "note": "" if same else "the engine's token ids of mixed scripts differ from Hugging Face's",
             }
         )
     run.progress("check export", 1, 1)
