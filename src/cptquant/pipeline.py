@@ -12,14 +12,14 @@ from cptquant.allocation.reach import check_budget
 from cptquant.core.engine_export import ExportRecord
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.layout import ModelLayout
-from cptquant.core.memory import memory_budget
 from cptquant.core.plan import Plan
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.settings import RunSettings
 from cptquant.core.targets import find_target
+from cptquant.exporters.export import find_exporter
 from cptquant.reports.html import render_report
 from cptquant.stages.allocate import allocate_stage, baseline_plans, check_plan, needs_table
-from cptquant.stages.check import check_choices
+from cptquant.stages.check import check_choices, check_target
 from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
 from cptquant.stages.export import ENGINE_TARGETS, export_stage
 from cptquant.stages.inspect import inspect_stage
@@ -53,7 +53,7 @@ def quantize_model(
     """Quantize a model under a budget: the whole chain.
 
     Args:
-        model: local folder, hub id or `embedded:NAME`. budget: e.g. `4bpw`, `25%`, `3.25bpw@sites`.
+        model: local folder, hub id or `embedded:NAME`. budget: e.g. `4bpw`, `25%`, `3.25bpw@sites`; None with `memory`.
         output: run folder; stages that already stand there for the same inputs are not run again.
         choices: fields of `RunSettings`.
 
@@ -64,12 +64,10 @@ def quantize_model(
     check_choices(settings)
     run = Run.start(output, settings, progress)
     layout = inspect_stage(run)
-    if settings.memory is not None:
-        allowed = memory_budget(layout, settings.target, settings.memory, settings.context)
-        run.settings = settings = settings.model_copy(update={"budget": allowed})
-        settings.save(output / "settings.json")
-    check_budget(layout, settings.parsed_budget, find_target(settings.target), settings.quant_formats)
+    check_target(layout, settings.target)
+    check_budget(layout, settings.budget_for(layout), find_target(settings.target), settings.quant_formats)
     run.read_all_text()
+    find_exporter(settings.target).check(run.model)
     table = measure_stage(run, layout) if needs_table(settings.allocator) else None
     allocate_stage(run, layout, table)
     return _from_plan(run, layout)

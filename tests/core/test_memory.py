@@ -1,81 +1,54 @@
-"""Memory as a budget: the parts of the prediction by hand."""
-
 import pytest
+from allocation.made_layouts import make_layout
 
-from cptquant.core.errors import BudgetError
-from cptquant.core.formats import QuantFormat
-from cptquant.core.layout import ModelLayout, Site
-from cptquant.core.memory import (
-    ENGINE_MEMORY,
-    cache_bytes,
-    default_context,
-    held_bytes_per_token,
-    memory_budget,
-    parse_memory,
-    predict_memory,
+from cptquant.core.errors import BudgetError, UserError
+from cptquant.core.memory import find_need, memory_budget
+from cptquant.core.settings import RunSettings
+
+LAYOUT = make_layout([[(64, 64), (128, 64)]] * 3).model_copy(update={"key_value_width": 32, "max_positions": 512})
+
+
+def test_the_cache_grows_with_the_context():
+    short, long = find_need(LAYOUT, 16, "gguf"), find_need(LAYOUT, 32, "gguf")
+    assert short.cache_bytes == 2 * 32 * 3 * 16  # float16, keys and values of 3 blocks
+    assert long.cache_bytes == 2 * short.cache_bytes
+    assert find_need(LAYOUT, None, "gguf").context == 512
+    assert find_need(LAYOUT.model_copy(update={"task": "encoder"}), 16, "gguf").cache_bytes == 0
+
+
+def test_what_is_left_is_the_budget():
+    need = find_need(LAYOUT, 100, "gguf")
+    budget = memory_budget(LAYOUT, "100MB", 100, "gguf")
+    assert budget.limit_bytes(LAYOUT) == 100_000_000 - need.total_bytes
+    assert budget.scope == "file"
+    assert "100MB of memory less 19,200 bytes of keys and values at 100 tokens" in budget.text
+
+
+@pytest.mark.parametrize(
+    ("memory", "context", "message"),
+    [
+        ("1MB", 16, "--memory 1MB leaves nothing for the weights: "),
+        ("4bpw", 16, "--memory '4bpw' is no size; write it as 2GB, 512MB or 1.5GiB"),
+        ("much", 16, "--memory 'much' is not readable"),
+        ("2GB", 513, "--context 513 is outside the model's range of 1 to 512 tokens"),
+        ("2GB", 0, "--context 0 is outside the model's range of 1 to 512 tokens"),
+    ],
 )
+def test_bad_limits(memory, context, message):
+    with pytest.raises(BudgetError) as caught:
+        memory_budget(LAYOUT, memory, context, "gguf")
+    assert str(caught.value).startswith(message)
 
 
-def grouped(task: str = "causal_lm") -> ModelLayout:
-    """Two blocks of width 64 with 8 query heads and 2 key/value heads of 8."""
-    sites = [Site(name="embedding", out_features=100, in_features=64, kind="embedding", role="embedding")]
-    for block in range(2):
-        for role, rows in (("q", 64), ("k", 16), ("v", 16), ("o", 64)):
-            sites.append(Site(name=f"{block}.{role}", out_features=rows, in_features=64, block_index=block, role=role))
-    sites.append(Site(name="head", out_features=100, in_features=64, role="head"))
-    parameters = sum(site.weight_count for site in sites)
-    return ModelLayout(
-        architecture="X", model_type="llama", task=task, source="x", source_digest="", source_dtype="bfloat16",
-        storage_dtype="bfloat16", source_bytes=2 * parameters, parameters=parameters, block_count=2, hidden_size=64,
-        max_positions=512, vocabulary_size=100, sites=tuple(sites),
-    )  # fmt: skip
+def test_unknown_sizes_are_named():
+    with pytest.raises(BudgetError, match=r"--memory needs --context: config.json does not say how many positions"):
+        find_need(LAYOUT.model_copy(update={"max_positions": None}), None, "gguf")
+    with pytest.raises(BudgetError, match="does not say how wide keys and values are; use --budget"):
+        find_need(LAYOUT.model_copy(update={"key_value_width": None}), 16, "gguf")
 
 
-def test_the_cache_counts_key_value_heads():
-    assert cache_bytes(grouped(), 100, 4) == 100 * 2 * (16 + 16) * 4
-    assert cache_bytes(grouped("encoder"), 100, 4) == 0
-
-
-def test_fused_attention_is_a_third_each():
-    layout = grouped()
-    fused = Site(name="0.qkv", out_features=192, in_features=64, block_index=0, role="qkv")
-    assert cache_bytes(layout.model_copy(update={"sites": (fused,)}), 10, 2) == 10 * (64 + 64) * 2
-
-
-def test_a_token_reads_every_matrix_but_the_embedding():
-    layout, int4 = grouped(), QuantFormat.parse("int4-g64")
-    blocks, head = 2 * (64 + 16 + 16 + 64) * 64, 100 * 64
-    assert held_bytes_per_token(layout, {}, float_bytes=4) == 4 * (blocks + head)
-    found = held_bytes_per_token(layout, {"head": int4, "embedding": int4}, float_bytes=2)
-    assert found == 2 * blocks + int4.stored_bytes(100, 64)
-    assert held_bytes_per_token(grouped("encoder"), {}, float_bytes=4) is None
-
-
-def test_prediction_is_the_sum_of_its_parts():
-    found = predict_memory(grouped(), "onnx", {}, 256)
-    assert found.predicted_bytes == found.base_bytes + found.weight_bytes + found.cache_bytes + found.overhead_bytes
-    assert found.cache_bytes == cache_bytes(grouped(), 256, 4)
-
-
-@pytest.mark.parametrize("target", sorted(ENGINE_MEMORY))
-def test_the_budget_leaves_room_for_the_rest(target):
-    layout = grouped()
-    text = memory_budget(layout, target, "1GB", 512)
-    allowed = int(text.removesuffix("B"))
-    empty = predict_memory(layout, target, {}, 512)
-    rest = empty.predicted_bytes - empty.weight_bytes
-    assert rest + allowed * ENGINE_MEMORY[target].weight_factor == pytest.approx(10**9, rel=1e-6)
-    shorter = int(memory_budget(layout, target, "1GB", 16).removesuffix("B"))
-    assert shorter > allowed
-
-
-def test_what_cannot_be_is_refused():
-    with pytest.raises(BudgetError, match=r"--memory '2 parsecs' is not readable; write it as 2GB, 512MB or 1.5GiB"):
-        parse_memory("2 parsecs")
-    assert parse_memory("1.5GiB") == 3 << 29
-    with pytest.raises(BudgetError, match=r"--context 4096 is longer than the 512 positions of x"):
-        default_context(grouped(), 4096)
-    with pytest.raises(BudgetError, match=r"--memory goes with an engine .*, not transformers; give --budget"):
-        memory_budget(grouped(), "transformers", "1GB", None)
-    with pytest.raises(BudgetError, match=r"leaves nothing for the weights; raise --memory or lower --context"):
-        memory_budget(grouped(), "onnx", "1MB", None)
+def test_budget_and_memory_exclude_each_other():
+    both = RunSettings(model="m", budget="4bpw", memory="2GB")
+    with pytest.raises(UserError, match="--budget and --memory were both given"):
+        both.budget_for(LAYOUT)
+    assert RunSettings(model="m", budget="4bpw").budget_for(LAYOUT).text == "4bpw"

@@ -6,6 +6,8 @@ from cptquant.cli import options
 def allocate(
     run_folder: options.RunFolder,
     budget: options.BudgetText = None,
+    memory: options.Memory = None,
+    context: options.Context = None,
     allocator: options.Allocator = None,
     target: options.TargetName = None,
     formats: options.Formats = None,
@@ -20,7 +22,9 @@ def allocate(
     from cptquant.stages.allocate import allocate_stage, needs_table
     from cptquant.stages.run import Run
 
-    changes = options.given(budget=budget, allocator=allocator, target=target, formats=formats, seed=seed)
+    changes = options.given(
+        budget=budget, memory=memory, context=context, allocator=allocator, target=target, formats=formats, seed=seed
+    )
     run = Run.resume(run_folder, **changes)
     layout = run.load("layout.json", ModelLayout)
     table = run.load("sensitivity.json", SensitivityTable) if needs_table(run.settings.allocator) else None

@@ -31,6 +31,21 @@ BudgetText = Annotated[
         show_default=False,
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Limit on run-time memory instead of --budget: weights, keys and values of --context tokens, and the "
+        "engine must fit, e.g. 2GB.",
+        show_default=False,
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context", help="Tokens that must fit with --memory.  [default: all the model has]", show_default=False
+    ),
+]
 Sensitivity = Annotated[
     str | None,
     typer.Option("--sensitivity", help="cmpq, pmpq, tdmpq or ablation.  [default: tdmpq]", show_default=False),
@@ -94,15 +109,6 @@ Seed = Annotated[
 TrustRemoteCode = Annotated[
     bool | None,
     typer.Option("--trust-remote-code", help="Run code that comes with the model folder.", show_default=False),
-]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        "--context",
-        min=1,
-        help="Longest sequence the engine will run.  [default: the model's, at most 4096]",
-        show_default=False,
-    ),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the engine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]

@@ -10,15 +10,6 @@ from cptquant.cli import options
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print sizes, expected time and memory; spend neither, write nothing.")
 ]
-_Memory = Annotated[
-    str | None,
-    typer.Option(
-        "--memory",
-        help="What the engine may take in all (weights, cache of --context tokens, the engine itself) instead of "
-        "--budget: 2GB, 512MB. With --target onnx or gguf.",
-        show_default=False,
-    ),
-]
 _Baselines = Annotated[
     str | None,
     typer.Option(
@@ -33,6 +24,8 @@ _Baselines = Annotated[
 def quantize(
     model: options.ModelOrRun,
     budget: options.BudgetText = None,
+    memory: options.Memory = None,
+    context: options.Context = None,
     output: options.Output = None,
     sensitivity: options.Sensitivity = None,
     allocator: options.Allocator = None,
@@ -45,8 +38,6 @@ def quantize(
     eval_sequences: options.EvalSequences = None,
     sequence_length: options.SequenceLength = None,
     baselines: _Baselines = None,
-    memory: _Memory = None,
-    context: options.Context = None,
     seed: options.Seed = None,
     trust_remote_code: options.TrustRemoteCode = None,
     dry_run: _DryRun = False,
@@ -58,6 +49,8 @@ def quantize(
     """
     changes = options.given(
         budget=budget,
+        memory=memory,
+        context=context,
         sensitivity=sensitivity,
         allocator=allocator,
         quantizer=quantizer,
@@ -69,8 +62,6 @@ def quantize(
         eval_sequences=eval_sequences,
         sequence_length=sequence_length,
         baselines=_split(baselines),
-        memory=memory,
-        context=context,
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
@@ -101,9 +92,7 @@ def _required(changes: dict[str, object], output: Path | None) -> tuple[str | No
     from cptquant.core.errors import UserError
 
     budget = changes.pop("budget", None)
-    if budget is not None and "memory" in changes:
-        raise UserError("--budget and --memory were both given; --memory sets the budget itself: give one of them")
-    if budget is None and "memory" not in changes:
+    if budget is None and changes.get("memory") is None:
         raise UserError("no budget was given; add --budget, e.g. --budget 4bpw, 25%, 12MB")
     if output is None:
         raise UserError("no output folder was given; add --output, e.g. --output runs/first")

@@ -1,169 +1,89 @@
-"""How much memory a model takes in an engine, predicted from its layout, and the budget in bytes that follows.
+"""Memory as the budget: weights, the cache of keys and values at a context length, and what the engine needs itself."""
 
-Peak resident set = the process with the engine's library + weights as the engine holds them + key/value cache + what a
-forward pass needs. The constants are measured (benchmarks/engine_memory.py); every export reads the real peak and puts
-it beside the prediction.
-"""
-
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cptquant.core.engine_export import MemoryUse
+from cptquant.core.budget import Budget
 from cptquant.core.errors import BudgetError
-from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
-from cptquant.core.targets import find_target
 
-_PIECE_TOKENS = 512
-"""Prompts are run in pieces of at most this many tokens when memory is measured."""
-DEFAULT_CONTEXT = 4096
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+CACHE_ENTRY_BYTES = {"onnx": 4}
+"""ONNX Runtime caches keys and values in float32, the other engines in float16."""
+WEIGHT_FACTOR = {"onnx": 2.0}
+"""Bytes in memory per byte of weights in the file: ONNX Runtime repacks them beside the mapped file."""
+PROMPT_TOKENS = 512
+"""Tokens an engine takes at a time when it reads a prompt (llama.cpp's n_ubatch)."""
+ENGINE_BASE_BYTES = {"gguf": 90_000_000, "onnx": 70_000_000}
+"""Resident bytes of llama.cpp under its Python binding beside weights, cache and activations: 80 to 94 MB measured as
+peak resident set minus file size on models of 0.13 and 0.32 billion parameters. Other targets: 500 MB (torch)."""
+_TORCH_BASE_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
-class EngineMemory:
-    """What an engine needs beside the file's tensors.
+class MemoryNeed:
+    """What a model takes at run time, apart from its weights.
 
     Attributes:
-        base_bytes: Python, numpy and the engine's library without a model.
-        cache_bytes_per_entry: of one number in the key/value cache.
-        weight_factor: bytes in memory per byte of a quantized tensor in the file.
-        float_factor: the same for matrices kept in 16 bits.
-        hidden_copies: float32 copies of a piece's widest hidden state that are alive at once.
+        context: tokens that the cache holds. cache_bytes: keys and values of all blocks.
+        engine_bytes: the engine itself. activation_bytes: logits and the widest activations of one piece of a prompt.
     """
 
-    base_bytes: int
-    cache_bytes_per_entry: int
-    weight_factor: float
-    float_factor: float
-    hidden_copies: float
+    context: int
+    cache_bytes: int
+    engine_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.cache_bytes + self.engine_bytes + self.activation_bytes
 
 
-ENGINE_MEMORY: dict[str, EngineMemory] = {
-    "onnx": EngineMemory(70_000_000, 4, 2.0, 4.0, 6.0),
-    "gguf": EngineMemory(60_000_000, 2, 1.0, 1.0, 6.0),
-}
-
-
-def cache_bytes(layout: ModelLayout, context: int, bytes_per_entry: int) -> int:
-    """Key/value cache of `context` tokens: two vectors a token and block, as wide as k and v really are.
-
-    Grouped-query attention has fewer key/value heads than query heads, so their own sites give the width. Encoders have
-    no cache.
-    """
-    if layout.task != "causal_lm":
-        return 0
-    width = sum(site.out_features for site in layout.block_sites if site.role in ("k", "v"))
-    width += sum(2 * (site.out_features // 3) for site in layout.block_sites if site.role == "qkv")
-    return context * width * bytes_per_entry
-
-
-def predict_memory(
-    layout: ModelLayout, target_name: str, formats: Mapping[str, QuantFormat], context: int
-) -> MemoryUse:
-    """Expected peak resident set of an engine with its cache filled.
-
-    Args:
-        target_name: one of `ENGINE_MEMORY`. formats: site -> format, 16 bits where not named.
-        context: tokens in the cache.
-    """
-    engine, target = ENGINE_MEMORY[target_name], find_target(target_name)
-    total = target.plan_bytes(layout, formats)
-    floats = sum(
-        2 * site.weight_count
-        for site in layout.sites
-        if site.kind == "linear" and formats.get(site.name, layout.keep_format).is_float
-    )
-    shared = layout.shared_head is not None and all(
-        formats.get(name, layout.keep_format).is_float for name in layout.shared_head
-    )
-    quantized = total - floats if not shared else total - min(floats, total)
-    weights = round(engine.weight_factor * max(0, quantized) + engine.float_factor * floats)
-    cache = cache_bytes(layout, context, engine.cache_bytes_per_entry)
-    widest = max((site.out_features for site in layout.block_sites), default=layout.hidden_size)
-    overhead = round(engine.hidden_copies * 4 * min(context, _PIECE_TOKENS) * widest)
-    return MemoryUse(
-        context=context,
-        base_bytes=engine.base_bytes,
-        weight_bytes=weights,
-        cache_bytes=cache,
-        overhead_bytes=overhead,
-        predicted_bytes=engine.base_bytes + weights + cache + overhead,
-    )
-
-
-def held_bytes_per_token(layout: ModelLayout, formats: Mapping[str, QuantFormat], *, float_bytes: int) -> int | None:
-    """Bytes of weights that decoding one token reads: every matrix but the embedding, of which one row is read.
-
-    Args:
-        formats: site -> format; sites not named, or in 16 bits, take `float_bytes` a weight in the engine's memory.
-
-    Returns:
-        None for encoders, which do not decode.
-    """
-    if layout.task != "causal_lm":
-        return None
-    total = 0
-    for site in layout.sites:
-        fmt = formats.get(site.name, layout.keep_format)
-        if site.kind == "embedding":
-            continue
-        total += (
-            float_bytes * site.weight_count if fmt.is_float else fmt.stored_bytes(site.out_features, site.in_features)
-        )
-    return total
-
-
-def memory_budget(layout: ModelLayout, target_name: str, memory: str, context: int | None) -> str:
-    """The `--budget` that lets weights, cache and engine together stay within `--memory`.
-
-    Args:
-        memory: e.g. `2GB`. context: tokens the cache must hold; None means the model's positions, at most 4,096.
+def find_need(layout: ModelLayout, context: int | None, target: str) -> MemoryNeed:
+    """Memory beside the weights at a context length (None: all the model's positions).
 
     Raises:
-        BudgetError: unreadable, a target without a measured engine, a context beyond the model's, or nothing left for
-            the weights.
-    """
-    if target_name not in ENGINE_MEMORY:
-        raise BudgetError(
-            f"--memory goes with an engine whose needs were measured: --target {' or '.join(ENGINE_MEMORY)}, not "
-            f"{target_name}; give --budget"
-        )
-    limit = parse_memory(memory)
-    context = default_context(layout, context)
-    empty = predict_memory(layout, target_name, {}, context)
-    rest = limit - (empty.predicted_bytes - empty.weight_bytes)
-    if rest <= 0:
-        raise BudgetError(
-            f"--memory {memory} is {limit:,} bytes; a cache for --context {context} takes {empty.cache_bytes:,} and "
-            f"the engine {empty.base_bytes + empty.overhead_bytes:,}, which leaves nothing for the weights; raise "
-            "--memory or lower --context"
-        )
-    return f"{int(rest / ENGINE_MEMORY[target_name].weight_factor)}B"
-
-
-def default_context(layout: ModelLayout, context: int | None) -> int:
-    """The context asked for, or the model's, at most 4,096.
-
-    Raises:
-        BudgetError: longer than the model's positions.
+        BudgetError: a context below 1 or beyond the model's, or a model whose cache is unknown.
     """
     longest = layout.max_positions
     if context is None:
-        return min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    if longest is not None and context > longest:
-        raise BudgetError(f"--context {context} is longer than the {longest} positions of {layout.source}")
-    return context
+        if longest is None:
+            raise BudgetError("--memory needs --context: config.json does not say how many positions the model has")
+        context = longest
+    if context < 1 or (longest is not None and context > longest):
+        raise BudgetError(f"--context {context} is outside the model's range of 1 to {longest} tokens")
+    caches = layout.task == "causal_lm"
+    if caches and layout.key_value_width is None:
+        raise BudgetError("--memory: config.json does not say how wide keys and values are; use --budget")
+    width = layout.key_value_width or 0
+    cache = CACHE_ENTRY_BYTES.get(target, 2) * width * layout.block_count * context if caches else 0
+    widest = max((site.out_features for site in layout.block_sites), default=layout.hidden_size)
+    head = layout.vocabulary_size if layout.task in ("causal_lm", "masked_lm") else 0
+    tokens = min(PROMPT_TOKENS, context)
+    activations = 4 * tokens * (3 * widest + 4 * layout.hidden_size) + 4 * head
+    return MemoryNeed(context, cache, ENGINE_BASE_BYTES.get(target, _TORCH_BASE_BYTES), activations)
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of `2GB`, `512MiB`.
+def memory_budget(layout: ModelLayout, memory: str, context: int | None, target: str) -> Budget:
+    """The weights' share of a memory limit, as a budget in bytes.
 
     Raises:
-        BudgetError: unreadable.
+        BudgetError: unreadable, not in bytes, or less than the model needs beside its weights.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]+)\s*", text, re.ASCII)
-    if match is None or match[2].lower() not in _UNITS:
-        raise BudgetError(f"--memory {text!r} is not readable; write it as 2GB, 512MB or 1.5GiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    try:
+        wanted = Budget.parse(memory)
+    except BudgetError as error:
+        raise BudgetError(str(error).replace("--budget", "--memory", 1)) from None
+    if wanted.unit != "bytes":
+        raise BudgetError(f"--memory {memory!r} is no size; write it as 2GB, 512MB or 1.5GiB")
+    need = find_need(layout, context, target)
+    left = int((int(wanted.value) - need.total_bytes) / WEIGHT_FACTOR.get(target, 1.0))
+    parts = (
+        f"{need.cache_bytes:,} bytes of keys and values at {need.context} tokens, {need.engine_bytes:,} of the engine, "
+        f"{need.activation_bytes:,} of activations"
+    )
+    if left <= 0:
+        raise BudgetError(
+            f"--memory {memory} leaves nothing for the weights: {need.total_bytes:,} bytes go to {parts}; raise "
+            "--memory or lower --context"
+        )
+    return Budget(left, "bytes", "file", f"{memory} of memory less {parts}")

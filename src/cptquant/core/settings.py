@@ -7,6 +7,7 @@ from cptquant.core.budget import Budget
 from cptquant.core.errors import FormatError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
+from cptquant.core.memory import memory_budget
 from cptquant.core.targets import find_target
 
 BASELINES = ("uniform", "random")
@@ -18,11 +19,10 @@ class RunSettings(Artifact):
 
     Attributes:
         model: local folder, hub id or `embedded:NAME`. budget: as written; None until `allocate`.
+        memory, context: a limit on run-time memory instead of a budget, and the tokens its cache must hold.
         formats: candidate formats beside 16 bits; None means the target's own (`Target.default_formats`).
         calibration, eval_text: the person's own text; None means the embedded text.
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
-        memory: what the engine may take in all, instead of a budget. context: longest sequence it will run; None leaves
-            it to the target (at most 4,096).
     baselines: "uniform" and "random" at no more bytes; None decides by size (`baselines_for`).
     """
 
@@ -31,6 +31,8 @@ class RunSettings(Artifact):
 
     model: str
     budget: str | None = None
+    memory: str | None = None
+    context: int | None = None
     sensitivity: str = "tdmpq"
     allocator: str = "knapsack"
     quantizer: str = "gptq"
@@ -42,8 +44,6 @@ class RunSettings(Artifact):
     eval_sequences: int = 64
     sequence_length: int = 256
     baselines: tuple[str, ...] | None = None
-    memory: str | None = None
-    context: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
 
@@ -69,6 +69,18 @@ class RunSettings(Artifact):
         if self.budget is None:
             raise UserError("no budget was given; add --budget, e.g. --budget 4bpw")
         return Budget.parse(self.budget)
+
+    def budget_for(self, layout: ModelLayout) -> Budget:
+        """The limit on the weights of this model: `budget`, or what `memory` leaves for them.
+
+        Raises:
+            BudgetError: unreadable or unreachable. UserError: both were given, or neither.
+        """
+        if self.memory is None:
+            return self.parsed_budget
+        if self.budget is not None:
+            raise UserError("--budget and --memory were both given; --memory already decides the bytes of the weights")
+        return memory_budget(layout, self.memory, self.context, self.target)
 
     def baselines_for(self, layout: ModelLayout) -> tuple[str, ...]:
         """Which baselines are quantized and evaluated beside the plan.

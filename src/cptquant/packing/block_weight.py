@@ -119,15 +119,19 @@ class BlockWeight:
         blocks = columns // self.layout.block_columns
         count = rows * blocks
 
-        def flat(values: Tensor | None) -> np.ndarray | None:
-            return None if values is None else values.contiguous().numpy().reshape(count, -1)
+        def flat(values: Tensor) -> np.ndarray:
+            return values.contiguous().numpy().reshape(count, -1)
 
-        def halves(values: Tensor | None) -> np.ndarray | None:
-            return None if values is None else values.contiguous().numpy().reshape(count)
+        def halves(values: Tensor) -> np.ndarray:
+            return values.contiguous().numpy().reshape(count)
 
         fields = Fields(
-            flat(self.codes), halves(self.d), flat(self.scales), halves(self.minimum), flat(self.minimum_codes)
-        )  # type: ignore[arg-type]
+            flat(self.codes),
+            halves(self.d),
+            None if self.scales is None else flat(self.scales),
+            None if self.minimum is None else halves(self.minimum),
+            None if self.minimum_codes is None else flat(self.minimum_codes),
+        )
         packed = pack_blocks(self.layout.name, fields)
         return torch.from_numpy(packed.reshape(rows, blocks * self.layout.block_bytes))
 

@@ -7,13 +7,15 @@ Codes come from `lowest_code` (Q4_0: -8 to 7) and are shifted to the stored unsi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cptquant.core.gguf_types import BLOCK_LAYOUTS, BlockLayout, GgufType
 
-Bytes = NDArray[np.uint8]
+Bytes = NDArray[Any]
+"""uint8; numpy's type stubs lose that in shifts."""
 Codes = NDArray[np.int8]
 Halves = NDArray[np.float16]
 

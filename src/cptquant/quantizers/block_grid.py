@@ -24,7 +24,7 @@ from cptquant.packing.block_weight import BlockWeight, join_block_rows
 from cptquant.quantizers.grid import ROWS_ENTRIES, fit_grid
 
 _CHUNK_ENTRIES = 1 << 18
-_SHRINKS = {2: (1.0, 0.85, 0.7, 0.55), 3: (1.0, 0.85, 0.7), 4: (1.0, 0.9, 0.8), 5: (1.0, 0.9)}
+_SHRINKS = {2: (1.0, 0.85, 0.7, 0.55), 3: (1.0, 0.85, 0.7), 4: (1.0, 0.9, 0.8), 5: (1.0, 0.95, 0.9)}
 """Code bits -> factors tried on each end of a sub-block's range."""
 _ALTERNATIONS = 3
 _SUPER_FACTORS = {2: (1.0, 0.9, 0.8, 1.1), 3: (1.0, 0.95), 4: (1.0,), 5: (1.0,), 6: (1.0,)}

@@ -41,7 +41,7 @@ def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None
     inputs = {
         "layout": layout.digest(),
         "table": table.digest() if table else "",
-        "budget": settings.parsed_budget.text,
+        "budget": settings.budget_for(layout).text,
         "allocator": settings.allocator,
         "target": settings.target,
         "formats": ",".join(map(str, settings.quant_formats)),
@@ -52,8 +52,8 @@ def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None
         Plan,
         inputs,
         lambda: allocate(
-            layout, table, settings.parsed_budget, find_target(settings.target), find_allocator(settings.allocator),
-            formats=settings.quant_formats, seed=settings.seed,
+            layout, table, settings.budget_for(layout), find_target(settings.target),
+            find_allocator(settings.allocator), formats=settings.quant_formats, seed=settings.seed,
         ),
     )  # fmt: skip
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from cptquant.core.bench import BASELINE, BenchRecord, BenchVariant, spread
 from cptquant.core.engine_export import ExportRecord
+from cptquant.core.engine_memory import held_bytes_per_token
 from cptquant.core.errors import ArtifactError, EngineError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
-from cptquant.core.memory import held_bytes_per_token
 from cptquant.core.progress import Progress
 from cptquant.engines.process import run_engine
 

@@ -16,7 +16,7 @@ from cptquant.core.settings import RunSettings
 from cptquant.core.targets import candidate_formats, find_target
 from cptquant.models.load import read_layout
 from cptquant.stages.allocate import needs_table
-from cptquant.stages.check import check_choices
+from cptquant.stages.check import check_choices, check_target
 
 _BASE_BYTES = 500_000_000
 """Resident set of Python with torch and transformers imported."""
@@ -36,7 +36,8 @@ def estimate_run(settings: RunSettings) -> RunEstimate:
     """
     check_choices(settings)
     layout = read_layout(settings.model, trust_remote_code=settings.trust_remote_code)
-    budget, target = settings.parsed_budget, find_target(settings.target)
+    budget, target = settings.budget_for(layout), find_target(settings.target)
+    check_target(layout, settings.target)
     check_budget(layout, budget, target, settings.quant_formats)
     reach = find_reach(layout, budget, target, settings.quant_formats)
     limit = budget.limit_bytes(layout)

@@ -9,9 +9,9 @@ import torch
 
 from cptquant.core.artifact import digest_file
 from cptquant.core.engine_export import EngineComparison, ExportRecord, MemoryUse, SiteRoundTrip
+from cptquant.core.engine_memory import ENGINE_MEMORY, default_context, predict_memory
 from cptquant.core.errors import ArtifactError, EngineError
 from cptquant.core.layout import ModelLayout
-from cptquant.core.memory import ENGINE_MEMORY, default_context, predict_memory
 from cptquant.core.plan import Plan
 from cptquant.core.targets import find_target, list_refusals
 from cptquant.engines.process import run_engine

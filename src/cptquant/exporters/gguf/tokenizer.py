@@ -203,7 +203,7 @@ def _special_ids(model: LoadedModel) -> dict[str, int]:
     tokenizer = model.require_tokenizer()
     config: Any = model.module.config
     wordpiece = model.layout.model_type == "bert"
-    names = {
+    names: dict[str, Any] = {
         "bos": tokenizer.cls_token_id if wordpiece else tokenizer.bos_token_id,
         "eos": tokenizer.sep_token_id if wordpiece else tokenizer.eos_token_id,
         "unknown": tokenizer.unk_token_id,

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 
-import llama_cpp
+import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 
