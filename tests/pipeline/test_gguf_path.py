@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from cptquant.core.export import ExportReport
+from cptquant.core.engine_export import ExportRecord
 from cptquant.core.plan import Plan
 from cptquant.exporters.llamacpp import engine
 
@@ -30,9 +30,11 @@ def test_the_whole_chain_writes_a_file_and_its_check(cptquant: Callable, folder:
     assert sum(int(tensor.n_bytes) for tensor in tensors) == written
     assert plan.size_bytes <= plan.limit_bytes and plan.target == "gguf"
     assert any("_K was asked for, Q" in note for note in plan.notes), plan.notes  # rows of 64: no K type
-    report = ExportReport.load(run / "export.json")
-    assert report.engine is None and report.note.startswith("not run in llama.cpp: it is not installed; pip install")
-    assert {check.largest_difference for check in report.tensors} == {0.0}
+    report = ExportRecord.load(run / "export/gguf/export.json")
+    assert report.comparisons == () and report.engine.startswith(
+        "not run: llama-cpp-python is not installed; pip install"
+    )
+    assert {site.largest_error for site in report.round_trip} == {0.0}
     again = cptquant("quantize", folder, "--target", "gguf", "--budget", "6bpw", "--output", run, *QUICK)
     assert again.code == 0, again.err
 

@@ -17,7 +17,7 @@ from cptquant.packing.quantized_weight import QuantizedWeight, join_quantized
 
 _OUTLIER_ROLES = ("o", "up", "down")
 """Inputs with few large entries: one scale for all costs all-MiniLM's embeddings 0.006 of their cosine, so these
-products take two terms (decision 0005)."""
+products take two terms (decision 0006)."""
 
 
 @dataclass(frozen=True)
