@@ -3,14 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+comma := ,
 
-.PHONY: demo test lint typecheck docs bench clean
+.PHONY: demo test test-engines lint typecheck docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/cptquant quantize embedded:opt-mini --budget 4bpw --output runs/demo
 
 test: $(STAMP) lint typecheck
 	$(BIN)/python -m pytest
+
+# ONNX Runtime comes as a wheel. llama-cpp-python is compiled (about 20 minutes on 2 cores): asked for by LLAMACPP=1, or
+# tested where it is installed already.
+test-engines: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[onnx$(if $(LLAMACPP),$(comma)llamacpp)]"
+	$(BIN)/python -m pytest -m engines
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

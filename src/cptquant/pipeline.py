@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cptquant.allocation.reach import check_budget
+from cptquant.core.engine_export import ExportRecord
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.forecast import PtqForecast
 from cptquant.core.layout import ModelLayout
@@ -17,14 +18,16 @@ from cptquant.core.plan import Plan
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.settings import RunSettings
 from cptquant.core.targets import find_target
+from cptquant.exporters.export import find_exporter
 from cptquant.reports.html import render_report
 from cptquant.stages.allocate import allocate_stage, baseline_plans, check_plan, needs_table
-from cptquant.stages.check import check_choices
+from cptquant.stages.check import check_choices, check_target
 from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
+from cptquant.stages.export import ENGINE_TARGETS, export_stage
 from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
 from cptquant.stages.predict import forecast_stage
-from cptquant.stages.quantize import Variant, export_stage, quantize_stage, write_stage
+from cptquant.stages.quantize import Variant, quantize_stage, write_stage
 from cptquant.stages.run import Run
 
 
@@ -66,8 +69,10 @@ def quantize_model(
     check_choices(settings)
     run = Run.start(output, settings, progress)
     layout = inspect_stage(run)
+    check_target(layout, settings.target)
     check_budget(layout, settings.budget_for(layout), find_target(settings.target), settings.quant_formats)
     run.read_all_text()
+    find_exporter(settings.target).check(run.model)
     table = measure_stage(run, layout) if needs_table(settings.allocator) else None
     allocate_stage(run, layout, table)
     return _from_plan(run, layout)
@@ -89,7 +94,8 @@ def _from_plan(run: Run, layout: ModelLayout) -> Result:
     variants = _quantize_variants(run, layout)
     written, guard = guard_stage(run, variants)
     write_stage(run, variants[written])
-    export_stage(run, variants[written])
+    if variants[written].plan.target in ENGINE_TARGETS:
+        export_stage(run, layout, variants[written], variants[written].plan.target)
     evaluation = evaluate_stage(run, layout, variants, written, guard)
     render_report(run.folder)
     return Result(run.folder, layout, variants[written].plan, evaluation, forecast)
@@ -107,6 +113,29 @@ def _quantize_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:
     """The plan and its baselines, each quantized the same way."""
     plans = _plans(run, layout)
     return {name: Variant(plans[name], quantize_stage(run, layout, plans[name], name)) for name in plans}
+
+
+def export_run(
+    folder: Path, target: str | None, progress: Progress = ignore_progress, **changes: object
+) -> ExportRecord:
+    """Write a quantized run for an engine and compare it there with our own model.
+
+    Args:
+        target: spelling of `--target`; None is the one the plan was made for.
+
+    Raises:
+        ArtifactError: nothing was quantized yet, or the plan is illegal under the target. EngineError: the engine
+        refuses the file or computes something else.
+    """
+    run = Run.resume(folder, progress, **changes)
+    layout = run.load("layout.json", ModelLayout)
+    plan_file = (
+        "plan-uniform.json" if run.load("evaluation.json", EvaluationReport).written == "uniform" else "plan.json"
+    )
+    plan = run.load(plan_file, Plan)
+    name = "uniform" if plan_file == "plan-uniform.json" else "quantized"
+    variant = Variant(plan, quantize_stage(run, layout, plan, name))
+    return export_stage(run, layout, variant, target or plan.target)
 
 
 def evaluate_run(folder: Path, progress: Progress = ignore_progress, **changes: object) -> EvaluationReport:

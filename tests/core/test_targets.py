@@ -83,5 +83,8 @@ def test_only_engines_that_fuse_have_ties():
 def test_an_unknown_target_is_refused_with_the_known_ones():
     assert find_target("transformers") is TARGETS["transformers"]
     with pytest.raises(FormatError) as caught:
-        find_target("vllm")
-    assert str(caught.value) == "--target 'vllm' is unknown; choose one of: transformers, transformers-fused, gguf"
+        find_target("tensorrt")
+    assert (
+        str(caught.value)
+        == "--target 'tensorrt' is unknown; choose one of: transformers, transformers-fused, gguf, onnx, vllm"
+    )

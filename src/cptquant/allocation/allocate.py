@@ -63,7 +63,7 @@ def solve_problem(
     layout, table = problem.layout, problem.table
     solution = allocator(problem, seed=seed)
     formats = problem.formats(solution.choice)
-    size_bytes, site_bytes = target.plan_bytes(layout, formats), layout.block_site_bytes(formats)
+    size_bytes, site_bytes = target.plan_bytes(layout, formats), target.block_site_bytes(layout, formats)
     counted_bytes = size_bytes if problem.scope == "file" else site_bytes
     if counted_bytes != problem.counted_bytes(solution.choice) or counted_bytes > problem.limit_bytes:
         raise CptquantError(

@@ -51,7 +51,7 @@ def build_problem(
             embedding, head = (
                 _group(layout, (name,), table, requested, fitting, strict=bool(formats)) for name in names
             )
-            groups.append(_shared_head_group(layout, embedding, head, requested))
+            groups.append(_shared_head_group(layout, target, embedding, head, requested))
         else:
             groups.append(_group(layout, names, table, requested, fitting, strict=bool(formats)))
     names_in_scope = {site.name for site in in_scope}
@@ -177,7 +177,7 @@ def _one_tensor(layout: ModelLayout, target: Target, group: ChoiceGroup) -> Choi
 
 
 def _shared_head_group(
-    layout: ModelLayout, embedding: ChoiceGroup, head: ChoiceGroup, requested: Sequence[QuantFormat]
+    layout: ModelLayout, target: Target, embedding: ChoiceGroup, head: ChoiceGroup, requested: Sequence[QuantFormat]
 ) -> ChoiceGroup:
     """One group for an embedding and a head that are one tensor: every pair of their formats.
 
@@ -187,7 +187,7 @@ def _shared_head_group(
     pairs: dict[tuple[int, int], Option] = {}
     for (i, first), (j, second) in product(enumerate(embedding.options), enumerate(head.options)):
         pair = first.formats + second.formats
-        pairs[i, j] = Option(pair, layout.shared_head_bytes(*pair), first.damage + second.damage)
+        pairs[i, j] = Option(pair, target.shared_head_bytes(layout, *pair), first.damage + second.damage)
     keep = pairs[embedding.option_of[layout.keep_format.name], head.option_of[layout.keep_format.name]]
     kept = {
         key: option

@@ -11,7 +11,20 @@ from typing import Annotated
 
 import typer
 
-from cptquant.cli import allocate, evaluate, inspect, law, measure, predict, quantize, report, targets
+from cptquant.cli import (
+    allocate,
+    bench,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    law,
+    measure,
+    predict,
+    quantize,
+    report,
+    targets,
+)
 from cptquant.core.errors import CptquantError
 
 app = typer.Typer(
@@ -42,7 +55,8 @@ def _root(
 
 
 for command in (quantize.quantize, inspect.inspect, measure.measure, allocate.allocate, predict.predict,
-                evaluate.evaluate, report.report, targets.targets):  # fmt: skip
+                evaluate.evaluate, report.report, targets.targets, export.export, bench.bench,
+                generate.generate):  # fmt: skip
     app.command()(command)
 app.add_typer(law.app, name="law")
 

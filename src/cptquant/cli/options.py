@@ -110,6 +110,7 @@ TrustRemoteCode = Annotated[
     bool | None,
     typer.Option("--trust-remote-code", help="Run code that comes with the model folder.", show_default=False),
 ]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the engine.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
 
 

@@ -7,6 +7,7 @@
         ├── FormatError           an unreadable or illegal quantization format
         ├── BudgetError           an unreadable or unreachable budget
         ├── ArtifactError         layout.json, sensitivity.json, plan.json, ... unreadable or of another version
+        ├── EngineError           an inference engine is missing, too old, or refuses its file
         └── OutputError           the output folder: not empty, not writable, disk full
 
 A message says what was wrong, the value received, what is allowed and what to do, with the flag's spelling.
@@ -43,6 +44,10 @@ class BudgetError(UserError):
 
 class ArtifactError(UserError):
     """A stage file is missing, damaged, or of another schema version."""
+
+
+class EngineError(UserError):
+    """An inference engine is missing, too old, refuses its file, or differs from our own model."""
 
 
 class OutputError(UserError):

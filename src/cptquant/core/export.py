@@ -1,8 +1,6 @@
-"""What the engine makes of an exported file (export.json)."""
+"""What llama.cpp makes of an exported file; `core.engine_export` holds the record of every engine."""
 
-from typing import ClassVar
-
-from cptquant.core.artifact import Artifact, Frozen
+from cptquant.core.artifact import Frozen
 
 
 class TensorCheck(Frozen):
@@ -28,29 +26,3 @@ class EngineComparison(Frozen):
     kl_stderr: float | None
     top1_agreement: float | None
     n: int
-
-
-class ExportReport(Artifact):
-    """Result of `export`.
-
-    Attributes:
-        file, file_bytes, tensor_bytes: what was written.
-        tensors: round trip of every site through the file and the `gguf` package's dequantizer.
-        engine: name and version, None where none is installed; then `note` says so.
-        tokens_equal: the engine's token ids are Hugging Face's on a text of mixed scripts; None without an engine.
-        comparisons: engine against our model. bound_nats: what "dequantized" may differ by.
-    """
-
-    SCHEMA: ClassVar[str] = "cptquant.export"
-    MADE_BY: ClassVar[str] = "cptquant quantize MODEL --target gguf --budget BUDGET --output RUN"
-
-    target: str
-    file: str
-    file_bytes: int
-    tensor_bytes: int
-    tensors: tuple[TensorCheck, ...]
-    engine: str | None = None
-    tokens_equal: bool | None = None
-    comparisons: tuple[EngineComparison, ...] = ()
-    bound_nats: float
-    note: str = ""

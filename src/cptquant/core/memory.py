@@ -6,11 +6,13 @@ from cptquant.core.budget import Budget
 from cptquant.core.errors import BudgetError
 from cptquant.core.layout import ModelLayout
 
-CACHE_ENTRY_BYTES = 2
-"""Keys and values are cached in float16 unless the engine is told otherwise."""
+CACHE_ENTRY_BYTES = {"onnx": 4}
+"""ONNX Runtime caches keys and values in float32, the other engines in float16."""
+WEIGHT_FACTOR = {"onnx": 2.0}
+"""Bytes in memory per byte of weights in the file: ONNX Runtime repacks them beside the mapped file."""
 PROMPT_TOKENS = 512
 """Tokens an engine takes at a time when it reads a prompt (llama.cpp's n_ubatch)."""
-ENGINE_BASE_BYTES = {"gguf": 90_000_000}
+ENGINE_BASE_BYTES = {"gguf": 90_000_000, "onnx": 70_000_000}
 """Resident bytes of llama.cpp under its Python binding beside weights, cache and activations: 80 to 94 MB measured as
 peak resident set minus file size on models of 0.13 and 0.32 billion parameters. Other targets: 500 MB (torch)."""
 _TORCH_BASE_BYTES = 500_000_000
@@ -53,7 +55,7 @@ def find_need(layout: ModelLayout, context: int | None, target: str) -> MemoryNe
     if caches and layout.key_value_width is None:
         raise BudgetError("--memory: config.json does not say how wide keys and values are; use --budget")
     width = layout.key_value_width or 0
-    cache = CACHE_ENTRY_BYTES * width * layout.block_count * context if caches else 0
+    cache = CACHE_ENTRY_BYTES.get(target, 2) * width * layout.block_count * context if caches else 0
     widest = max((site.out_features for site in layout.block_sites), default=layout.hidden_size)
     head = layout.vocabulary_size if layout.task in ("causal_lm", "masked_lm") else 0
     tokens = min(PROMPT_TOKENS, context)
@@ -74,7 +76,7 @@ def memory_budget(layout: ModelLayout, memory: str, context: int | None, target:
     if wanted.unit != "bytes":
         raise BudgetError(f"--memory {memory!r} is no size; write it as 2GB, 512MB or 1.5GiB")
     need = find_need(layout, context, target)
-    left = int(wanted.value) - need.total_bytes
+    left = int((int(wanted.value) - need.total_bytes) / WEIGHT_FACTOR.get(target, 1.0))
     parts = (
         f"{need.cache_bytes:,} bytes of keys and values at {need.context} tokens, {need.engine_bytes:,} of the engine, "
         f"{need.activation_bytes:,} of activations"

@@ -98,7 +98,7 @@ def quantization_config(layout: ModelLayout, plan: Plan) -> dict[str, Any] | Non
         "format": "mixed-precision" if plain else "pack-quantized",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "ignore": [],
+        "ignore": _ignored(layout, plan),
         "kv_cache_scheme": None,
         "config_groups": {
             f"group_{index}": {
@@ -111,6 +111,13 @@ def quantization_config(layout: ModelLayout, plan: Plan) -> dict[str, Any] | Non
             for index, (fmt, names) in enumerate(groups.items())
         },
     }
+
+
+def _ignored(layout: ModelLayout, plan: Plan) -> list[str]:
+    """Linear layers in 16 bits: vLLM refuses a layer that no group and no entry of `ignore` names."""
+    if plan.target != "vllm":
+        return []
+    return [site.name for site in layout.sites if site.kind == "linear" and plan.quant_formats[site.name].is_float]
 
 
 def _weight_arguments(fmt: QuantFormat) -> dict[str, Any]:

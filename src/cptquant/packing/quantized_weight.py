@@ -91,10 +91,13 @@ def join_rows(parts: Sequence[StoredWeight]) -> StoredWeight:
     blocks = [part for part in parts if isinstance(part, BlockWeight)]
     if blocks:
         return join_block_rows(blocks)
-    return _join_quantized([part for part in parts if isinstance(part, QuantizedWeight)])
+    return join_quantized([part for part in parts if isinstance(part, QuantizedWeight)])
 
 
-def _join_quantized(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+def join_quantized(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """As `join_rows`, for codes with scales."""
+    if len(parts) == 1:
+        return parts[0]
     zeros = [part.zeros for part in parts if part.zeros is not None]
     return QuantizedWeight(
         parts[0].format,

@@ -57,11 +57,15 @@ class ShardFolder:
         """
         path = self.folder / f"{label}.safetensors"
         partial = path.with_name(path.name + ".partial")
-        tensors = {
-            f"{site}.{name}": tensor.contiguous()
-            for site, weight in weights.items()
-            for name, tensor in encode(weight).items()
-        }
+        tensors: dict[str, Tensor] = {}
+        pointers: set[int] = set()
+        for site, weight in weights.items():
+            for name, tensor in encode(weight).items():
+                stored = tensor.contiguous()
+                if stored.data_ptr() in pointers:  # a head that is its embedding; safetensors wants tensors apart
+                    stored = stored.clone()
+                pointers.add(stored.data_ptr())
+                tensors[f"{site}.{name}"] = stored
         metadata = {
             "records": json.dumps([record.model_dump_json() for record in records]),
             "sites": json.dumps(list(weights)),

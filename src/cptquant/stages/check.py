@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from cptquant.allocation.methods import find_allocator
-from cptquant.core.errors import DataError, UserError
+from cptquant.core.errors import DataError, ModelError, UserError
+from cptquant.core.layout import ModelLayout
 from cptquant.core.settings import BASELINES, RunSettings
 from cptquant.core.targets import find_target
 
@@ -29,6 +30,17 @@ def check_choices(settings: RunSettings) -> None:
     for flag, text in (("--calibration", settings.calibration), ("--eval-text", settings.eval_text)):
         if text is not None and not Path(text).exists():
             raise DataError(f"{flag} {text!r} does not exist; give a .txt, a .jsonl or a saved `datasets` folder")
+
+
+def check_target(layout: ModelLayout, name: str) -> None:
+    """Refuse a model that the target's engine cannot run, as soon as its layout is known.
+
+    Raises:
+        ModelError: with what the engine can run.
+    """
+    refusal = find_target(name).refuse_model(layout)
+    if refusal is not None:
+        raise ModelError(refusal)
 
 
 def _check_name(flag: str, name: str, allowed: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import read_layout
 from cptquant.sensitivity.taylor import Tdmpq
 from cptquant.stages.allocate import needs_table
-from cptquant.stages.check import check_choices
+from cptquant.stages.check import check_choices, check_target
 
 _BASE_BYTES = 500_000_000
 """Resident set of Python with torch and transformers imported."""
@@ -51,6 +51,7 @@ def estimate_run(settings: RunSettings) -> RunEstimate:
     check_choices(settings)
     layout = read_layout(settings.model, trust_remote_code=settings.trust_remote_code)
     budget, target = settings.budget_for(layout), find_target(settings.target)
+    check_target(layout, settings.target)
     check_budget(layout, budget, target, settings.quant_formats)
     reach = find_reach(layout, budget, target, settings.quant_formats)
     limit = budget.limit_bytes(layout)

@@ -57,9 +57,9 @@ def evaluate_stage(
     def make() -> EvaluationReport:
         sources: dict[str, WeightSource] = {name: variant.shards for name, variant in variants.items()}
         sources["quantized"] = variants[written].shards
-        # A quantized GPT-2's checkpoint is another architecture (decision 0003); a GGUF file was compared byte by byte
-        # with the pieces when it was written.
-        if layout.model_type != "gpt2" and plans["quantized"].target != "gguf":
+        # A quantized GPT-2's checkpoint is another architecture (decision 0003); the files of other engines were
+        # compared with the pieces when they were written.
+        if layout.model_type != "gpt2" and plans["quantized"].target not in ("gguf", "onnx"):
             formats = plans["quantized"].quant_formats
             sources["quantized"] = CheckpointWeights(run.folder / "checkpoint", layout, formats)
         measured = evaluate(run.model, sources, run.test, progress=run.progress)

@@ -4,17 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cptquant.core.artifact import digest_file, digest_json
-from cptquant.core.export import ExportReport
 from cptquant.core.layout import ModelLayout
 from cptquant.core.manifest import CheckpointRecord, Manifest
 from cptquant.core.plan import Plan
-from cptquant.exporters.compressed_tensors import check_exportable, write_checkpoint
-from cptquant.exporters.gguf.read_back import check_tensors
-from cptquant.exporters.gguf.write import FILE_NAME, check_gguf_exportable, write_gguf
-from cptquant.exporters.llamacpp.check import BOUND_NATS, check_token_ids, compare_in_engine
-from cptquant.exporters.llamacpp.engine import INSTALL, LlamaCpp, find_llamacpp
+from cptquant.exporters.export import find_exporter
 from cptquant.models.arithmetic import describe_arithmetic
-from cptquant.models.load import LoadedModel
 from cptquant.packing.shards import ShardFolder
 from cptquant.quantizers.methods import find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
@@ -37,7 +31,7 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
     they depend on, so equal plans share them.
     """
     check_plan(plan, layout)
-    check_model(run.model, plan.target)
+    find_exporter(plan.target).check(run.model)
     quantizer = find_quantizer(run.settings.quantizer)
     inputs = {
         "plan": digest_json(plan.formats),
@@ -86,8 +80,7 @@ def write_stage(run: Run, variant: Variant) -> Path:
         stamp.unlink(missing_ok=True)
 
     def make() -> CheckpointRecord:
-        write = write_gguf if variant.plan.target == "gguf" else write_checkpoint
-        written = write(run.model, variant.plan, variant.shards, folder)
+        written = find_exporter(variant.plan.target).write(run.model, variant.plan, variant.shards, folder)
         return CheckpointRecord(
             tensor_bytes=written.tensor_bytes,
             header_bytes=written.header_bytes,
@@ -96,56 +89,6 @@ def write_stage(run: Run, variant: Variant) -> Path:
 
     run.stage(stamp.name, CheckpointRecord, inputs, make)
     return folder
-
-
-def export_stage(run: Run, variant: Variant) -> ExportReport | None:
-    """export.json: the written file against our own weights, and in its engine; None for targets without a check."""
-    if variant.plan.target != "gguf":
-        return None
-    engine = find_llamacpp()
-    inputs = {
-        "plan": variant.plan.digest(),
-        "pieces": variant.shards.folder.name,
-        "tokens": run.validation.digest,
-        "engine": engine.version if engine else "none",
-    }
-    return run.stage("export.json", ExportReport, inputs, lambda: _check_export(run, variant, engine))
-
-
-def _check_export(run: Run, variant: Variant, engine: LlamaCpp | None) -> ExportReport:
-    path = run.folder / "checkpoint" / FILE_NAME
-    run.progress("check export", 0, 1)
-    report = ExportReport(
-        target=variant.plan.target,
-        file=str(path.relative_to(run.folder)),
-        file_bytes=path.stat().st_size,
-        tensor_bytes=variant.plan.size_bytes,
-        tensors=check_tensors(path, run.model, variant.plan, variant.shards),
-        bound_nats=BOUND_NATS,
-        note=f"not run in llama.cpp: it is not installed; {INSTALL}" if engine is None else "",
-    )
-    if engine is not None:
-        report = report.model_copy(
-            update={
-                "engine": f"llama-cpp-python {engine.version}",
-                "tokens_equal": check_token_ids(engine, path, run.model),
-                "comparisons": compare_in_engine(engine, path, run.model, variant.plan, variant.shards, run.validation),
-            }
-        )
-    run.progress("check export", 1, 1)
-    return report
-
-
-def check_model(model: LoadedModel, target: str) -> None:
-    """Refuse a model that could not be written for a target, before anything is quantized.
-
-    Raises:
-        ModelError: with the reason.
-    """
-    if target == "gguf":
-        check_gguf_exportable(model)
-    else:
-        check_exportable(model)
 
 
 def block_label(block_index: int | None) -> str:

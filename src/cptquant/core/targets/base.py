@@ -70,6 +70,12 @@ class Target(ABC):
             total += self.shared_head_bytes(layout, chosen.pop(embedding), chosen.pop(head))
         return total + sum(self.site_bytes(layout, layout.site_by_name[name], fmt) for name, fmt in chosen.items())
 
+    def block_site_bytes(self, layout: ModelLayout, formats: Mapping[str, QuantFormat]) -> int:
+        """Bytes of the blocks' linear sites alone: what an `@sites` budget limits."""
+        return sum(
+            self.site_bytes(layout, site, formats.get(site.name, layout.keep_format)) for site in layout.block_sites
+        )
+
 
 def candidate_formats(
     site: Site, layout: ModelLayout, target: Target, formats: Sequence[QuantFormat]

@@ -4,6 +4,8 @@ from cptquant.core.errors import FormatError
 from cptquant.core.targets.base import Target
 from cptquant.core.targets.compressed_tensors import DEFAULT_FORMATS, CompressedTensors
 from cptquant.core.targets.gguf import GGUF
+from cptquant.core.targets.onnx import ONNX
+from cptquant.core.targets.vllm import VLLM
 
 _DIVISIBILITY = "group sizes divide the row; else the largest power of two from 16 that does, else one scale a row"
 _KEPT = "norms, biases, positions in 16 bits; embeddings in 8 (plain) or 16"
@@ -31,6 +33,8 @@ TARGETS: dict[str, Target] = {
             fuses=True,
         ),
         GGUF,
+        ONNX,
+        VLLM,
     )
 }
 

@@ -1,0 +1,93 @@
+"""What was written for an engine, and how it compared there with our own model (export.json)."""
+
+from typing import ClassVar
+
+from cptquant.core.artifact import Artifact, Frozen
+
+KL_BOUND_NATS = 1e-3
+"""Largest mean KL(ours ‖ engine) per token that an export may have where the engine computes with float activations."""
+
+
+class SiteRoundTrip(Frozen):
+    """One site read back from the engine's file.
+
+    Attributes:
+        largest_error: max |read back - ours| over the dequantized matrix; 0 where nothing was lost.
+    """
+
+    site: str
+    format: str
+    largest_error: float
+
+
+class EngineComparison(Frozen):
+    """The engine's outputs beside our dequantized model's on held-out text.
+
+    Attributes:
+        arithmetic: how the engine computed: "float activations", "int8 activations".
+        kl_nats: mean KL(ours ‖ engine), of a token or, for a classifier, an example; None for bare encoders.
+        top1_agreement: share with the same most likely answer; None for bare encoders.
+        cosine, cosine_lowest: of pooled embeddings, mean and minimum; None for other tasks.
+        n: tokens, examples or sentences compared. stderr: of kl_nats or cosine, clustered by document.
+        bound: what kl_nats may not exceed (1 - cosine for encoders); None where it is only stated.
+    """
+
+    arithmetic: str
+    kl_nats: float | None = None
+    top1_agreement: float | None = None
+    cosine: float | None = None
+    cosine_lowest: float | None = None
+    n: int
+    stderr: float | None = None
+    bound: float | None = None
+
+    @property
+    def distance(self) -> float:
+        """What is held against the bound."""
+        return self.kl_nats if self.kl_nats is not None else 1 - (self.cosine if self.cosine is not None else 1.0)
+
+
+class MemoryUse(Frozen):
+    """Bytes an engine takes with a cache for `context` tokens filled to its end.
+
+    Attributes:
+        base_bytes: of the process with the engine's library and no model.
+        weight_bytes, cache_bytes, overhead_bytes: the parts of the prediction on top.
+        predicted_bytes: their sum. measured_bytes: peak resident set of the engine's process; None if not run.
+    """
+
+    context: int
+    base_bytes: int
+    weight_bytes: int
+    cache_bytes: int
+    overhead_bytes: int
+    predicted_bytes: int
+    measured_bytes: int | None = None
+
+
+class ExportRecord(Artifact):
+    """Result of `export` (export.json beside the engine's files).
+
+    Attributes:
+        target: spelling of `--target`. entry: name of the file or folder an engine is given.
+        files: name -> sha256. tensor_bytes: of all tensors; file_bytes: of the files that hold them.
+        context: longest sequence the files were written for; None where they set no limit.
+        round_trip: one record per quantized site.
+        tokens_equal: the engine's own tokenizer gives Hugging Face's ids on mixed text; None where it has none.
+        comparisons: in the engine; empty if it was not run. engine: its name and version, or why it was not run.
+    """
+
+    SCHEMA: ClassVar[str] = "cptquant.export"
+    MADE_BY: ClassVar[str] = "cptquant export RUN --target TARGET"
+
+    target: str
+    entry: str
+    files: dict[str, str]
+    tensor_bytes: int
+    file_bytes: int
+    context: int | None = None
+    round_trip: tuple[SiteRoundTrip, ...]
+    tokens_equal: bool | None = None
+    comparisons: tuple[EngineComparison, ...] = ()
+    engine: str
+    memory: MemoryUse | None = None

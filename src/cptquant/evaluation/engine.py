@@ -1,0 +1,89 @@
+"""An engine's outputs beside our own dequantized model's, on the same held-out tokens."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cptquant.core.engine_export import KL_BOUND_NATS, EngineComparison
+from cptquant.core.layout import ModelLayout
+from cptquant.evaluation.estimates import estimate_ratio
+from cptquant.evaluation.lockstep import LANGUAGE_TASKS, pieces, run_blocks
+from cptquant.evaluation.scored_text import ScoredText
+from cptquant.models.load import LoadedModel
+from cptquant.models.losses import cosine_distance, pooled_embedding, sequence_kl
+from cptquant.models.stream import ModelStream, WeightSource
+
+_OUTPUT_LIMIT_BYTES = 1 << 28
+"""Outputs that one engine writes to disk for a comparison."""
+
+
+@dataclass(frozen=True)
+class EngineOutputs:
+    """One way of running an engine.
+
+    Attributes:
+        arithmetic: "float activations", "int8 activations". bounded: whether the bound holds for it.
+        read: number of a sequence -> its output as the engine gave it: logits (T, V) or (C,), or hidden (T, width).
+    """
+
+    arithmetic: str
+    bounded: bool
+    read: Callable[[int], Tensor]
+
+
+def comparison_sequences(layout: ModelLayout, available: int, length: int) -> int:
+    """How many sequences an engine is asked for: at most 32, and no more than fit the disk limit."""
+    width = layout.vocabulary_size if layout.task in LANGUAGE_TASKS else layout.hidden_size
+    return max(2, min(available, 32, _OUTPUT_LIMIT_BYTES // (4 * length * width)))
+
+
+def compare_engine(
+    model: LoadedModel, weights: WeightSource, text: ScoredText, ways: list[EngineOutputs]
+) -> list[EngineComparison]:
+    """KL(ours ‖ engine) and top-1 agreement, or the cosine of pooled embeddings, for each way of running it.
+
+    Ours is the original with `weights` in place, in float32, as `evaluate` runs it.
+    """
+    streams: Mapping[str, ModelStream] = {"ours": ModelStream(model, text.tokens, weights=weights)}
+    run_blocks(streams)
+    gathered: dict[str, list[tuple[Tensor, Tensor]]] = {way.arithmetic: [] for way in ways}
+    for piece in pieces(streams):
+        ours = piece.output("ours")
+        for way in ways:
+            rows = range(piece.rows.start, piece.rows.stop)
+            theirs = torch.stack([way.read(index) for index in rows])
+            gathered[way.arithmetic].append(_distances(model.layout, text, piece.rows, ours, theirs))
+    return [_summarize(model.layout, text, way, gathered[way.arithmetic]) for way in ways]
+
+
+def _distances(
+    layout: ModelLayout, text: ScoredText, rows: slice, ours: Tensor, theirs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Per sequence: (summed KL, agreements), or (cosine distance, zeros) for bare encoders."""
+    if layout.task == "encoder":
+        mask = text.tokens.attention_mask[rows]
+        pooled = theirs if theirs.dim() == 2 else pooled_embedding(theirs.double(), mask)
+        distance = cosine_distance(pooled_embedding(ours.double(), mask), pooled)
+        return distance, torch.zeros_like(distance)
+    found = sequence_kl(ours, theirs, text.scored[rows])
+    return found.sums, found.agreements
+
+
+def _summarize(
+    layout: ModelLayout, text: ScoredText, way: EngineOutputs, parts: list[tuple[Tensor, Tensor]]
+) -> EngineComparison:
+    sums, agreements = (torch.cat(column) for column in zip(*parts, strict=True))
+    mean = estimate_ratio(sums, text.counts, text.clusters)
+    bound = KL_BOUND_NATS if way.bounded else None
+    if layout.task == "encoder":
+        return EngineComparison(
+            arithmetic=way.arithmetic, cosine=1 - mean.value, cosine_lowest=1 - sums.max().item(), n=mean.n,
+            stderr=mean.stderr, bound=bound,
+        )  # fmt: skip
+    share = estimate_ratio(agreements, text.counts, text.clusters)
+    return EngineComparison(
+        arithmetic=way.arithmetic, kl_nats=mean.value, top1_agreement=share.value, n=mean.n, stderr=mean.stderr,
+        bound=bound,
+    )  # fmt: skip

@@ -1,0 +1,100 @@
+"""Read the quantized matrices of a model.onnx back: what the engine will compute with."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from cptquant.core.errors import ArtifactError
+from cptquant.core.formats import QuantFormat
+from cptquant.core.layout import ModelLayout, Site
+from cptquant.exporters.onnx.decoders import gpt_neox_row_order
+from cptquant.packing.nbits import NBitsWeight, block_size_of, unpack_nbits
+from cptquant.packing.quantized_weight import QuantizedWeight
+
+_DTYPES: dict[int, torch.dtype] = {
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+    onnx.TensorProto.UINT8: torch.uint8,
+    onnx.TensorProto.INT8: torch.int8,
+}
+
+
+def read_sites(
+    model_file: Path, layout: ModelLayout, formats: Mapping[str, QuantFormat]
+) -> Iterator[tuple[str, Tensor]]:
+    """(site, dequantized float32 (out_features, in_features)) of every quantized site, a matrix at a time.
+
+    Raises:
+        ArtifactError: a site's tensors are missing, or the data file is too short.
+    """
+    file = _TensorFile(model_file)
+    for site in layout.sites:
+        fmt = formats[site.name]
+        if fmt.is_float:
+            continue
+        holder, rows = _locate(file, site, layout)
+        weight = _weight(file, holder, fmt, site.in_features)
+        dequantized = weight.dequantize()[rows]
+        if layout.model_type == "gpt_neox" and site.role == "qkv":
+            restored = torch.empty_like(dequantized)
+            restored[gpt_neox_row_order(layout.hidden_size, _heads(file))] = dequantized
+            dequantized = restored
+        yield site.name, dequantized
+
+
+def _locate(file: "_TensorFile", site: Site, layout: ModelLayout) -> tuple[str, slice]:
+    """Name under which a site's codes are stored, and its rows there (several sites may be one matrix)."""
+    if layout.shared_head is not None and site.name == layout.shared_head[1]:
+        site = layout.site_by_name[layout.shared_head[0]]
+    if f"{site.name}.codes" in file.tensors:
+        return site.name, slice(None)
+    for name in file.tensors:
+        holder = name.removesuffix(".codes")
+        if holder == name:
+            continue
+        members = holder.split("+")
+        if site.name in members:
+            before = sum(layout.site_by_name[member].out_features for member in members[: members.index(site.name)])
+            return holder, slice(before, before + site.out_features)
+    raise ArtifactError(f"{file.path} holds no codes of {site.name}; export again")
+
+
+def _weight(file: "_TensorFile", holder: str, fmt: QuantFormat, in_features: int) -> QuantizedWeight:
+    codes, scales = file.read(f"{holder}.codes"), file.read(f"{holder}.scales")
+    if codes.dtype is torch.int8:  # one scale a row: a product's matrix is turned, an embedding's is not
+        turned = codes if codes.shape[1] == in_features and scales.dim() == 2 else codes.t()
+        return QuantizedWeight(fmt, turned.contiguous(), scales.reshape(-1, 1))
+    rows = codes.shape[0]
+    block = block_size_of(fmt, in_features)
+    zeros = file.read(f"{holder}.zeros").numpy() if f"{holder}.zeros" in file.tensors else None
+    shaped = codes.numpy().reshape(rows, in_features // block, -1)
+    return unpack_nbits(NBitsWeight(fmt.code_bits, block, shaped, scales, zeros), fmt)
+
+
+def _heads(file: "_TensorFile") -> int:
+    for node in file.nodes:
+        if node.op_type == "GroupQueryAttention":
+            return next(attribute.i for attribute in node.attribute if attribute.name == "num_heads")
+    raise ArtifactError(f"{file.path} has no attention; export again")
+
+
+class _TensorFile:
+    def __init__(self, model_file: Path) -> None:
+        self.path = model_file
+        graph = onnx.load_model(model_file, load_external_data=False).graph
+        self.nodes = graph.node
+        self.tensors = {tensor.name: tensor for tensor in graph.initializer}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor from the data file."""
+        proto = self.tensors[name]
+        where = {entry.key: entry.value for entry in proto.external_data}
+        path = self.path.with_name(where["location"])
+        content = np.fromfile(path, np.uint8, int(where["length"]), offset=int(where["offset"]))
+        if content.nbytes != int(where["length"]):
+            raise ArtifactError(f"{path} is truncated: {name} needs {where['length']} bytes; export again")
+        return torch.from_numpy(content).view(_DTYPES[proto.data_type]).reshape(tuple(proto.dims))

@@ -1,0 +1,133 @@
+"""export, generate and bench from the command line, on a small OPT, with the real engine."""
+
+import json
+import shutil
+
+import pytest
+from engines_models.tiny_models import save_model
+
+from cptquant.cli.main import main
+from cptquant.core.bench import BenchRecord
+from cptquant.core.engine_export import ExportRecord
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.engines
+
+TEXT = ["--calibration-sequences", "4", "--eval-sequences", "8", "--sequence-length", "32"]
+QUICK = ["--quantizer", "rtn", "--allocator", "random", "--baselines", "random", *TEXT]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run for --target onnx, made once through the command line."""
+    work = tmp_path_factory.mktemp("commands")
+    model, run = save_model("opt", work / "model"), work / "run"
+    arguments = ["quantize", str(model), "--target", "onnx", "--budget", "6bpw", "--output", str(run), *QUICK]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["cptquant", *arguments])
+        try:
+            main()
+        except SystemExit as leave:
+            assert not leave.code
+    return run
+
+
+@pytest.fixture
+def copied(run_folder, tmp_path):
+    return shutil.copytree(run_folder, tmp_path / "run")
+
+
+def test_quantize_checks_the_file_in_the_engine(run_folder):
+    record = ExportRecord.load(run_folder / "export/onnx/export.json")
+    exact, rounded = record.comparisons
+    assert (exact.arithmetic, rounded.arithmetic) == ("float activations", "int8 activations")
+    assert exact.kl_nats is not None and exact.kl_nats < 1e-7 and exact.bound == 1e-3 and exact.n == 8 * 31
+    assert rounded.kl_nats is not None and rounded.kl_nats > exact.kl_nats and rounded.bound is None
+    assert record.round_trip and all(site.largest_error == 0 for site in record.round_trip)
+    assert record.entry == "checkpoint/model.onnx" and record.engine.startswith("onnxruntime ")
+    assert record.memory is not None and record.memory.measured_bytes is not None
+    assert record.memory.cache_bytes == 64 * 2 * 2 * 64 * 4
+    plan = json.loads((run_folder / "plan.json").read_text())
+    assert record.tensor_bytes == plan["size_bytes"]
+
+
+def test_export_prints_what_was_found(cptquant, run_folder):
+    outcome = cptquant("export", run_folder)
+    assert outcome.code == 0
+    assert "float activations: KL(ours ‖ engine)" in outcome.out and "allowed 0.001" in outcome.out
+    assert "quantized matrices exact" in outcome.out and "measured" in outcome.out
+
+
+def test_a_changed_tensor_is_named(cptquant, copied):
+    (copied / "export/onnx/export.json").unlink()
+    data = copied / "checkpoint/model.onnx.data"
+    content = bytearray(data.read_bytes())
+    from cptquant.exporters.onnx.read_back import _TensorFile
+
+    proto = _TensorFile(copied / "checkpoint/model.onnx").tensors["model.decoder.layers.1.fc2.codes"]
+    offset = next(int(entry.value) for entry in proto.external_data if entry.key == "offset")
+    content[offset] ^= 0x11
+    data.write_bytes(bytes(content))
+    outcome = cptquant("export", copied)
+    assert outcome.code == 2
+    assert "tensors that differ from ours: model.decoder.layers.1.fc2 (by up to" in outcome.err
+    assert data.exists()
+
+
+def test_another_target_says_what_is_illegal_there(cptquant, run_folder):
+    outcome = cptquant("export", run_folder, "--target", "transformers")
+    assert outcome.code == 2
+    assert "was made for --target onnx and is illegal under --target transformers:" in outcome.err
+    assert "nearest legal format:" in outcome.err
+
+
+def test_generate_continues_and_refuses(cptquant, run_folder):
+    first = cptquant("generate", run_folder, "--prompt", "The cat", "--engine", "onnx", "--tokens", 5)
+    again = cptquant("generate", run_folder, "--prompt", "The cat", "--engine", "onnx", "--tokens", 5)
+    assert first.code == 0 and first.out == again.out and first.out.startswith("The cat")
+    long = cptquant("generate", run_folder, "--prompt", "The cat", "--engine", "onnx", "--tokens", 100)
+    assert long.code == 2 and "do not fit the context of 64; lower --tokens" in long.err
+    other = cptquant("generate", run_folder, "--prompt", "The cat", "--engine", "llamacpp", "--tokens", 5)
+    assert other.code == 2 and "holds no files for llamacpp; write them with: cptquant export" in other.err
+
+
+def test_bench_compares_engines(cptquant, copied):
+    outcome = cptquant("bench", copied, "--engines", "transformers,onnx", "--rounds", 1, "--seconds", 0.02)
+    assert outcome.code == 0, outcome.err
+    record = BenchRecord.load(copied / "bench.json")
+    assert [variant.name for variant in record.variants] == ["transformers fp32", "transformers bf16", "onnx"]
+    for variant in record.variants:
+        assert variant.figures["decode_tokens_per_second"].median > 0 and variant.figures["peak_bytes"].median > 1e7
+    assert record.variants[1].ratios["decode_tokens_per_second"].median == 1
+    assert record.variants[2].bandwidth_share is not None
+    page = (copied / "bench.html").read_text()
+    assert "<svg" in page and "http" not in page.split("</style>")[1]
+    assert "transformers bf16" in outcome.out
+
+
+def test_bench_refuses_nonsense(cptquant, copied):
+    assert "give either a RUN folder or --synthetic" in cptquant("bench").err
+    unknown = cptquant("bench", copied, "--engines", "tensorrt")
+    assert (
+        unknown.code == 2 and "--engines 'tensorrt' is unknown; choose of: transformers, onnx, llamacpp" in unknown.err
+    )
+    missing = cptquant("bench", copied, "--engines", "llamacpp")
+    assert missing.code == 2 and "--target gguf" in missing.err
+    shape = cptquant("bench", "--synthetic", "gpt-9", "--output", copied / "x")
+    assert (
+        shape.code == 2
+        and "--synthetic 'gpt-9' is unknown; choose one of: llama-0.3b, opt-125m, bert-base" in shape.err
+    )
+
+
+def test_memory_becomes_a_budget(cptquant, tmp_path):
+    model = save_model("opt", tmp_path / "model")
+    refused = cptquant("quantize", model, "--target", "onnx", "--memory", "1MB", "--output", tmp_path / "run", *QUICK)
+    assert refused.code == 2 and "--memory 1MB leaves nothing for the weights:" in refused.err
+    both = cptquant("quantize", model, "--memory", "1GB", "--budget", "4bpw", "--output", tmp_path / "both")
+    assert both.code == 2 and "--budget and --memory were both given" in both.err
+    beyond = cptquant(
+        "quantize", model, "--target", "onnx", "--memory", "1GB", "--context", 65, "--output", tmp_path / "long", *QUICK
+    )
+    assert beyond.code == 2 and "--context 65 is outside the model's range of 1 to 64 tokens" in beyond.err

@@ -1,0 +1,172 @@
+"""Every family's graph in ONNX Runtime against transformers' own model with our dequantized weights."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from engines_models.tiny_models import MODELS, quantize, save_model
+
+from cptquant.core.errors import EngineError, ModelError
+from cptquant.models.load import load_model
+from cptquant.models.stream import ModelStream
+from cptquant.models.text import TokenSet
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.engines
+
+MIXED = ["int4-g32", "int8-g32", "int2-g16", "int8-channel", "int4-g32-asym"]
+
+
+def make_tokens(count: int = 3, length: int = 24) -> TokenSet:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 2048, (count, length), generator=generator)
+    return TokenSet.build(ids, torch.ones_like(ids), None, torch.arange(count), "random")
+
+
+def our_outputs(model, weights, tokens) -> torch.Tensor:
+    stream = ModelStream(model, tokens, weights=weights, batch_size=tokens.sequence_count)
+    for _ in range(model.layout.block_count):
+        stream.advance(stream.load_block())
+    return stream.finish(0, stream.hidden[0])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """name -> (model, weights, model file, its float twin), made once."""
+    from cptquant.exporters.onnx.export import export_onnx, write_float_twin
+
+    made = {}
+
+    def get(name: str, formats: tuple[str, ...] = tuple(MIXED)):
+        if (name, formats) not in made:
+            work = tmp_path_factory.mktemp(name)
+            model = load_model(save_model(name, work / "model"))
+            chosen, weights = quantize(model, list(formats))
+            written = export_onnx(model, chosen, weights, work / "files")
+            file = written.files[0]
+            made[name, formats] = model, chosen, weights, written, file, write_float_twin(file)
+        return made[name, formats]
+
+    return get
+
+
+def run(file, tokens) -> torch.Tensor:
+    from cptquant.engines.onnx_runtime import OnnxRuntimeEngine
+
+    engine = OnnxRuntimeEngine(file)
+    if engine.task != "causal_lm":
+        return torch.from_numpy(engine.encode(tokens.input_ids.numpy(), tokens.attention_mask.numpy()))
+    outputs = []
+    for row in tokens.input_ids.numpy():
+        engine.reset()
+        outputs.append(torch.from_numpy(engine.extend(row, every=True)))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_float_activations_give_our_outputs(name, exported):
+    model, _, weights, _, _, twin = exported(name)
+    tokens = make_tokens()
+    ours, theirs = our_outputs(model, weights, tokens), run(twin, tokens)
+    assert theirs.shape == ours.shape
+    assert (theirs - ours).abs().max() < 2e-4 * ours.abs().max()
+
+
+@pytest.mark.parametrize("name", ["bert-encoder", "bert-classifier"])
+def test_one_scale_a_row_in_encoders(name, exported):
+    """DynamicQuantizeMatMul, with a second term where activations have outliers."""
+    model, _, weights, _, file, twin = exported(name, ("int8-channel",))
+    tokens = make_tokens()
+    ours, exact, rounded = our_outputs(model, weights, tokens), run(twin, tokens), run(file, tokens)
+    assert (exact - ours).abs().max() < 2e-4 * ours.abs().max()
+    assert 0 < (rounded - ours).abs().max() < 0.1 * ours.abs().max()
+    kinds = [node.op_type for node in onnx.load_model(file, load_external_data=False).graph.node]
+    assert kinds.count("DynamicQuantizeLinear") == 2 * 3  # o, up and down of two blocks
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_matrix_reads_back_and_bytes_are_counted(name, exported):
+    from cptquant.core.targets import find_target
+    from cptquant.exporters.onnx.read_back import read_sites
+
+    model, formats, weights, written, file, _ = exported(name)
+    found = dict(read_sites(file, model.layout, formats))
+    assert set(found) == {site for site, fmt in formats.items() if not fmt.is_float}
+    for site, matrix in found.items():
+        assert torch.equal(matrix, weights.weight(site)), site
+    counted = find_target("onnx").plan_bytes(model.layout, formats)
+    assert written.tensor_bytes == counted
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen3", "gpt_neox"])
+def test_the_cache_changes_nothing(name, exported):
+    from cptquant.engines.onnx_runtime import OnnxRuntimeEngine
+
+    *_, twin = exported(name)
+    ids = make_tokens(1, 40).input_ids[0].numpy()
+    engine = OnnxRuntimeEngine(twin, context=40)
+    whole = engine.extend(ids, every=True)
+    engine.reset()
+    pieces = [engine.extend(ids[:15], every=True)]
+    pieces += [engine.extend(ids[index : index + 1]) for index in range(15, 20)]
+    pieces.append(engine.extend(ids[20:], every=True))
+    np.testing.assert_allclose(np.concatenate(pieces), whole, atol=1e-4)
+    with pytest.raises(EngineError, match=r"^41 tokens do not fit the context of 40$"):
+        engine.extend(ids[:1])
+
+
+def test_sixteen_bits_stay_exact_and_shared(exported):
+    model, _, weights, written, _, twin = exported("qwen2", ("bfloat16",))
+    assert written.tensor_bytes == model.layout.bytes_at_16_bit
+    tokens = make_tokens()
+    ours = our_outputs(model, weights, tokens)
+    assert (run(twin, tokens) - ours).abs().max() < 2e-4 * ours.abs().max()
+
+
+def test_padding_is_masked(exported):
+    *_, twin = exported("bert-encoder")
+    from cptquant.engines.onnx_runtime import OnnxRuntimeEngine
+
+    engine, ids = OnnxRuntimeEngine(twin), make_tokens(1, 20).input_ids.numpy()
+    padded, mask = np.pad(ids, ((0, 0), (0, 7))), np.pad(np.ones_like(ids), ((0, 0), (0, 7)))
+    np.testing.assert_allclose(engine.encode(padded, mask)[:, :20], engine.encode(ids, np.ones_like(ids)), atol=1e-5)
+
+
+def test_int8_activations_stay_near(exported):
+    model, _, weights, _, file, _ = exported("llama", ("int8-g32",))
+    tokens = make_tokens()
+    ours, theirs = our_outputs(model, weights, tokens).log_softmax(-1), run(file, tokens).log_softmax(-1)
+    kl = (ours.exp() * (ours - theirs)).sum(-1).mean()
+    assert 0 < kl < 1e-3
+
+
+def test_damaged_and_foreign_files_are_refused(exported, tmp_path):
+    from cptquant.engines.onnx_runtime import OnnxRuntimeEngine
+
+    *_, written, file, _ = exported("opt")
+    for path in written.folder.glob("model.onnx*"):
+        shutil.copyfile(path, tmp_path / path.name)
+    data = tmp_path / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-5000])
+    with pytest.raises(EngineError, match=r"cannot load .*model.onnx .* is the file whole\? Write it again with: cpt"):
+        OnnxRuntimeEngine(tmp_path / "model.onnx")
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(EngineError, match="is the file whole"):
+        OnnxRuntimeEngine(tmp_path / "model.onnx")
+    with pytest.raises(EngineError, match=r"^--context 100 is longer than the 64 positions .* was written for$"):
+        OnnxRuntimeEngine(file, context=100)
+
+
+def test_what_the_graph_does_not_know_is_refused(tmp_path):
+    from cptquant.exporters.onnx.export import export_onnx
+
+    model = load_model(save_model("opt", tmp_path / "model"))
+    formats, weights = quantize(model, ["int8-g32"])
+    with pytest.raises(ModelError, match=r"^--context 65 is longer than the 64 positions of "):
+        export_onnx(model, formats, weights, tmp_path / "files", context=65)
+    model.module.config.activation_function = "mish"
+    with pytest.raises(ModelError, match=r"does not know the activation 'mish' of OPTForCausalLM; it knows relu, silu"):
+        export_onnx(model, formats, weights, tmp_path / "files")
+    assert not (tmp_path / "files").exists()
