@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/cptquant quantize embedded:opt-mini --budget 4bpw --output runs/demo
 
 test: $(STAMP) lint typecheck
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not engines"
 
 # ONNX Runtime comes as a wheel. llama-cpp-python is compiled (about 20 minutes on 2 cores): asked for by LLAMACPP=1, or
 # tested where it is installed already.

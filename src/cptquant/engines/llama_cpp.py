@@ -104,7 +104,7 @@ def import_llama_cpp() -> Any:
         EngineError: missing, or too old.
     """
     try:
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise EngineError(
             "llama-cpp-python is not installed; build it with: pip install cptquant[llamacpp] (about 20 minutes on 2 "

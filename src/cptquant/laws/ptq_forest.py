@@ -55,7 +55,8 @@ def forest_left_out(
 
 def _forest() -> Any:
     try:
-        from sklearn.ensemble import RandomForestRegressor  # here: the package works without it
+        # Here: the package works without it, and it has no type stubs.
+        from sklearn.ensemble import RandomForestRegressor  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
         raise UserError("a random forest needs scikit-learn; install it with: pip install scikit-learn") from None
     return RandomForestRegressor(TREES, random_state=SEED)

@@ -209,7 +209,7 @@ class Design:
         target = np.concatenate([np.log(self.kl[used]) * weights, np.zeros(count)])
         found = np.linalg.lstsq(np.vstack([design, penalty]), target, rcond=None)[0]
         factors = found[:count] / spread
-        intercepts = found[count:] - float(centre @ factors)
+        intercepts = np.asarray(found[count:] - float(centre @ factors), dtype=np.float64)
         predicted = np.exp(self.terms @ factors + intercepts[self.method])
         lines = [self._fit_rise(used & (self.method == index), predicted) for index in range(len(self.methods))]
         return Solution(factors, intercepts, np.array(lines))

@@ -13,12 +13,13 @@ import csv
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cptquant.core.artifact import Frozen
 from cptquant.laws.ptq_forms import Floats
@@ -85,7 +86,7 @@ def read_published(folder: Path) -> list[PublishedPoint]:
                        normal_error(False, int(row["bits"]), columns), (bases[row["model"]], float(row["ppl"])))
             )  # fmt: skip
     rounded = {(p.model, p.format): p.rise_nats for p in points if p.method == "RTN"}
-    return [PublishedPoint(**{**vars(p), "rounding_rise_nats": rounded.get((p.model, p.format))}) for p in points]
+    return [replace(p, rounding_rise_nats=rounded.get((p.model, p.format))) for p in points]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -111,17 +112,19 @@ def normal_error(shared_exponent: bool, code_bits: int, columns: int) -> float:
         shared_exponent: MXINT: a power-of-two scale for each block, codes symmetric (OCP MX 1.0); else integers between
             the smallest and the largest of a group. columns: of a block or group.
     """
-    numbers = np.random.default_rng(0).standard_normal((400, 4096)).reshape(-1, columns)
+    numbers: NDArray[np.float64] = np.random.default_rng(0).standard_normal((400, 4096)).reshape(-1, columns)
+    rounded: NDArray[np.float64]
     if shared_exponent:
-        largest = np.abs(numbers).max(axis=1, keepdims=True)
-        scale = 2.0 ** (np.floor(np.log2(largest)) - (code_bits - 2))
+        largest = np.asarray(np.abs(numbers).max(axis=1, keepdims=True), dtype=np.float64)
+        scale = np.exp2(np.floor(np.log2(largest)) - (code_bits - 2))
         top = 2 ** (code_bits - 1) - 1
-        rounded = np.clip(np.round(numbers / scale), -top, top) * scale
+        codes = np.asarray(np.rint(numbers / scale), dtype=np.float64)
+        rounded = np.minimum(np.maximum(codes, -top), top) * scale
     else:
-        low = numbers.min(axis=1, keepdims=True)
-        scale = (numbers.max(axis=1, keepdims=True) - low) / (2**code_bits - 1)
-        rounded = np.round((numbers - low) / scale) * scale + low
-    return float(((rounded - numbers) ** 2).mean())
+        low = np.asarray(numbers.min(axis=1, keepdims=True), dtype=np.float64)
+        scale = (np.asarray(numbers.max(axis=1, keepdims=True), dtype=np.float64) - low) / (2**code_bits - 1)
+        rounded = np.rint((numbers - low) / scale) * scale + low
+    return float(np.mean(np.square(rounded - numbers)))
 
 
 def usable_points(points: Sequence[PublishedPoint], form: PublishedForm) -> list[PublishedPoint]:

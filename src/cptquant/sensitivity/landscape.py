@@ -18,12 +18,13 @@ from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, WeightSource
 from cptquant.models.text import TokenSet
 from cptquant.quantizers.rtn import Rtn
-from cptquant.sensitivity.loss import Objective, Question, fitting_batch_size, pose_question
+from cptquant.sensitivity.loss import Objective, Question, pose_question
 from cptquant.sensitivity.perturbation import original_weight, perturb
 
 RADII = (0.05, 0.1, 0.3)
 """Noise over weights, root mean square. 0.05 is about 5 bits, 0.1 about 4, 0.3 between 2 and 3."""
 _STEPS = (-0.5, 0.5, 1.0)
+_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class LandscapeProbe:
     def __init__(self, model: LoadedModel, tokens: TokenSet) -> None:
         self._model = model
         self._question: Question = pose_question(model, tokens)
-        self._batch_size = fitting_batch_size(model, tokens)
+        self._batch_size = _BATCH_SIZE
         self._original = self._stream(None)
         self._run_together([self._original])
         self._objective = Objective(self._original, self._question)
