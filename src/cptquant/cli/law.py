@@ -63,7 +63,8 @@ def fit(
         str,
         typer.Argument(
             metavar="KIND",
-            help="dcpt, l1, l2, l4, l5, dcpt-inflection, dcpt-forgetting, chinchilla, repetition, cmr or cross-domain.",
+            help="dcpt, l1, l2, l4, l5, dcpt-inflection, dcpt-forgetting, chinchilla, repetition, cmr, cross-domain "
+            "or ptq (a table of `quantize --record`).",
             show_default=False,
         ),
     ],
@@ -95,9 +96,17 @@ def fit(
     from cptquant.cli.law_flags import parse_fixed, parse_reading
     from cptquant.cli.terminal import print_json, print_text
     from cptquant.laws.fit_law import FitOptions
-    from cptquant.reports.law_tables import law_table
-    from cptquant.stages.law import REPORT_FILE, FitRequest, fit_stage
+    from cptquant.reports.law_tables import law_table, ptq_law_table
+    from cptquant.stages.law import LAW_FILE, REPORT_FILE, FitRequest, fit_ptq_stage, fit_stage
 
+    if kind == "ptq":
+        ptq = fit_ptq_stage(runs, output)
+        if as_json:
+            print_json(ptq)
+        else:
+            scores = {form: found.model_dump() for form, found in ptq.held_out.items()}
+            print_text(ptq_law_table(ptq.form, ptq.rows, ptq.families, scores) + f"\n{output / LAW_FILE}")
+        return
     request = FitRequest(
         kind=kind,
         data=runs,

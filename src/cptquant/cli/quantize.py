@@ -23,7 +23,7 @@ _Baselines = Annotated[
 _Predict = Annotated[
     bool | None,
     typer.Option("--predict/--no-predict", help="Predict the losses of a causal language model before quantizing it.  "
-                 "[default: predict]", show_default=False),
+                 "[default: predict below 50M parameters]", show_default=False),
 ]  # fmt: skip
 _Record = Annotated[
     Path | None,
@@ -75,7 +75,7 @@ def quantize(
         eval_sequences=eval_sequences,
         sequence_length=sequence_length,
         baselines=_split(baselines),
-        predict=predict,
+        predict=predict if record is None else True,
         seed=seed,
         trust_remote_code=trust_remote_code,
     )

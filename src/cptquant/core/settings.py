@@ -24,7 +24,8 @@ class RunSettings(Artifact):
         calibration, eval_text: the person's own text; None means the embedded text.
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
     baselines: "uniform" and "random" at no more bytes; None decides by size (`baselines_for`).
-    predict: whether a causal language model's losses are predicted before it is quantized (forecast.json).
+    predict: whether a causal language model's losses are predicted before it is quantized (forecast.json); None
+        decides by size (`forecasts`).
     """
 
     SCHEMA: ClassVar[str] = "cptquant.settings"
@@ -47,7 +48,7 @@ class RunSettings(Artifact):
     baselines: tuple[str, ...] | None = None
     seed: int = 0
     trust_remote_code: bool = False
-    predict: bool = True
+    predict: bool | None = None
 
     @property
     def quant_formats(self) -> tuple[QuantFormat, ...]:
@@ -83,6 +84,13 @@ class RunSettings(Artifact):
         if self.budget is not None:
             raise UserError("--budget and --memory were both given; --memory already decides the bytes of the weights")
         return memory_budget(layout, self.memory, self.context, self.target)
+
+    def forecasts(self, layout: ModelLayout) -> bool:
+        """Whether losses are predicted: for causal language models, which the law knows; by default below 50M
+        parameters, since features cost about as much time as measuring sensitivity."""
+        if layout.task != "causal_lm":
+            return False
+        return layout.parameters < _SMALL_MODEL_PARAMETERS if self.predict is None else self.predict
 
     def baselines_for(self, layout: ModelLayout) -> tuple[str, ...]:
         """Which baselines are quantized and evaluated beside the plan.

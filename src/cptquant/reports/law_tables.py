@@ -82,3 +82,25 @@ def comparison_table(rows: Sequence[Row]) -> str:
     columns = ("Loss", "Form", "R2", "Error, nats", "Of differences", "Worst", "Rows of runs")
     lines = ("Error: mean absolute, ± standard error over runs. Of differences: each size's mean error taken off.",)
     return render_text(TextTable("Errors on what was held out", columns, cells, left=(0, 1), lines=lines))
+
+
+def ptq_law_table(
+    form: str, rows: int, families: Sequence[str], held_out: Mapping[str, Mapping[str, float | int | None]]
+) -> str:
+    """How well each form of the PTQ law predicts model families that it was not fitted on.
+
+    Args:
+        form: the one that predictions use. rows, families: of the table it was fitted on.
+        held_out: form -> its scores, named as in `HeldOutScores`.
+    """
+    names = ("r2_log_kl", "median_kl_factor", "median_error_3bit_nats", "coverage_rise")
+    lines = [
+        [
+            name + (" (used)" if name == form else ""),
+            *("" if s[n] is None else spell_number(s[n] or 0.0) for n in names),
+        ]
+        for name, s in held_out.items()
+    ]
+    columns = ("Form", "R2 of ln KL", "KL off by a factor of", "NLL error at 3+ bits, nats", "Share in 90% interval")
+    title = f"PTQ law from {rows} rows of {len(families)} families; scores on families left out"
+    return render_text(TextTable(title, columns, lines, left=(0,)))

@@ -11,6 +11,7 @@ from cptquant.laws.curves import law_curves
 from cptquant.laws.fit_law import FitOptions, fit_law
 from cptquant.laws.methods import FORMS, find_form
 from cptquant.laws.observations import Reading, read_observations
+from cptquant.laws.ptq import PtqLawFit, fit_ptq_law
 from cptquant.laws.transfer import fit_cross_domain, read_features
 from cptquant.reports.law import write_law_report
 
@@ -76,7 +77,18 @@ def fit_stage(request: FitRequest) -> LawFit:
     return FITTERS[request.kind](request)
 
 
-def save_law(law: LawFit, folder: Path) -> Path:
+def fit_ptq_stage(data: Path, output: Path) -> PtqLawFit:
+    """Observations of quantized models (`quantize --record`) -> law.json, which `predict --law` reads.
+
+    Raises:
+        DataError: an unreadable table, or too few rows or families. OutputError: the folder cannot be made or written.
+    """
+    law = fit_ptq_law(data)
+    save_law(law, output)
+    return law
+
+
+def save_law(law: LawFit | PtqLawFit, folder: Path) -> Path:
     """Write law.json into a folder, made if missing.
 
     Raises:
