@@ -73,7 +73,7 @@ def fit_stage(request: FitRequest) -> LawFit:
         UserError: the kind is unknown.
     """
     if request.kind not in FITTERS:
-        raise UserError(f"law {request.kind!r} is unknown; choose one of: {', '.join(FITTERS)}")
+        raise UserError(f"law {request.kind!r} is unknown; choose one of: {', '.join(FITTERS)}, ptq")
     return FITTERS[request.kind](request)
 
 
