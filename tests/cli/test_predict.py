@@ -91,4 +91,4 @@ def test_predicted_beside_measured_and_recorded(
         # the rounded model's own KL was measured on calibration text: the same size on test text
         assert row.features.rtn_kl_nats == pytest.approx(row.kl_nats, rel=0.5)
     quiet = cptquant("quantize", run, "--no-predict", "--record", table)
-    assert quiet.code == 2 and "holds no forecast.json, so --record has nothing to write" in quiet.err
+    assert quiet.code == 2 and "leave out --no-predict" in quiet.err

@@ -75,7 +75,7 @@ def quantize(
         eval_sequences=eval_sequences,
         sequence_length=sequence_length,
         baselines=_split(baselines),
-        predict=predict if record is None else True,
+        predict=_wants_forecast(predict, record),
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
@@ -102,6 +102,17 @@ def quantize(
         if result.forecast is not None:
             print_text(render_text(beside_rows(result.forecast, result.evaluation)))
         print(f"checkpoint {result.folder / 'checkpoint'}\nreport     {result.folder / 'report.html'}")
+
+
+def _wants_forecast(predict: bool | None, record: Path | None) -> bool | None:
+    """A record needs a forecast, whatever the size of the model."""
+    from cptquant.core.errors import UserError
+
+    if record is None:
+        return predict
+    if predict is False:
+        raise UserError(f"--record {record} writes what was predicted beside what was measured; leave out --no-predict")
+    return True
 
 
 def _split(text: str | None) -> tuple[str, ...] | None:
