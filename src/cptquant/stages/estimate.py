@@ -23,7 +23,9 @@ from cptquant.sensitivity.taylor import Tdmpq
 from cptquant.stages.allocate import needs_table
 from cptquant.stages.check import check_choices, check_target
 
-_BASE_BYTES = 500_000_000
+_STACK_BYTES = 300_000_000
+"""A stack of rows on its way through GPTQ and descent, at most."""
+_BASE_BYTES = 550_000_000
 """Resident set of Python with torch and transformers imported."""
 _EFFICIENCY = 0.75
 """Share of the measured matrix-product speed that whole passes reach; attention, norms and copies take the rest."""
@@ -172,15 +174,21 @@ def _uniform_bytes(layout: ModelLayout, settings: RunSettings, fmt: QuantFormat)
 
 
 def _peak_bytes(layout: ModelLayout, settings: RunSettings, variants: int) -> int:
-    """Python, the model, one block in float32 with its Hessians, and hidden states of all variants."""
+    """Python, the model, and the most that a stage holds beside it: measuring, quantizing or evaluating."""
     length = min(settings.sequence_length, layout.max_positions or settings.sequence_length)
     per_block: dict[int | None, int] = {}
-    hessians: dict[int | None, int] = {}
     for site in layout.block_sites:
         per_block[site.block_index] = per_block.get(site.block_index, 0) + 4 * site.weight_count
-        hessians[site.block_index] = hessians.get(site.block_index, 0) + 4 * site.in_features**2
-    block = 3 * max(per_block.values(), default=0) + max(hessians.values(), default=0)
+    block = max(per_block.values(), default=0)
+    widest = max((4 * site.in_features**2 for site in layout.block_sites), default=0)
+    outer_codes = max((site.weight_count for site in layout.sites if site.block_index is None), default=0)
     width = 4 * layout.hidden_size * length
-    hidden = max(2 * settings.calibration_sequences * width, (1 + variants) * settings.eval_sequences * width)
-    logits = 0 if layout.task == "encoder" else 3 * 4 * length * layout.vocabulary_size
-    return _BASE_BYTES + layout.source_bytes + block + hidden + logits
+    logits = 0 if layout.task == "encoder" else min(4 * length * layout.vocabulary_size, 80 << 20)
+    changes = min(len(settings.quant_formats) * block, 224 << 20)
+    inputs = min(32 * layout.block_count * width // 2, 256 << 20)
+    measure = 4 * block + changes + inputs + 2 * outer_codes + 3 * logits
+    quantize = 3 * block + 8 * widest + 2 * settings.calibration_sequences * width + _STACK_BYTES
+    evaluate = 2 * block + (1 + variants) * settings.eval_sequences * width + 5 * logits
+    return (
+        _BASE_BYTES + layout.source_bytes + max(measure if needs_table(settings.allocator) else 0, quantize, evaluate)
+    )
