@@ -69,7 +69,7 @@ class CheckpointWeights:
             raise ArtifactError(f"{self.folder}, site {site_name}: {error}") from None
 
     def weight(self, site_name: str) -> Tensor | None:
-        """float32 (out_features, in_features); None for a head that is still the embedding's tensor.
+        """(out_features, in_features), float32 if quantized, else as stored; None for a head that is shared.
 
         Raises:
             ModelError: a file is damaged or a tensor missing. ArtifactError: tensors do not fit the format.
@@ -85,7 +85,7 @@ class CheckpointWeights:
         return self._kept(site)
 
     def _kept(self, site: Site) -> Tensor:
-        weight = self._read(site.parameter_name).float()
+        weight = self._read(site.parameter_name)  # as stored: a large embedding is upcast where its rows are used
         if site.transposed:
             weight = weight.t().contiguous()
         if tuple(weight.shape) != (site.out_features, site.in_features):
