@@ -78,3 +78,21 @@ def test_gptq_gains_by_it(name: str) -> None:
         )
         errors.append(result.relative_output_error)
     assert errors[1] < 0.99 * errors[0] and errors[2] <= errors[1]
+
+
+@pytest.mark.parametrize("size", [1e-39, 1e-30, 1e-3])
+def test_codes_stay_codes_whatever_the_size_of_a_group(size: float) -> None:
+    """A scale near the smallest number has no finite inverse; zeros among tiny weights must not become NaN."""
+    weight, _ = problem(8, 32)
+    weight[:, 16:] *= size
+    weight[0, 16:] = 0
+    damped = torch.eye(32)  # so that what is left of a zero is exactly zero
+    scales = torch.full((2, 8), 0.3)
+    scales[1] = (0.3 * torch.tensor(size)).bfloat16().float()
+    rounded = Rounded(
+        (weight.t() / scales.repeat_interleave(16, 0)).round().clamp(-8, 7), scales, scales * 0 - 8, scales * 0 + 7, 16,
+        torch.bfloat16,
+    )  # fmt: skip
+    descend_(rounded, weight.t().contiguous(), damped, 2)
+    assert torch.isfinite(rounded.shifted).all() and torch.equal(rounded.shifted, rounded.shifted.round())
+    assert float(rounded.shifted.abs().max()) <= 8 and torch.isfinite(rounded.scales).all()

@@ -185,3 +185,16 @@ def test_coarse_products_change_damages_by_far_less_than_their_standard_error(to
     for site in model.layout.block_sites:
         wanted, found = exact.damages[site.name]["int4-g16"], coarse.damages[site.name]["int4-g16"]
         assert found.value == pytest.approx(wanted.value, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["opt", "opt-projected", "llama", "gpt2", "classifier", "masked", "encoder"])
+def test_large_tables_take_what_coarse_layers_hand_them(toy, text, candidates, name, monkeypatch):
+    monkeypatch.setattr("cptquant.models.stream._LARGE_WEIGHT_ENTRIES", 1200)  # embeddings and heads, no projection
+    model = toy(name)
+    tokens, formats = text(model.layout.task, sequences=4), candidates(model, ("int4-g16",))
+    exact = measure_sensitivity(model, tokens, formats, Tdmpq(coarse_products=False))
+    coarse = measure_sensitivity(model, tokens, formats, Tdmpq())
+    for site in model.layout.sites:
+        wanted = [damage.value for fmt, damage in exact.damages[site.name].items() if fmt != "float16"]
+        found = [damage.value for fmt, damage in coarse.damages[site.name].items() if fmt != "float16"]
+        assert found == pytest.approx(wanted, rel=0.1)

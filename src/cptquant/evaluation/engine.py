@@ -9,7 +9,7 @@ from torch import Tensor
 from cptquant.core.engine_export import KL_BOUND_NATS, EngineComparison
 from cptquant.core.layout import ModelLayout
 from cptquant.evaluation.estimates import estimate_ratio
-from cptquant.evaluation.lockstep import LANGUAGE_TASKS, pieces, run_blocks
+from cptquant.evaluation.lockstep import LANGUAGE_TASKS, Piece, pieces, run_blocks
 from cptquant.evaluation.scored_text import ScoredText
 from cptquant.models.load import LoadedModel
 from cptquant.models.losses import cosine_distance, pooled_embedding, sequence_kl
@@ -48,33 +48,31 @@ def compare_engine(
     """
     streams: Mapping[str, ModelStream] = {"ours": ModelStream(model, text.tokens, weights=weights)}
     run_blocks(streams)
-    gathered: dict[str, list[tuple[Tensor, Tensor]]] = {way.arithmetic: [] for way in ways}
-    for piece in pieces(streams):
+    sums = {way.arithmetic: torch.zeros(2, len(text.scored), dtype=torch.float64) for way in ways}
+    for piece in pieces(streams):  # a sequence may come in several parts
         ours = piece.output("ours")
         for way in ways:
-            rows = range(piece.rows.start, piece.rows.stop)
-            theirs = torch.stack([way.read(index) for index in rows])
-            gathered[way.arithmetic].append(_distances(model.layout, text, piece.rows, ours, theirs))
-    return [_summarize(model.layout, text, way, gathered[way.arithmetic]) for way in ways]
+            theirs = torch.stack([way.read(index) for index in range(piece.rows.start, piece.rows.stop)])
+            sums[way.arithmetic][:, piece.rows] += _distances(model.layout, text, piece, ours, theirs)
+    return [_summarize(model.layout, text, way, sums[way.arithmetic]) for way in ways]
 
 
-def _distances(
-    layout: ModelLayout, text: ScoredText, rows: slice, ours: Tensor, theirs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Per sequence: (summed KL, agreements), or (cosine distance, zeros) for bare encoders."""
+def _distances(layout: ModelLayout, text: ScoredText, piece: Piece, ours: Tensor, theirs: Tensor) -> Tensor:
+    """Per sequence of a piece: (summed KL, agreements), or (cosine distance, zeros) for bare encoders; (2, rows)."""
     if layout.task == "encoder":
-        mask = text.tokens.attention_mask[rows]
+        mask = text.tokens.attention_mask[piece.rows]
         pooled = theirs if theirs.dim() == 2 else pooled_embedding(theirs.double(), mask)
         distance = cosine_distance(pooled_embedding(ours.double(), mask), pooled)
-        return distance, torch.zeros_like(distance)
-    found = sequence_kl(ours, theirs, text.scored[rows])
-    return found.sums, found.agreements
+        return torch.stack([distance, torch.zeros_like(distance)])
+    scored = text.scored[piece.rows]
+    if scored.ndim == 2:
+        scored, theirs = scored[:, piece.columns], theirs[:, piece.columns]
+    found = sequence_kl(ours, theirs, scored)
+    return torch.stack([found.sums, found.agreements.double()])
 
 
-def _summarize(
-    layout: ModelLayout, text: ScoredText, way: EngineOutputs, parts: list[tuple[Tensor, Tensor]]
-) -> EngineComparison:
-    sums, agreements = (torch.cat(column) for column in zip(*parts, strict=True))
+def _summarize(layout: ModelLayout, text: ScoredText, way: EngineOutputs, totals: Tensor) -> EngineComparison:
+    sums, agreements = totals
     mean = estimate_ratio(sums, text.counts, text.clusters)
     bound = KL_BOUND_NATS if way.bounded else None
     if layout.task == "encoder":

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cptquant.models.text import TokenSet
 
 _HEAD_CHUNK_ENTRIES = 1 << 21
-"""Rows of a large head are upcast to float32 this many weights (64 MB) at a time."""
+"""Rows of a large head are upcast to float32 this many weights (8 MB) at a time."""
 _LARGE_WEIGHT_ENTRIES = 1 << 22
 """Embeddings and heads above this many weights stay in their own dtype and are upcast on use."""
 
@@ -189,7 +189,7 @@ class _LargeLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., in) float32 -> (..., out) float32."""
-        flat = hidden.reshape(-1, self.rows.shape[1])
+        flat = hidden.reshape(-1, self.rows.shape[1]).float()  # a coarse layer before it gives bfloat16
         logits = cast(Tensor, _LargeProduct.apply(flat, self.rows)).view(*hidden.shape[:-1], self.rows.shape[0])
         return logits if self.bias is None else logits.add_(self.bias)
 
@@ -266,7 +266,8 @@ class ModelStream:
         """As `run_block`, with the arguments the model gives to block `block_index`."""
         rest, kwargs = self._arguments[batch_index][block_index]
         output = block(hidden, *rest, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        # Between blocks the stream is float32 whatever a coarse last layer gives (models/arithmetic.py).
+        return (output[0] if isinstance(output, tuple) else output).float()
 
     def advance(self, block: nn.Module) -> None:
         """Replace `hidden` by the block's outputs and step to the next block."""

@@ -140,7 +140,7 @@ def _sweep_(rounded: Rounded, hessian: Tensor, gradient: Tensor) -> None:
     inverse_diagonal = hessian.diagonal().reciprocal().tolist()
     # One column is a few short calls: views are made once, and constant limits are numbers.
     codes, scales = rounded.shifted.unbind(0), rounded.scales.unbind(0)
-    inverse_scales, limits = rounded.scales.reciprocal().unbind(0), _limits(rounded)
+    limits = _limits(rounded)
     for start in range(0, columns, _BLOCK_COLUMNS):
         stop = min(start + _BLOCK_COLUMNS, columns)
         local = gradient[start:stop].clone()
@@ -150,7 +150,7 @@ def _sweep_(rounded: Rounded, hessian: Tensor, gradient: Tensor) -> None:
         ):
             group, code = index // width, codes[index]
             # In units of the scale: where this column's code should be, nearest integer, and how far that moves it.
-            moved = torch.addcmul(code, residual, inverse_scales[group], value=inverse_diagonal[index])
+            moved = torch.addcdiv(code, residual, scales[group], value=inverse_diagonal[index])
             low, high = limits[group]
             torch.clamp(moved.round_(), low, high, out=moved)
             torch.sub(moved, code, out=moved_by).mul_(scales[group])

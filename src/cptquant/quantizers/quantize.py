@@ -222,9 +222,11 @@ class _Task:
         """
         embedding, head = (self._model.layout.site_by_name[name] for name in shared)
         stream = ModelStream(self._model, tokens)
-        for _ in range(self._model.layout.block_count):
-            stream.advance(stream.load_block())
-        hessians = collect_outer_hessians(stream, {head.name: stream.outer_modules()[head.name]})
+        coarse = self._uses_coarse_products
+        with coarse_products(coarse):
+            for _ in range(self._model.layout.block_count):
+                stream.advance(stream.load_block())
+        hessians = collect_outer_hessians(stream, {head.name: stream.outer_modules()[head.name]}, coarse=coarse)
         hessian = hessians.hessian(head.name)
         hessian.diagonal().add_(_EMBEDDING_SHARE * hessian.diagonal().mean())
         return self._apply_gptq_to([embedding], hessian)

@@ -37,6 +37,7 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
         "plan": digest_json(plan.formats),
         "tokens": run.calibration.digest,
         "quantizer": repr(quantizer),
+        "arithmetic": describe_arithmetic(getattr(quantizer, "coarse_products", False)),
         "layout": layout.digest(),
     }
     shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
@@ -57,7 +58,7 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
             settings={
                 "options": repr(quantizer),
                 "calibration": run.calibration.description,
-                "arithmetic": describe_arithmetic(getattr(quantizer, "coarse_products", False)),
+                "arithmetic": inputs["arithmetic"],
             },
             sites=tuple(records[site.name] for site in layout.sites if site.name in records),
             tensor_bytes=plan.size_bytes,
