@@ -29,8 +29,8 @@ from cptquant.laws.ptq_published import (
     score_published,
     usable_points,
 )
-from cptquant.laws.ptq_scores import leave_one_family_out, r_squared
-from cptquant.laws.ptq_table import SHIPPED, read_observations
+from cptquant.laws.ptq_scores import fit_bands, leave_one_family_out, r_squared
+from cptquant.laws.ptq_table import SHIPPED, PtqObservation, read_observations
 
 matplotlib.use("Agg")
 
@@ -74,10 +74,56 @@ def own_table() -> dict[str, Any]:
         factor = float(np.exp(np.median(np.abs(predicted - target))))
         results[name] = {"r2_log_kl": r_squared(target, predicted), "median_kl_factor": factor}
     design = Design.build(rows, fit.form)
+    results_by = {"by_width": by_width(rows, design), "by_family": by_family_left_out(design, list(fit.families))}
     draw(design.kl, leave_one_family_out(design).kl, [row.family for row in rows], "KL, nats per token", "own")
     law = fit.laws[fit.form].model_dump()
     return {"forms": list(FORMS), "form": fit.form, "rows": fit.rows, "families": fit.families, "law": law,
-            "held_out": results}  # fmt: skip
+            "held_out": results, **results_by}  # fmt: skip
+
+
+WIDTHS = ((2, 3), (3, 4), (4, 5), (5, 9))
+
+
+def by_width(rows: list[PtqObservation], design: Design) -> dict[str, Any]:
+    """Errors of the rise by mean code bits, beside those of no law: T (g for GPTQ in it) as the rise."""
+    held_out = leave_one_family_out(design)
+    bits = np.array([row.features.code_bits for row in rows])
+    unfitted = np.array([row.features.taylor_kl_nats for row in rows])  # GPTQ's share is in it
+    table: dict[str, Any] = {}
+    for low, high in WIDTHS:
+        mine = (bits >= low - 1e-9) & (bits < high - 1e-9)
+        law, none = (np.abs(found - design.rise)[mine] for found in (held_out.rise, unfitted))
+        ratios = (design.kl / unfitted)[mine]
+        table[f"{low} to {high} bits"] = {
+            "rows": int(mine.sum()), "median_abs_rise": float(np.median(np.abs(design.rise[mine]))),
+            "law": {"median": float(np.median(law)), "largest": float(law.max())},
+            "unfitted": {"median": float(np.median(none)), "largest": float(none.max())},
+            "kl_over_unfitted": {"lowest": float(ratios.min()), "highest": float(ratios.max())},
+            "largest_kl_difference": float(np.abs(design.kl - unfitted)[mine].max()),
+        }  # fmt: skip
+    return table
+
+
+def by_family_left_out(design: Design, names: list[str]) -> dict[str, Any]:
+    """Share inside the 90 % intervals and the error's median, for each family left out of law and widths."""
+    held_out = leave_one_family_out(design)
+    table: dict[str, Any] = {}
+    for family, name in enumerate(names):
+        bands = fit_bands(design, leave_one_family_out(design, without=family))
+        mine = np.flatnonzero(design.family == family)
+        inside = {"kl": [], "rise": []}
+        for row in mine:
+            kl, rise = float(held_out.kl[row]), float(held_out.rise[row])
+            low, high = bands.kl_interval(kl)
+            inside["kl"].append(low <= design.kl[row] <= high)
+            low, high = bands.rise_interval(rise, kl)
+            inside["rise"].append(low <= design.rise[row] <= high)
+        table[name] = {
+            "rows": len(mine), "in_kl_interval": float(np.mean(inside["kl"])),
+            "in_rise_interval": float(np.mean(inside["rise"])),
+            "median_kl_factor": float(np.exp(np.median(np.abs(np.log(design.kl[mine] / held_out.kl[mine]))))),
+        }  # fmt: skip
+    return table
 
 
 def draw(measured: Any, predicted: Any, families: list[str], label: str, name: str) -> None:

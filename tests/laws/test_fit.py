@@ -199,24 +199,25 @@ def test_a_penalty_removes_violations() -> None:
     assert penalty_of(L3, points, 1.0).differences.sum() == 0  # every row is a difference
 
 
-def test_the_extension_wins_where_general_loss_rises_and_does_not_lose_elsewhere() -> None:
-    """The rise is logistic in ln D and belongs to no form; ratios are held out one at a time."""
+def test_the_extensions_win_where_general_loss_rises_and_do_not_lose_elsewhere() -> None:
+    """The rise is logistic in ln D and in the share and belongs to no form; ratios are held out one at a time."""
     for forgetting in (0.4, 0.0):
         data = simulate(Simulation(forgetting=forgetting, seed=2))
         clean = planted_losses(data.size, data.tokens, np.asarray(data.ratio), forgetting)[0].reshape(27, 20)
         rising = np.repeat(clean[:, -1] > clean[:, 0], 20)
         errors = {}
-        for name in ("dcpt", "dcpt-inflection"):
+        for name in ("dcpt", "dcpt-inflection", "dcpt-forgetting"):
             predicted = held_out_predictions(
                 data, FORMS[name], "general_nll", make_folds(data, "r"), replace(QUICK, starts=3)
             )
             error = np.abs(predicted - data.losses["general_nll"])
             rows = np.isfinite(predicted)
             errors[name] = [error[rows & mask].mean() if (rows & mask).any() else 0.0 for mask in (rising, ~rising)]
-        if forgetting:
-            assert errors["dcpt-inflection"][0] < 0.9 * errors["dcpt"][0], errors
-        else:
-            assert errors["dcpt-inflection"][1] < errors["dcpt"][1] + 0.0005, errors
+        for name in ("dcpt-inflection", "dcpt-forgetting"):
+            if forgetting:
+                assert errors[name][0] < 0.8 * errors["dcpt"][0], errors
+            # A tenth of L3's own error there: the standard error of 5 grids is 8 % of it.
+            assert errors[name][1] < 1.1 * errors["dcpt"][1], errors
 
 
 def test_held_out_ratios(grid: Observations) -> None:

@@ -54,7 +54,9 @@ class PtqPrediction(Frozen):
     """What one plan is expected to cost, per token, on text like that the features were measured on.
 
     Attributes:
-        kl_nats: KL(original ‖ quantized). rise_nats: of the NLL. nll_nats, perplexity: of the quantized model.
+        kl_nats: KL(original ‖ quantized). rise_nats: of the NLL. nll_nats, perplexity: of the quantized model on the
+            text of the features; their intervals are the rise's alone, since the original's NLL is known there. On
+            another text the original's NLL is another.
         outside: terms of the law that lie outside the range it was fitted on; the intervals do not cover that.
     """
 

@@ -1,7 +1,7 @@
 """A made grid of continual pre-training runs, like that of arXiv 2406.01375: for the tutorial and for checks.
 
 Losses come from planted laws plus noise; with `forgetting`, the general loss rises with D at small general shares in a
-way that belongs to none of the laws fitted here (a logistic rise in ln D).
+way that belongs to none of the laws fitted here: logistic in ln D and logistic in the domain's share.
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,8 @@ def planted_losses(size: Array, tokens: Array, ratio: Array, forgetting: float =
     general = L3.loss(L3.vector(GENERAL)[None], general_points)[0]
     domain = L3.loss(L3.vector(DOMAIN)[None], domain_points)[0]
     rise = 1 / (1 + np.exp(-1.5 * (np.log(tokens / BILLION) - np.log(4.0))))
-    return general + forgetting * ratio**6 * rise, domain
+    unprotected = 1 / (1 + np.exp(-(ratio - 0.85) / 0.06))
+    return general + forgetting * unprotected * rise, domain
 
 
 def to_csv(observations: Observations) -> str:

@@ -21,15 +21,18 @@ def forecast_rows(forecast: PtqForecast) -> TextTable:
             METHOD_LABELS.get(row.method, row.method),
             spell_bytes(row.size_bytes),
             f"{row.bits_per_weight:.3f}",
-            spell_interval(row.prediction.nll_nats),
-            spell_interval(row.prediction.perplexity),
+            spell_interval(row.prediction.rise_nats),
+            spell_number(row.prediction.nll_nats.value, 4),
+            spell_number(row.prediction.perplexity.value),
             spell_interval(row.prediction.kl_nats),
         ]
         for row in forecast.rows
     ]
     lines = [
-        f"Original: {forecast.original_nll_nats:.4f} nats per token on {forecast.text}.",
-        f"Intervals hold 90 % of what was measured on families of models left out of the law ({forecast.law}).",
+        f"Original: {forecast.original_nll_nats:.4f} nats per token on a part of {forecast.text}.",
+        "NLL and perplexity are the original's on that text with the rise added; on another text add the rise to the "
+        "original's NLL there.",
+        f"Intervals, of rise and KL, are made to hold 90 % of families of models left out of the law ({forecast.law}).",
     ]
     outside = sorted({name for row in forecast.rows for name in row.prediction.outside})
     if outside:
@@ -37,7 +40,7 @@ def forecast_rows(forecast: PtqForecast) -> TextTable:
             f"Outside the range the law was fitted on: {', '.join(outside)}. The intervals do not cover that; "
             "quantize and evaluate before you rely on it."
         )
-    columns = ("Plan", "Method", "Size", "Bits/weight", "NLL", "Perplexity", "KL, nats/token")
+    columns = ("Plan", "Method", "Size", "Bits/weight", "Rise of the NLL", "NLL", "Perplexity", "KL, nats/token")
     return TextTable(forecast.model, columns, rows, left=(0, 1), lines=tuple(lines))
 
 

@@ -101,6 +101,6 @@ def ptq_law_table(
         ]
         for name, s in held_out.items()
     ]
-    columns = ("Form", "R2 of ln KL", "KL off by a factor of", "NLL error at 3+ bits, nats", "Share in 90% interval")
+    columns = ("Form", "R2 of ln KL", "KL off by a factor of", "Rise at 3+ bits off by, nats", "Rise in 90% interval")
     title = f"PTQ law from {rows} rows of {len(families)} families; scores on families left out"
     return render_text(TextTable(title, columns, lines, left=(0,)))
