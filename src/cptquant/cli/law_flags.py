@@ -47,6 +47,8 @@ def _pairs(flag: str, texts: Sequence[str] | None) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
             raise UserError(f"{flag} {text!r} is not readable; write NAME=VALUE")
+        if name.strip() in pairs:
+            raise UserError(f"{flag} {name.strip()} is given twice; keep one")
         pairs[name.strip()] = value.strip()
     return pairs
 

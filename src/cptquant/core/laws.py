@@ -166,6 +166,7 @@ class OptimumStatus(StrEnum):
     INTERIOR = "interior"
     LIMIT_BINDS = "limit_binds"
     EDGE_OF_DATA = "edge_of_data"
+    EDGE_OF_SEARCH = "edge_of_search"
     OUTSIDE_DATA = "outside_data"
     INFEASIBLE = "infeasible"
 
@@ -176,6 +177,10 @@ class OptimumStatus(StrEnum):
             OptimumStatus.INTERIOR: "the loss has its minimum here, within the data's range",
             OptimumStatus.LIMIT_BINDS: "the general loss reaches its limit here; without it more domain is better",
             OptimumStatus.EDGE_OF_DATA: "the best point lies on the edge of the data's ratios",
+            OptimumStatus.EDGE_OF_SEARCH: (
+                "the loss still falls at the end of the sizes that were searched (a factor of 1,000 around N = D / 20): "
+                "the law has no optimum there"
+            ),
             OptimumStatus.OUTSIDE_DATA: "the best point lies outside the data's sizes or tokens: an extrapolation",
             OptimumStatus.INFEASIBLE: "no ratio meets the limit; the ratio with the smallest general loss is given",
         }[self]

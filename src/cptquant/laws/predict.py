@@ -9,6 +9,13 @@ from cptquant.laws.forms import BILLION, Array, Form, Points
 from cptquant.laws.methods import find_form
 
 
+LEAST = {"N": 1e4, "D": 1e5, "U": 1e5}
+LARGEST = {"N": 1e14, "D": 1e17, "U": 1e17}
+"""What can be a number of parameters, of tokens of a run, and of distinct tokens."""
+_NOUNS = {"N": ("parameters", "1.8 billion is --N 1.8e9"), "D": ("tokens", "10 billion is --D 10e9"),
+          "U": ("distinct tokens", "10 billion is --U 10e9")}  # fmt: skip
+
+
 def fitted_theta(fit: LossFit) -> tuple[Form, Array, Array]:
     """Form, internal vector (P,) and internal draws (B, P) of a stored fit."""
     form = find_form(fit.form)
@@ -76,7 +83,7 @@ def predict_law(
     for letter in ("N", "D", "r", "U"):
         if letter in needs and given[letter] is None:
             raise UserError(f"law {law.kind} needs --{letter}; give its value, N in parameters and D in tokens")
-    check_quantities(size, tokens, ratio)
+    check_quantities(size, tokens, ratio, unique)
     found: dict[str, Interval | None] = {"general_nll": None, "domain_nll": None} if "r" in needs else {}
     for name, fit in law.fits.items():
         points = make_points(fit, size or BILLION, tokens or BILLION, 1.0 if ratio is None else ratio, None, unique)
@@ -84,18 +91,28 @@ def predict_law(
     return found
 
 
-def check_quantities(size: float | None, tokens: float | None, ratio: float | None) -> None:
+def check_quantities(
+    size: float | None, tokens: float | None, ratio: float | None, unique: float | None = None
+) -> None:
     """Refuse values that cannot be parameters, tokens or shares.
 
     Raises:
         UserError: with the flag.
     """
-    if size is not None and not 1e4 <= size <= 1e14:
-        raise UserError(f"--N {size:g} cannot be a number of parameters (1e4 to 1e14); 1.8 billion is --N 1.8e9")
-    if tokens is not None and not 1e5 <= tokens <= 1e17:
-        raise UserError(f"--D {tokens:g} cannot be a number of tokens (1e5 to 1e17); 10 billion is --D 10e9")
+    for letter, value in (("N", size), ("D", tokens), ("U", unique)):
+        low, high = LEAST[letter], LARGEST[letter]
+        if value is not None and not low <= value <= high:
+            noun, example = _NOUNS[letter]
+            raise UserError(
+                f"--{letter} {value:g} cannot be a number of {noun} ({spell_power(low)} to {spell_power(high)}); {example}"
+            )
     if ratio is not None and not 0 <= ratio <= 1:
         raise UserError(f"--r {ratio:g} must be the domain's share of the tokens, 0 to 1")
+
+
+def spell_power(value: float) -> str:
+    """`1e4` rather than `10000`."""
+    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
 def outside_range(law: LawFit, size: float | None, tokens: float | None, ratio: float | None) -> list[str]:
