@@ -172,8 +172,9 @@ def best_size_for_flops(
         sizes = closed_form_size(target.form, target.theta, share, budget)
     else:
         sizes, at_edge = _search_size(target, budget, ratio)
+    _check_run(target, flops, ratio, float(sizes[0]), float(budget / sizes[0]))
+    sizes = np.clip(sizes, 1.0, budget)  # of a wild draw: at least one parameter and one token
     tokens = budget / sizes
-    _check_run(target, flops, ratio, float(sizes[0]), float(tokens[0]))
     losses: dict[str, Interval] = {}
     for name, fit in law.fits.items():
         values = _Stack.of(fit).loss(sizes[:, None], tokens[:, None], np.full((len(sizes), 1), ratio))[:, 0]

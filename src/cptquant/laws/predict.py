@@ -1,8 +1,10 @@
 """Losses a fitted law predicts, with their 90% intervals."""
 
+from pathlib import Path
+
 import numpy as np
 
-from cptquant.core.errors import UserError
+from cptquant.core.errors import ArtifactError, UserError
 from cptquant.core.laws import Interval, LawFit, LossFit
 from cptquant.laws.bootstrap import Scatter, interval, new_run_losses
 from cptquant.laws.forms import BILLION, Array, Form, Points
@@ -21,6 +23,39 @@ def fitted_theta(fit: LossFit) -> tuple[Form, Array, Array]:
     form = find_form(fit.form)
     values = np.array([parameter.value for parameter in fit.parameters])
     return form, form.internal(values), form.internal(np.array(fit.draws))
+
+
+def check_law(law: LawFit, path: Path) -> None:
+    """Refuse a stored law whose form is unknown, or whose numbers are none of that form's.
+
+    Raises:
+        ArtifactError: with the parameter and its range.
+    """
+    advice = f"mend the file or make it anew with: {LawFit.MADE_BY}"
+    for name, fit in law.fits.items():
+        try:
+            form = find_form(fit.form)
+        except UserError as error:
+            raise ArtifactError(f"{path}, {name}: {error}; {advice}") from None
+        found, expected = [parameter.name for parameter in fit.parameters], list(form.index)
+        if found != expected:
+            raise ArtifactError(
+                f"{path}, {name}: law {fit.form} has the parameters {', '.join(expected)}, the file {', '.join(found)}; "
+                + advice
+            )
+        absent = [letter for letter in form.needs if letter in ("N", "D", "r", "U") and letter not in fit.ranges]
+        if absent:
+            raise ArtifactError(f"{path}, {name}: the range of {absent[0]} is missing; {advice}")
+        vectors = np.array([[parameter.value for parameter in fit.parameters], *fit.draws])
+        for place, parameter in enumerate(form.parameters):
+            low = 0.0 if parameter.relative or parameter.removable else parameter.low * (1 - 1e-6)
+            low = parameter.low if parameter.signed else low
+            wrong = ~((vectors[:, place] >= low) & (vectors[:, place] <= parameter.high * (1 + 1e-6)))
+            if wrong.any():
+                raise ArtifactError(
+                    f"{path}, {name}: {parameter.name} = {vectors[wrong.argmax(), place]:g} lies outside "
+                    f"{low:g} to {parameter.high:g}; {advice}"
+                )
 
 
 def share_of(fit: LossFit, ratio: Array) -> Array:
