@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import typer
+
 from cptquant.core.errors import UserError
 from cptquant.laws.forms import Form
 from cptquant.laws.methods import find_form
@@ -39,6 +41,34 @@ def parse_fixed(fixed: Sequence[str] | None) -> dict[str, float]:
         except ValueError:
             raise UserError(f"--fix {name}={text}: {text!r} is not a number") from None
     return held
+
+
+def given_flags(ctx: typer.Context) -> list[str]:
+    """Flags a person wrote, as spelled in the help, `--json` and arguments left out."""
+    written = [
+        param.opts[0]
+        for param in ctx.command.params
+        if param.name is not None and getattr(ctx.get_parameter_source(param.name), "name", "") == "COMMANDLINE"
+    ]
+    return [flag for flag in written if flag.startswith("--") and flag != "--json"]
+
+
+def refuse_unused(kind: str, flags: Sequence[str]) -> None:
+    """Refuse flags of `law fit` that a kind of law does not use.
+
+    Raises:
+        UserError: with the flag.
+    """
+    if kind == "ptq":
+        unused = [flag for flag in flags if flag != "--output"]
+        if unused:
+            raise UserError(
+                f"law fit ptq takes RESULTS.csv, --output and --json, not {unused[0]}; leave {unused[0]} out"
+            )
+    elif kind != "cross-domain":
+        unused = [flag for flag in flags if flag in ("--features", "--variant")]
+        if unused:
+            raise UserError(f"{unused[0]} goes with law fit cross-domain, not {kind}; leave {unused[0]} out")
 
 
 def _pairs(flag: str, texts: Sequence[str] | None) -> dict[str, str]:

@@ -206,8 +206,8 @@ class OptimumStatus(StrEnum):
             OptimumStatus.LIMIT_BINDS: "the general loss reaches its limit here; without it more domain is better",
             OptimumStatus.EDGE_OF_DATA: "the best point lies on the edge of the data's ratios",
             OptimumStatus.EDGE_OF_SEARCH: (
-                "the loss still falls at the end of the sizes that were searched (a factor of 1,000 around N = D / 20): "
-                "the law has no optimum there"
+                "the loss still falls at the end of the sizes that were searched (a factor of 1,000 around "
+                "N = D / 20): the law has no optimum there"
             ),
             OptimumStatus.OUTSIDE_DATA: "the best point lies outside the data's sizes or tokens: an extrapolation",
             OptimumStatus.INFEASIBLE: "no ratio meets the limit; the ratio with the smallest general loss is given",

@@ -47,7 +47,9 @@ def fit(problem: Problem, *, starts: int = 40, seed: int = 0, iterations: int = 
     with np.errstate(all="ignore"):
         if not np.isfinite(problem.objective(first)).any():
             held = " ".join(f"--fix {name}={value:g}" for name, value in problem.fixed.items())
-            raise UserError(f"law {problem.form.name} gives no loss with {held}: no term is left; hold fewer parameters")
+            raise UserError(
+                f"law {problem.form.name} gives no loss with {held}: no term is left; hold fewer parameters"
+            )
     ends = np.stack([_descend(problem, theta, iterations) for theta in first])
     values = problem.objective(ends)
     best = ends[np.argsort(values, kind="stable")[:KEPT]]

@@ -53,7 +53,9 @@ class Reading:
     def __post_init__(self) -> None:
         for name, column in self.columns.items():
             if name not in QUANTITIES:
-                raise DataError(f"--column {name}={column}: {name!r} is unknown; choose one of: {', '.join(QUANTITIES)}")
+                raise DataError(
+                    f"--column {name}={column}: {name!r} is unknown; choose one of: {', '.join(QUANTITIES)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,9 @@ class _Table:
         if ratio is None and "nll" not in losses:
             raise self._missing("r")
         unique = self._counts("U", zero_allowed=False) if self._find_count("U") else None
-        domain = self._texts(self._column("domain")) if self._column("domain") in self.header else ("",) * len(self.rows)
+        domain = (
+            self._texts(self._column("domain")) if self._column("domain") in self.header else ("",) * len(self.rows)
+        )
         runs = self._runs(size, ratio, domain)
         trained = tokens > 0
         if not trained.any():
@@ -197,7 +201,8 @@ class _Table:
             column = self._column(name)
             if column in self.header and used.setdefault(column, name) != name:
                 raise DataError(
-                    f"--column: {column} of {self.path} cannot be both {used[column]} and {name}; tell each its own column"
+                    f"--column: {column} of {self.path} cannot be both {used[column]} and {name}; tell each its own "
+                    "column"
                 )
 
     def _column(self, quantity: str) -> str:
@@ -214,7 +219,10 @@ class _Table:
         declared = self.reading.units.get(quantity, "")
         named = [(f"{quantity}_{unit}", unit) for unit in UNITS[quantity] if f"{quantity}_{unit}" in self.header]
         if self._column(quantity) in self.header:
-            named = [(self._column(quantity), declared), *(pair for pair in named if quantity not in self.reading.columns)]
+            named = [
+                (self._column(quantity), declared),
+                *(pair for pair in named if quantity not in self.reading.columns),
+            ]
         if not named:
             return None
         if len(named) > 1:

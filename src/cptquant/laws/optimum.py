@@ -109,7 +109,8 @@ def best_ratio_under_limit(
         status = OptimumStatus.LIMIT_BINDS if beyond else OptimumStatus.INTERIOR
     answer = Optimum(
         N=_exactly(size), D=_exactly(tokens), r=_spread_within(best, domain.fit, low, high),
-        general_nll=_spread_positive(general_loss, general.fit), domain_nll=_spread_positive(domain_loss, domain.fit), status=status,
+        general_nll=_spread_positive(general_loss, general.fit),
+        domain_nll=_spread_positive(domain_loss, domain.fit), status=status,
     )  # fmt: skip
     return answer, reference
 
@@ -246,10 +247,11 @@ def _check_run(target: _Stack, flops: float, ratio: float, size: float, tokens: 
     if LEAST["N"] <= size <= LARGEST["N"] and LEAST["D"] <= tokens <= LARGEST["D"]:
         return
     share = f" at domain share {ratio:g}" if target.form.ratios else ""
+    spans = ", ".join(f"{x} {spell_power(LEAST[x])} to {spell_power(LARGEST[x])}" for x in ("N", "D"))
     raise UserError(
         f"--flops {flops:g}: the lowest loss of law {target.form.name}{share} lies at N = {size:.3g} parameters and "
-        f"D = {tokens:.3g} tokens, which no run can have (N {spell_power(LEAST['N'])} to {spell_power(LARGEST['N'])}, D {spell_power(LEAST['D'])} to "
-        f"{spell_power(LARGEST['D'])}); give --flops{' and --r' if share else ''} nearer to the runs of the fit"
+        f"D = {tokens:.3g} tokens, which no run can have ({spans}); give --flops{' and --r' if share else ''} nearer "
+        "to the runs of the fit"
     )
 
 

@@ -10,7 +10,6 @@ from cptquant.laws.bootstrap import Scatter, interval, new_run_losses
 from cptquant.laws.forms import BILLION, Array, Form, Points
 from cptquant.laws.methods import find_form
 
-
 LEAST = {"N": 1e4, "D": 1e5, "U": 1e5}
 LARGEST = {"N": 1e14, "D": 1e17, "U": 1e17}
 """What can be a number of parameters, of tokens of a run, and of distinct tokens."""
@@ -40,8 +39,8 @@ def check_law(law: LawFit, path: Path) -> None:
         found, expected = [parameter.name for parameter in fit.parameters], list(form.index)
         if found != expected:
             raise ArtifactError(
-                f"{path}, {name}: law {fit.form} has the parameters {', '.join(expected)}, the file {', '.join(found)}; "
-                + advice
+                f"{path}, {name}: law {fit.form} has the parameters {', '.join(expected)}, the file has "
+                f"{', '.join(found)}; {advice}"
             )
         absent = [letter for letter in form.needs if letter in ("N", "D", "r", "U") and letter not in fit.ranges]
         if absent:
@@ -138,9 +137,8 @@ def check_quantities(
         low, high = LEAST[letter], LARGEST[letter]
         if value is not None and not low <= value <= high:
             noun, example = _NOUNS[letter]
-            raise UserError(
-                f"--{letter} {value:g} cannot be a number of {noun} ({spell_power(low)} to {spell_power(high)}); {example}"
-            )
+            span = f"{spell_power(low)} to {spell_power(high)}"
+            raise UserError(f"--{letter} {value:g} cannot be a number of {noun} ({span}); {example}")
     if ratio is not None and not 0 <= ratio <= 1:
         raise UserError(f"--r {ratio:g} must be the domain's share of the tokens, 0 to 1")
 

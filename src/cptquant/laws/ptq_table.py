@@ -165,18 +165,28 @@ def write_observations(path: Path, observations: Sequence[PtqObservation], comme
     write_whole(path, (head + format_rows(observations)).encode())
 
 
-def append_observations(path: Path, observations: Sequence[PtqObservation]) -> None:
+def append_observations(path: Path, observations: Sequence[PtqObservation]) -> int:
     """Add rows to a table, which is made with its header if it does not exist.
+
+    Returns:
+        Rows added. A row that is there already, whatever its `tokens_seen`, is not added again.
 
     Raises:
         DataError: the file is no such table. OutputError: not writable.
     """
     if not path.exists():
         write_observations(path, observations)
-        return
-    _ = read_observations(path)
+        return len(observations)
+    known = {_identity(row) for row in read_observations(path)}
+    fresh = [row for row in observations if _identity(row) not in known]
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(format_rows(observations))
+            file.write(format_rows(fresh))
     except OSError as error:
         raise output_error(path, error) from None
+    return len(fresh)
+
+
+def _identity(row: PtqObservation) -> str:
+    """What two records of one measurement share, in the table's own digits."""
+    return format_rows([row.model_copy(update={"features": row.features.model_copy(update={"tokens_seen": None})})])

@@ -62,7 +62,9 @@ def read_features(path: Path) -> Features:
     except OSError as error:
         raise DataError(f"--features {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise DataError(f"--features {path} is not UTF-8 text; give a CSV: {', '.join(_WANTED)}[, middle_nll]") from None
+        raise DataError(
+            f"--features {path} is not UTF-8 text; give a CSV: {', '.join(_WANTED)}[, middle_nll]"
+        ) from None
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     cells = [[cell.strip() for cell in next(csv.reader([line]))] for line in lines]
     header = cells[0] if cells else []

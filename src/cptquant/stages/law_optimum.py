@@ -52,7 +52,9 @@ def optimum_stage(law: LawFit, request: OptimumRequest, page: Path) -> tuple[Opt
     check_quantities(request.size, request.tokens, request.ratio)
     base = request.general_base
     if base is not None and not 0 < base <= LARGEST_NLL:
-        raise UserError(f"--general-base {base:g} must be a loss in nats per token, above 0 and at most {LARGEST_NLL:g}")
+        raise UserError(
+            f"--general-base {base:g} must be a loss in nats per token, above 0 and at most {LARGEST_NLL:g}"
+        )
     solve = {"--max-general-increase": _under_limit, "--domain-tokens": _for_domain_tokens, "--flops": _for_flops}
     answer, picture = solve[uses[0]](law, request)
     write_optimum_report(page, answer, picture)
