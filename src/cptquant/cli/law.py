@@ -48,7 +48,7 @@ Fixed = Annotated[
     typer.Option("--fix", help="Hold a parameter, N and D in billions, e.g. --fix alpha=0.35; may be repeated."),
 ]
 DropHighest = Annotated[int, typer.Option("--drop-highest", min=0, help="Leave out that many rows of highest loss.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
 Size = Annotated[float | None, typer.Option("--N", help="Model size in parameters, e.g. 1.8e9.", show_default=False)]
 Tokens = Annotated[float | None, typer.Option("--D", help="Tokens of the whole run, e.g. 10e9.", show_default=False)]
 Ratio = Annotated[float | None, typer.Option("--r", help="Domain share of the tokens, 0 to 1.", show_default=False)]
@@ -69,9 +69,14 @@ def fit(
         ),
     ],
     runs: Runs,
+    ctx: typer.Context,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for law.json and report.html.", show_default=False)
-    ],
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for law.json and report.html (ptq: law.json alone).  [default: laws/KIND]",
+            show_default=False,
+        ),
+    ] = None,
     features: Annotated[
         Path | None,
         typer.Option(
@@ -93,12 +98,14 @@ def fit(
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
     """Fit a law to runs; writes law.json and report.html."""
-    from cptquant.cli.law_flags import parse_fixed, parse_reading
+    from cptquant.cli.law_flags import given_flags, parse_fixed, parse_reading, refuse_unused
     from cptquant.cli.terminal import print_json, print_text
     from cptquant.laws.fit_law import FitOptions
     from cptquant.reports.law_tables import law_table, ptq_law_table
     from cptquant.stages.law import LAW_FILE, REPORT_FILE, FitRequest, fit_ptq_stage, fit_stage
 
+    refuse_unused(kind, given_flags(ctx))
+    output = Path("laws") / kind if output is None else output
     if kind == "ptq":
         ptq = fit_ptq_stage(runs, output)
         if as_json:
@@ -311,6 +318,20 @@ def compare(
 @app.command()
 def simulate(
     output: Annotated[Path, typer.Option("--output", "-o", help="CSV to write.", show_default=False)],
+    domains: Annotated[
+        int | None,
+        typer.Option(
+            "--domains", min=4, show_default=False,
+            help="Instead, that many domains of 75 rows with domain losses, for `law fit cross-domain`.",
+        ),
+    ] = None,
+    features_output: Annotated[
+        Path | None,
+        typer.Option(
+            "--features-output", show_default=False,
+            help="Early features of the --domains and of one that was only begun.  [default: OUTPUT-features.csv]",
+        ),
+    ] = None,
     noise: Annotated[float, typer.Option("--noise", min=0.0, help="Standard deviation of each loss, nats.")] = 0.003,
     run_noise: Annotated[float, typer.Option("--run-noise", min=0.0, help="The same, shared by a run's rows.")] = 0.0,
     forgetting: Annotated[
@@ -318,16 +339,32 @@ def simulate(
     ] = 0.0,
     seed: Seed = 0,
     as_json: options.AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Make a grid of runs with known laws, 3 sizes x 9 ratios x 20 evaluations, to try the other commands on."""
     from cptquant.cli.terminal import print_text, print_values
     from cptquant.core.artifact import write_whole
+    from cptquant.core.errors import UserError
     from cptquant.laws.simulate import Simulation, to_csv
     from cptquant.laws.simulate import simulate as make_runs
 
-    runs = make_runs(Simulation(noise, run_noise, forgetting, seed))
-    write_whole(output, to_csv(runs).encode())
-    if as_json:
-        print_values({"runs": str(output), "rows": len(runs)})
+    if domains is None:
+        if features_output is not None:
+            raise UserError(
+                f"--features-output {features_output} goes with --domains; add --domains 6, or leave it out"
+            )
+        runs, features_path = make_runs(Simulation(noise, run_noise, forgetting, seed)), None
     else:
-        print_text(f"{output}: {len(runs)} rows, 27 runs")
+        from cptquant.laws.simulate_domains import features_csv, simulate_domains
+
+        if run_noise or forgetting:
+            raise UserError("--domains takes --noise and --seed, not --run-noise or --forgetting; leave them out")
+        runs, features = simulate_domains(domains, noise=noise, seed=seed)
+        features_path = features_output or output.with_name(f"{output.stem}-features.csv")
+        write_whole(features_path, features_csv(features).encode())
+    write_whole(output, to_csv(runs).encode())
+    count = len(set(runs.run.tolist()))
+    if as_json:
+        found = {} if features_path is None else {"features": str(features_path)}
+        print_values({"runs": str(output), "rows": len(runs), **found})
+    else:
+        print_text(f"{output}: {len(runs)} rows, {count} runs" + (f"\n{features_path}" if features_path else ""))

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import typer
+
 from cptquant.core.errors import UserError
 from cptquant.laws.forms import Form
 from cptquant.laws.methods import find_form
@@ -41,12 +43,42 @@ def parse_fixed(fixed: Sequence[str] | None) -> dict[str, float]:
     return held
 
 
+def given_flags(ctx: typer.Context) -> list[str]:
+    """Flags a person wrote, as spelled in the help, `--json` and arguments left out."""
+    written = [
+        param.opts[0]
+        for param in ctx.command.params
+        if param.name is not None and getattr(ctx.get_parameter_source(param.name), "name", "") == "COMMANDLINE"
+    ]
+    return [flag for flag in written if flag.startswith("--") and flag != "--json"]
+
+
+def refuse_unused(kind: str, flags: Sequence[str]) -> None:
+    """Refuse flags of `law fit` that a kind of law does not use.
+
+    Raises:
+        UserError: with the flag.
+    """
+    if kind == "ptq":
+        unused = [flag for flag in flags if flag != "--output"]
+        if unused:
+            raise UserError(
+                f"law fit ptq takes RESULTS.csv, --output and --json, not {unused[0]}; leave {unused[0]} out"
+            )
+    elif kind != "cross-domain":
+        unused = [flag for flag in flags if flag in ("--features", "--variant")]
+        if unused:
+            raise UserError(f"{unused[0]} goes with law fit cross-domain, not {kind}; leave {unused[0]} out")
+
+
 def _pairs(flag: str, texts: Sequence[str] | None) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
             raise UserError(f"{flag} {text!r} is not readable; write NAME=VALUE")
+        if name.strip() in pairs:
+            raise UserError(f"{flag} {name.strip()} is given twice; keep one")
         pairs[name.strip()] = value.strip()
     return pairs
 

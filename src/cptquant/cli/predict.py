@@ -14,8 +14,10 @@ _Group = Annotated[str, typer.Option("--group", help="Columns that share a scale
 _Quantizer = Annotated[str, typer.Option("--quantizer", help="gptq, rtn, or both.")]
 _Law = Annotated[
     Path | None,
-    typer.Option("--law", help="A fitted law (law.json).  [default: the one that comes with the package]",
-                 show_default=False),
+    typer.Option(
+        "--law", help="A fitted law: folder or law.json of `law fit ptq`.  [default: the one in the package]",
+        show_default=False,
+    ),
 ]  # fmt: skip
 _Form = Annotated[
     str | None,
@@ -50,6 +52,7 @@ def predict(
 ) -> None:
     """Predict what quantization will cost MODEL, with 90 % intervals, from features of the original alone."""
     from cptquant.cli.terminal import print_json, print_text, watch
+    from cptquant.core.artifact import check_writable
     from cptquant.reports.forecast_tables import forecast_table
     from cptquant.stages.predict import ForecastRequest, predict_model
 
@@ -67,6 +70,8 @@ def predict(
     request = ForecastRequest(
         model=model, formats=_split(formats), groups=_split(group), methods=_split(quantizer), **chosen
     )  # type: ignore[arg-type]
+    if output is not None:
+        check_writable(output)
     with watch(quiet=as_json) as progress:
         forecast = predict_model(request, progress)
     if output is not None:

@@ -28,7 +28,13 @@ _Predict = Annotated[
 _Record = Annotated[
     Path | None,
     typer.Option("--record", help="Append features and losses of this run to a local table of observations, from which "
-                 "the PTQ law can be fitted anew.", show_default=False),
+                 "the PTQ law can be fitted anew. A model's family, which is held out together, is its folder's name; "
+                 "rows that are there already are not added again.", show_default=False),
+]  # fmt: skip
+_TokensSeen = Annotated[
+    float | None,
+    typer.Option("--tokens-seen", min=1, help="Training tokens of MODEL, for --record; the form error needs them.",
+                 show_default=False),
 ]  # fmt: skip
 
 
@@ -51,6 +57,7 @@ def quantize(
     baselines: _Baselines = None,
     predict: _Predict = None,
     record: _Record = None,
+    tokens_seen: _TokensSeen = None,
     seed: options.Seed = None,
     trust_remote_code: options.TrustRemoteCode = None,
     dry_run: _DryRun = False,
@@ -75,14 +82,14 @@ def quantize(
         eval_sequences=eval_sequences,
         sequence_length=sequence_length,
         baselines=_split(baselines),
-        predict=_wants_forecast(predict, record),
+        predict=_wants_forecast(predict, record, tokens_seen),
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
     if dry_run:
         _print_estimate(model, changes, as_json)
         return
-    from cptquant.cli.terminal import print_json, print_text, watch
+    from cptquant.cli.terminal import print_json, print_text, warn, watch
     from cptquant.pipeline import quantize_model, quantize_run
     from cptquant.reports.forecast_tables import beside_rows
     from cptquant.reports.tables import render_text, result_table
@@ -94,7 +101,8 @@ def quantize(
         else:
             result = quantize_model(model, *_required(changes, output), progress, **changes)
     if record is not None:
-        record_run(result.folder, record)
+        added = record_run(result.folder, record, tokens_seen=tokens_seen)
+        warn(f"{record}: {added} rows added" + ("" if added else "; this run's rows are there already"))
     if as_json:
         print_json(result.evaluation)
     else:
@@ -104,10 +112,12 @@ def quantize(
         print(f"checkpoint {result.folder / 'checkpoint'}\nreport     {result.folder / 'report.html'}")
 
 
-def _wants_forecast(predict: bool | None, record: Path | None) -> bool | None:
+def _wants_forecast(predict: bool | None, record: Path | None, tokens_seen: float | None) -> bool | None:
     """A record needs a forecast, whatever the size of the model."""
     from cptquant.core.errors import UserError
 
+    if record is None and tokens_seen is not None:
+        raise UserError(f"--tokens-seen {tokens_seen:g} goes with --record; add --record FILE, or leave it out")
     if record is None:
         return predict
     if predict is False:

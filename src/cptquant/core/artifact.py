@@ -125,6 +125,19 @@ def write_whole(path: Path, content: bytes) -> None:
         raise output_error(path, error) from None
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be written, before time is spent on its content.
+
+    Raises:
+        OutputError: the folder is missing or not writable, or the path is a folder.
+    """
+    number = errno.EISDIR if path.is_dir() else errno.ENOENT if not path.parent.is_dir() else None
+    if number is None and not os.access(path.parent, os.W_OK):
+        number = errno.EACCES
+    if number is not None:
+        raise output_error(path, OSError(number, os.strerror(number)))
+
+
 def output_error(path: Path, error: Exception) -> OutputError:
     """Say what the operating system's refusal means and what to do.
 

@@ -1,8 +1,11 @@
 """What `law fit` leaves behind (law.json): parameters, intervals, how far to trust them."""
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Self
+
+from pydantic import FiniteFloat, NonNegativeFloat, PositiveFloat, model_validator
 
 from cptquant.core.artifact import Artifact, Frozen
 
@@ -91,8 +94,8 @@ class RequirementCheck(Frozen):
 class ObservedRange(Frozen):
     """Smallest and largest observed value of a column, in parameters and tokens."""
 
-    low: float
-    high: float
+    low: FiniteFloat
+    high: FiniteFloat
     distinct: int
 
 
@@ -121,13 +124,30 @@ class LossFit(Frozen):
     best_objectives: tuple[float, ...]
     r2: float
     mae_nats: float
-    run_std: float
-    row_std: float
+    run_std: NonNegativeFloat
+    row_std: NonNegativeFloat
     draws: tuple[tuple[float, ...], ...]
-    widening: float
+    widening: PositiveFloat
     ranges: dict[str, ObservedRange]
     requirements: tuple[RequirementCheck, ...] = ()
-    base: tuple[tuple[float, float], ...] = ()
+    base: tuple[tuple[PositiveFloat, PositiveFloat], ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if not self.parameters:
+            raise ValueError(f"the law of {self.target} has no parameters")
+        if len(self.draws) < 2:
+            raise ValueError(f"the law of {self.target} has {len(self.draws)} draws, intervals need at least 2")
+        wrong = [len(draw) for draw in self.draws if len(draw) != len(self.parameters)]
+        if wrong:
+            raise ValueError(
+                f"a draw of {self.target} has {wrong[0]} numbers, the law has {len(self.parameters)} parameters"
+            )
+        numbers = [*self.values.values(), *(number for draw in self.draws for number in draw)]
+        numbers += [self.run_std, self.row_std, self.widening]
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"a parameter, a draw or a scatter of {self.target} is not a finite number")
+        return self
 
     @property
     def values(self) -> dict[str, float]:
@@ -149,8 +169,16 @@ class LawFit(Artifact):
     kind: str
     fits: dict[str, LossFit]
     settings: dict[str, str | int | float | bool | None] = {}
-    features: dict[str, tuple[float, float, float]] = {}
+    features: dict[str, tuple[PositiveFloat, PositiveFloat, NonNegativeFloat]] = {}
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> Self:
+        if not self.fits:
+            raise ValueError("the file holds no law of any loss")
+        if self.kind == "cross-domain" and not ("domain_nll" in self.fits and self.features):
+            raise ValueError("a cross-domain law needs the fit of domain_nll and the features of its domains")
+        return self
 
 
 class Prediction(Frozen):
@@ -166,6 +194,7 @@ class OptimumStatus(StrEnum):
     INTERIOR = "interior"
     LIMIT_BINDS = "limit_binds"
     EDGE_OF_DATA = "edge_of_data"
+    EDGE_OF_SEARCH = "edge_of_search"
     OUTSIDE_DATA = "outside_data"
     INFEASIBLE = "infeasible"
 
@@ -176,6 +205,10 @@ class OptimumStatus(StrEnum):
             OptimumStatus.INTERIOR: "the loss has its minimum here, within the data's range",
             OptimumStatus.LIMIT_BINDS: "the general loss reaches its limit here; without it more domain is better",
             OptimumStatus.EDGE_OF_DATA: "the best point lies on the edge of the data's ratios",
+            OptimumStatus.EDGE_OF_SEARCH: (
+                "the loss still falls at the end of the sizes that were searched (a factor of 1,000 around "
+                "N = D / 20): the law has no optimum there"
+            ),
             OptimumStatus.OUTSIDE_DATA: "the best point lies outside the data's sizes or tokens: an extrapolation",
             OptimumStatus.INFEASIBLE: "no ratio meets the limit; the ratio with the smallest general loss is given",
         }[self]

@@ -75,8 +75,13 @@ def make_folds(observations: Observations, by: str) -> list[NDArray[np.bool_]]:
         raise UserError(f"--holdout by={by} is unknown; choose by={', by='.join(HOLDOUTS)}")
     columns = observations.columns()
     if by == "D":
-        middle = np.median(observations.tokens)
-        return [observations.tokens > middle]
+        later = observations.tokens > np.median(observations.tokens)
+        if not later.any():
+            raise DataError(
+                f"--holdout by=D needs runs of different lengths; half of the rows of {observations.source} have the "
+                f"largest D = {observations.tokens.max():g}. Choose another --holdout"
+            )
+        return [later]
     if by == "run":
         if observations.run.max() + 1 < 2 * _GROUPS:
             raise DataError(f"--holdout by=run needs at least {2 * _GROUPS} runs; {observations.source} has fewer")

@@ -19,7 +19,7 @@ from cptquant.laws.forms import Array, Form, Parameter, Points, Term, Theta
 
 Coefficient = Callable[[Theta, Array], tuple[Array, dict[str, Array]]]
 
-_F = Parameter("F", 1e-6, 1e3, (0.05, 2.0), "K", meaning="weight of the domain's difficulty")
+_F = Parameter("F", 1e-6, 1e3, (0.05, 2.0), "K", removable=True, meaning="weight of the domain's difficulty")
 _MU = Parameter("mu", 0.01, 8.0, (0.2, 2.0), "K", meaning="how fast an easier domain lowers the loss")
 _W2 = Parameter("w2", 1e-3, 1e3, (0.1, 10.0), "K", meaning="worth of the early decline in K")
 _W3 = Parameter("w3", 1e-3, 1e3, (0.05, 5.0), "K", meaning="worth of its slowing in K")

@@ -36,7 +36,7 @@ from cptquant.laws.forms import (
 
 _BASE = (INTERCEPT, SIZE_AMPLITUDE, SIZE_EXPONENT, DATA_AMPLITUDE, DATA_EXPONENT)
 _ETA = Parameter("eta", 0.01, 10.0, (0.2, 3.0), "r", meaning="how the corpus's share makes tokens useful")
-_C = Parameter("C", 1e-6, 100.0, (0.01, 1.0), "r", meaning="weight of a small share")
+_C = Parameter("C", 1e-6, 100.0, (0.01, 1.0), "r", removable=True, meaning="weight of a small share")
 _GAMMA = Parameter("gamma", 0.01, 8.0, (0.1, 1.0), "r", meaning="how fast the share helps")
 _EPS = Parameter("eps", 1e-4, 1.0, (0.005, 0.3), "r", meaning="keeps the law finite at share 0")
 _DOMAIN = "N > 0, D > 0, 0 <= r <= 1; points at equal state of the learning-rate schedule; no repeated data"
@@ -168,7 +168,7 @@ FORGETTING = Form(
     "ours, on L3 of arXiv 2406.01375",
     (
         *L3.parameters,
-        Parameter("F", 1e-6, 100.0, (0.01, 2.0), "r", meaning="how much can be forgotten"),
+        Parameter("F", 1e-6, 100.0, (0.01, 2.0), "r", removable=True, meaning="how much can be forgotten"),
         Parameter("kappa", 0.05, 100.0, (0.5, 20.0), "r", meaning="how fast replay stops forgetting"),
         Parameter("D0", 1e-3, 1e3, (0.05, 5.0), "D", meaning="tokens (billions) after which forgetting bends"),
     ), _MIXTURE, _forgetting,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize  # pyright: ignore[reportUnknownVariableType, reportMissingTypeStubs]
 
+from cptquant.core.errors import UserError
 from cptquant.laws.forms import Array
 from cptquant.laws.problem import Problem
 
@@ -38,8 +39,17 @@ def fit(problem: Problem, *, starts: int = 40, seed: int = 0, iterations: int = 
 
     Args:
         starts: random starts, log-uniform over each parameter's range. iterations: L-BFGS-B iterations of each.
+
+    Raises:
+        UserError: the parameters that are held leave no term.
     """
     first = problem.starts(starts, np.random.default_rng(seed))
+    with np.errstate(all="ignore"):
+        if not np.isfinite(problem.objective(first)).any():
+            held = " ".join(f"--fix {name}={value:g}" for name, value in problem.fixed.items())
+            raise UserError(
+                f"law {problem.form.name} gives no loss with {held}: no term is left; hold fewer parameters"
+            )
     ends = np.stack([_descend(problem, theta, iterations) for theta in first])
     values = problem.objective(ends)
     best = ends[np.argsort(values, kind="stable")[:KEPT]]

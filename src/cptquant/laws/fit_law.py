@@ -93,6 +93,12 @@ def problem_at(data: Observations, form: Form, loss: str, points: Points, option
             f"{data.source} has {len(data)} rows with D > 0; law {form.name} has {fitted} parameters to fit. Add rows "
             "or hold parameters with --fix"
         )
+    lowest, highest = float(problem.loss.min()), float(problem.loss.max())
+    if highest - lowest <= 1e-9 * highest:
+        raise DataError(
+            f"{data.source}: column {loss} is {lowest:g} in all {len(data)} rows to be fitted, so there is nothing a "
+            "law could explain; give measured losses, or leave the column out"
+        )
     return problem
 
 

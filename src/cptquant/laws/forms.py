@@ -29,6 +29,7 @@ class Parameter:
         low, high: bounds of the value. start: range of the random starts, log-uniform (uniform if `signed`).
         relative: the range of starts is in units of the smallest observed loss.
         signed: may be negative; optimised as it is instead of as a logarithm.
+        removable: may be held at 0, where its term is gone.
         column: the column of the data this parameter needs to vary ("" for the intercept).
     """
 
@@ -39,6 +40,7 @@ class Parameter:
     column: str = ""
     relative: bool = False
     signed: bool = False
+    removable: bool = False
     meaning: str = ""
 
 
@@ -205,9 +207,9 @@ def power(theta: Theta, amplitude: str, exponent: str, ln_x: Array) -> Term:
 
 
 INTERCEPT = Parameter(
-    "E", 1e-3, 100.0, (0.3, 0.98), relative=True, meaning="loss that no size, data or mixture removes"
+    "E", 1e-3, 100.0, (0.3, 0.98), relative=True, removable=True, meaning="loss that no size, data or mixture removes"
 )
-SIZE_AMPLITUDE = Parameter("A", 1e-6, 1e4, (0.02, 2.0), "N", meaning="weight of model size")
+SIZE_AMPLITUDE = Parameter("A", 1e-6, 1e4, (0.02, 2.0), "N", removable=True, meaning="weight of model size")
 SIZE_EXPONENT = Parameter("alpha", 0.01, 5.0, (0.1, 1.0), "N", meaning="how fast size helps")
-DATA_AMPLITUDE = Parameter("B", 1e-6, 1e4, (0.02, 2.0), "D", meaning="weight of training tokens")
+DATA_AMPLITUDE = Parameter("B", 1e-6, 1e4, (0.02, 2.0), "D", removable=True, meaning="weight of training tokens")
 DATA_EXPONENT = Parameter("beta", 0.01, 5.0, (0.1, 1.0), "D", meaning="how fast tokens help")

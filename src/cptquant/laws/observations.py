@@ -28,9 +28,12 @@ UNITS: dict[str, dict[str, float]] = {
     "D": {"tokens": 1.0, "millions": 1e6, "billions": 1e9},
     "U": {"tokens": 1.0, "millions": 1e6, "billions": 1e9},
 }
+QUANTITIES = ("N", "D", "r", "U", *LOSSES, *(f"{name}_stderr" for name in LOSSES), "run", "domain")
+"""Everything that is read from a CSV, by its default column name."""
 _COUNTS = {"N": "parameters", "D": "tokens", "U": "tokens"}
 _PLAUSIBLE = {"N": (1e4, 1e14), "D": (1e5, 1e17), "U": (1e5, 1e17)}
-_LARGEST_NLL = 20.0
+LARGEST_NLL = 14.0
+"""Nats per token: a little above ln 1,000,000, a uniform guess over the largest vocabularies."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,20 @@ class Reading:
 
     Attributes:
         units: quantity (N, D, U) -> unit, as declared by flags. columns: quantity -> column name, where they differ.
+
+    Raises:
+        DataError: a column is told for something no law reads.
     """
 
     units: Mapping[str, str] = field(default_factory=dict[str, str])
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        for name, column in self.columns.items():
+            if name not in QUANTITIES:
+                raise DataError(
+                    f"--column {name}={column}: {name!r} is unknown; choose one of: {', '.join(QUANTITIES)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ def read_observations(path: Path, reading: Reading | None = None) -> Observation
 
 def _read_rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             numbered = [(number, line) for number, line in enumerate(file, 1) if not line.startswith("#")]
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; give a CSV of runs, or make one with: cptquant law simulate") from None
@@ -150,6 +163,7 @@ class _Table:
     reading: Reading
 
     def observations(self) -> Observations:
+        self._check_columns()
         losses = {name: self._losses(name) for name in LOSSES if self._column(name) in self.header}
         if not losses:
             raise DataError(
@@ -162,7 +176,9 @@ class _Table:
         if ratio is None and "nll" not in losses:
             raise self._missing("r")
         unique = self._counts("U", zero_allowed=False) if self._find_count("U") else None
-        domain = self._texts("domain") if "domain" in self.header else ("",) * len(self.rows)
+        domain = (
+            self._texts(self._column("domain")) if self._column("domain") in self.header else ("",) * len(self.rows)
+        )
         runs = self._runs(size, ratio, domain)
         trained = tokens > 0
         if not trained.any():
@@ -173,6 +189,21 @@ class _Table:
         base = {name: _base_losses(size[~trained], values[~trained]) for name, values in losses.items()}
         kept = everything.take(trained)
         return replace(kept, base=base)
+
+    def _check_columns(self) -> None:
+        for name, column in self.reading.columns.items():
+            if column not in self.header:
+                raise DataError(
+                    f"--column {name}={column}: {self.path} has no column {column!r}; it has {', '.join(self.header)}"
+                )
+        used: dict[str, str] = {}
+        for name in QUANTITIES:
+            column = self._column(name)
+            if column in self.header and used.setdefault(column, name) != name:
+                raise DataError(
+                    f"--column: {column} of {self.path} cannot be both {used[column]} and {name}; tell each its own "
+                    "column"
+                )
 
     def _column(self, quantity: str) -> str:
         return self.reading.columns.get(quantity, quantity)
@@ -186,9 +217,12 @@ class _Table:
     def _find_count(self, quantity: str) -> tuple[str, str] | None:
         """(column, unit) of N, D or U; the unit is "" where nothing declares one."""
         declared = self.reading.units.get(quantity, "")
-        if self._column(quantity) in self.header:
-            return self._column(quantity), declared
         named = [(f"{quantity}_{unit}", unit) for unit in UNITS[quantity] if f"{quantity}_{unit}" in self.header]
+        if self._column(quantity) in self.header:
+            named = [
+                (self._column(quantity), declared),
+                *(pair for pair in named if quantity not in self.reading.columns),
+            ]
         if not named:
             return None
         if len(named) > 1:
@@ -268,17 +302,17 @@ class _Table:
                 raise DataError(
                     f"{self.path} line {line}: {column} = {value:g}, expected a positive loss in nats per token"
                 )
-            if value > _LARGEST_NLL:
+            if value > LARGEST_NLL:
                 raise DataError(
-                    f"{self.path} line {line}: {column} = {value:g} is too large for a loss in nats per token; if it "
-                    "is a perplexity, take its natural logarithm"
+                    f"{self.path} line {line}: {column} = {value:g} is too large for a loss in nats per token (at most "
+                    f"{LARGEST_NLL:g}); is it a perplexity? Then take its natural logarithm"
                 )
         return values
 
     def _stderrs(self, losses: Iterable[str]) -> dict[str, Array]:
         found: dict[str, Array] = {}
         for name in losses:
-            column = f"{name}_stderr"
+            column = self._column(f"{name}_stderr")
             if column not in self.header:
                 continue
             found[name] = self._numbers(column)
@@ -288,8 +322,8 @@ class _Table:
         return found
 
     def _runs(self, size: Array, ratio: Array | None, domain: Sequence[str]) -> NDArray[np.int64]:
-        if "run" in self.header:
-            keys: list[Any] = list(self._texts("run"))
+        if self._column("run") in self.header:
+            keys: list[Any] = list(self._texts(self._column("run")))
         else:
             shares = [None] * len(size) if ratio is None else [float(value) for value in ratio]
             keys = list(zip((float(value) for value in size), shares, domain, strict=True))

@@ -19,7 +19,8 @@ from cptquant.core.errors import UserError
 from cptquant.core.laws import Interval, LawFit, LossFit, Optimum, OptimumStatus
 from cptquant.laws.bootstrap import interval
 from cptquant.laws.forms import BILLION, Array, Form
-from cptquant.laws.predict import fitted_theta, make_points, share_of
+from cptquant.laws.methods import find_form
+from cptquant.laws.predict import LARGEST, LEAST, fitted_theta, make_points, share_of, spell_power
 
 FLOPS_PER_PARAMETER_TOKEN = 6.0
 _COARSE, _FINE, _ROUNDS = 401, 41, 4
@@ -81,8 +82,9 @@ def best_ratio_under_limit(
         The optimum and the loss the limit refers to.
 
     Raises:
-        UserError: the law lacks one of the two losses.
+        UserError: the law lacks one of the two losses, or the ratio.
     """
+    _require(law, ("r",), "--max-general-increase")
     domain, general = _both(law)
     reference = reference_loss(general, size, tokens, base_loss)
     limit = reference.loss * (1 + max_increase)
@@ -107,7 +109,8 @@ def best_ratio_under_limit(
         status = OptimumStatus.LIMIT_BINDS if beyond else OptimumStatus.INTERIOR
     answer = Optimum(
         N=_exactly(size), D=_exactly(tokens), r=_spread_within(best, domain.fit, low, high),
-        general_nll=_spread(general_loss, general.fit), domain_nll=_spread(domain_loss, domain.fit), status=status,
+        general_nll=_spread_positive(general_loss, general.fit),
+        domain_nll=_spread_positive(domain_loss, domain.fit), status=status,
     )  # fmt: skip
     return answer, reference
 
@@ -120,7 +123,11 @@ def best_ratio_for_domain_tokens(
     """Use 2: the domain share with the lowest domain loss when the run ends with the domain text.
 
     The total is D = domain_tokens / r: a small share means a long run.
+
+    Raises:
+        UserError: the law has no domain loss, no ratio or no tokens.
     """
+    _require(law, ("r", "D"), "--domain-tokens")
     domain = _Stack.of(_fit(law, "domain_nll"))
     low, high = _ratio_range(domain.fit)
     low = max(low, 1e-3)
@@ -141,8 +148,8 @@ def best_ratio_for_domain_tokens(
         status = OptimumStatus.EDGE_OF_DATA if min(best[0] - low, high - best[0]) < step else OptimumStatus.INTERIOR
     return Optimum(
         N=_exactly(size), D=_spread_positive(tokens, domain.fit), r=_spread_within(best, domain.fit, low, high),
-        general_nll=None if general is None or general_loss is None else _spread(general_loss, general),
-        domain_nll=_spread(domain.loss(size, tokens[:, None], at)[:, 0], domain.fit), status=status,
+        general_nll=None if general is None or general_loss is None else _spread_positive(general_loss, general),
+        domain_nll=_spread_positive(domain.loss(size, tokens[:, None], at)[:, 0], domain.fit), status=status,
     )  # fmt: skip
 
 
@@ -152,27 +159,36 @@ def best_size_for_flops(
     ratio: float,  # domain share
     minimise: str = "domain_nll",
 ) -> Optimum:
-    """Use 3: the model size with the lowest loss at fixed training compute, 6 N D = flops."""
+    """Use 3: the model size with the lowest loss at fixed training compute, 6 N D = flops.
+
+    Raises:
+        UserError: the law has no size or no tokens, or its optimum is no size or number of tokens a run can have.
+    """
+    _require(law, ("N", "D"), "--flops")
     target = _Stack.of(_fit(law, minimise if minimise in law.fits else next(iter(law.fits))))
     budget = flops / FLOPS_PER_PARAMETER_TOKEN
     share = share_of(target.fit, np.array([ratio]))[0]
+    at_edge = False
     if target.form.name in _CLOSED_FORMS:
         sizes = closed_form_size(target.form, target.theta, share, budget)
     else:
-        sizes = _search_size(target, budget, ratio)
+        sizes, at_edge = _search_size(target, budget, ratio)
+    _check_run(target, flops, ratio, float(sizes[0]), float(budget / sizes[0]))
+    sizes = np.clip(sizes, 1.0, budget)  # of a wild draw: at least one parameter and one token
     tokens = budget / sizes
     losses: dict[str, Interval] = {}
     for name, fit in law.fits.items():
         values = _Stack.of(fit).loss(sizes[:, None], tokens[:, None], np.full((len(sizes), 1), ratio))[:, 0]
-        losses[name] = _spread(values, fit)
+        losses[name] = _spread_positive(values, fit)
     outside = _outside(law, float(sizes[0]), float(tokens[0]))
+    status = OptimumStatus.OUTSIDE_DATA if outside else OptimumStatus.INTERIOR
     return Optimum(
         N=_spread_positive(sizes, target.fit),
         D=_spread_positive(tokens, target.fit),
         r=_exactly(ratio),
         general_nll=losses.get("general_nll"),
         domain_nll=losses.get("domain_nll", losses.get("nll")),
-        status=OptimumStatus.OUTSIDE_DATA if outside else OptimumStatus.INTERIOR,
+        status=OptimumStatus.EDGE_OF_SEARCH if at_edge else status,
     )
 
 
@@ -215,9 +231,31 @@ def _fit(law: LawFit, name: str) -> LossFit:
     return law.fits[name]
 
 
+def _require(law: LawFit, letters: tuple[str, ...], use: str) -> None:
+    """Refuse to optimise along what the law does not depend on."""
+    named = {"N": "size N", "D": "tokens D", "r": "mixture ratio r"}
+    for letter in letters:
+        for fit in law.fits.values():
+            if letter not in find_form(fit.form).needs:
+                raise UserError(
+                    f"{use} needs a law with the {named[letter]}; law {fit.form} ({fit.equation}) has none: fit one "
+                    "that does, e.g. cptquant law fit dcpt RUNS.csv"
+                )
+
+
+def _check_run(target: _Stack, flops: float, ratio: float, size: float, tokens: float) -> None:
+    if LEAST["N"] <= size <= LARGEST["N"] and LEAST["D"] <= tokens <= LARGEST["D"]:
+        return
+    share = f" at domain share {ratio:g}" if target.form.ratios else ""
+    spans = ", ".join(f"{x} {spell_power(LEAST[x])} to {spell_power(LARGEST[x])}" for x in ("N", "D"))
+    raise UserError(
+        f"--flops {flops:g}: the lowest loss of law {target.form.name}{share} lies at N = {size:.3g} parameters and "
+        f"D = {tokens:.3g} tokens, which no run can have ({spans}); give --flops{' and --r' if share else ''} nearer "
+        "to the runs of the fit"
+    )
+
+
 def _ratio_range(fit: LossFit) -> tuple[float, float]:
-    if "r" not in fit.ranges:
-        raise UserError(f"law {fit.form} has no mixture ratio; fit a mixture law: cptquant law fit dcpt RUNS.csv")
     return fit.ranges["r"].low, fit.ranges["r"].high
 
 
@@ -245,16 +283,22 @@ def _choose(excess: Array, loss: Array) -> NDArray[np.intp]:
     return np.where(np.any(feasible, axis=1), best, nearest)
 
 
-def _search_size(target: _Stack, budget: float, ratio: float) -> Array:
-    """Minimum over ln N by the same refined grid, within a factor of 1,000 of where N = D / 20."""
+def _search_size(target: _Stack, budget: float, ratio: float) -> tuple[Array, bool]:
+    """Minimum over ln N by the same refined grid, within a factor of 1,000 of where N = D / 20.
+
+    Returns:
+        Sizes (S,), and whether the fit's lies on the edge of what was searched.
+    """
     middle = np.log(np.sqrt(budget / 20))
+    low, high = middle - np.log(1e3), middle + np.log(1e3)
 
     def excess_and_loss(ln_size: Array) -> tuple[Array, Array]:
         size = np.exp(ln_size)
         loss = target.loss(size, budget / size, np.full(size.shape, ratio))
         return np.full(loss.shape, -1.0), loss
 
-    return np.exp(_search(excess_and_loss, middle - np.log(1e3), middle + np.log(1e3), len(target.theta)))
+    best = _search(excess_and_loss, low, high, len(target.theta))
+    return np.exp(best), bool(min(best[0] - low, high - best[0]) < 1e-4 * (high - low))
 
 
 def _outside(law: LawFit, size: float, tokens: float) -> bool:
@@ -270,19 +314,14 @@ def _exactly(value: float) -> Interval:
     return Interval(value=value, low=value, high=value)
 
 
-def _spread(values: Array, fit: LossFit) -> Interval:
-    """Row 0 is the answer, the other rows its bootstrap draws."""
-    low, high = interval(values[0], values[1:], fit.widening)
-    return Interval(value=float(values[0]), low=float(low), high=float(high))
-
-
 def _spread_within(values: Array, fit: LossFit, low: float, high: float) -> Interval:
-    """The same, cut at the ends of what was searched."""
-    found = _spread(values, fit)
-    return Interval(value=found.value, low=max(found.low, low), high=min(found.high, high))
+    """Row 0 is the answer, the other rows its bootstrap draws; cut at the ends of what was searched."""
+    ends = interval(values[0], values[1:], fit.widening)
+    return Interval(value=float(values[0]), low=max(float(ends[0]), low), high=min(float(ends[1]), high))
 
 
 def _spread_positive(values: Array, fit: LossFit) -> Interval:
-    """The same on a logarithmic scale, for sizes and tokens."""
-    found = _spread(np.log(values), fit)
-    return Interval(value=float(values[0]), low=float(np.exp(found.low)), high=float(np.exp(found.high)))
+    """The same on a logarithmic scale, for sizes, tokens and losses: widened, none falls below zero."""
+    low, high = np.exp(interval(np.log(values[0]), np.log(values[1:]), fit.widening))
+    value = float(values[0])
+    return Interval(value=value, low=min(float(low), value), high=max(float(high), value))

@@ -1,12 +1,20 @@
 """Losses a fitted law predicts, with their 90% intervals."""
 
+from pathlib import Path
+
 import numpy as np
 
-from cptquant.core.errors import UserError
+from cptquant.core.errors import ArtifactError, UserError
 from cptquant.core.laws import Interval, LawFit, LossFit
 from cptquant.laws.bootstrap import Scatter, interval, new_run_losses
 from cptquant.laws.forms import BILLION, Array, Form, Points
 from cptquant.laws.methods import find_form
+
+LEAST = {"N": 1e4, "D": 1e5, "U": 1e5}
+LARGEST = {"N": 1e14, "D": 1e17, "U": 1e17}
+"""What can be a number of parameters, of tokens of a run, and of distinct tokens."""
+_NOUNS = {"N": ("parameters", "1.8 billion is --N 1.8e9"), "D": ("tokens", "10 billion is --D 10e9"),
+          "U": ("distinct tokens", "10 billion is --U 10e9")}  # fmt: skip
 
 
 def fitted_theta(fit: LossFit) -> tuple[Form, Array, Array]:
@@ -14,6 +22,39 @@ def fitted_theta(fit: LossFit) -> tuple[Form, Array, Array]:
     form = find_form(fit.form)
     values = np.array([parameter.value for parameter in fit.parameters])
     return form, form.internal(values), form.internal(np.array(fit.draws))
+
+
+def check_law(law: LawFit, path: Path) -> None:
+    """Refuse a stored law whose form is unknown, or whose numbers are none of that form's.
+
+    Raises:
+        ArtifactError: with the parameter and its range.
+    """
+    advice = f"mend the file or make it anew with: {LawFit.MADE_BY}"
+    for name, fit in law.fits.items():
+        try:
+            form = find_form(fit.form)
+        except UserError as error:
+            raise ArtifactError(f"{path}, {name}: {error}; {advice}") from None
+        found, expected = [parameter.name for parameter in fit.parameters], list(form.index)
+        if found != expected:
+            raise ArtifactError(
+                f"{path}, {name}: law {fit.form} has the parameters {', '.join(expected)}, the file has "
+                f"{', '.join(found)}; {advice}"
+            )
+        absent = [letter for letter in form.needs if letter in ("N", "D", "r", "U") and letter not in fit.ranges]
+        if absent:
+            raise ArtifactError(f"{path}, {name}: the range of {absent[0]} is missing; {advice}")
+        vectors = np.array([[parameter.value for parameter in fit.parameters], *fit.draws])
+        for place, parameter in enumerate(form.parameters):
+            low = 0.0 if parameter.relative or parameter.removable else parameter.low * (1 - 1e-6)
+            low = parameter.low if parameter.signed else low
+            wrong = ~((vectors[:, place] >= low) & (vectors[:, place] <= parameter.high * (1 + 1e-6)))
+            if wrong.any():
+                raise ArtifactError(
+                    f"{path}, {name}: {parameter.name} = {vectors[wrong.argmax(), place]:g} lies outside "
+                    f"{low:g} to {parameter.high:g}; {advice}"
+                )
 
 
 def share_of(fit: LossFit, ratio: Array) -> Array:
@@ -76,7 +117,7 @@ def predict_law(
     for letter in ("N", "D", "r", "U"):
         if letter in needs and given[letter] is None:
             raise UserError(f"law {law.kind} needs --{letter}; give its value, N in parameters and D in tokens")
-    check_quantities(size, tokens, ratio)
+    check_quantities(size, tokens, ratio, unique)
     found: dict[str, Interval | None] = {"general_nll": None, "domain_nll": None} if "r" in needs else {}
     for name, fit in law.fits.items():
         points = make_points(fit, size or BILLION, tokens or BILLION, 1.0 if ratio is None else ratio, None, unique)
@@ -84,18 +125,27 @@ def predict_law(
     return found
 
 
-def check_quantities(size: float | None, tokens: float | None, ratio: float | None) -> None:
+def check_quantities(
+    size: float | None, tokens: float | None, ratio: float | None, unique: float | None = None
+) -> None:
     """Refuse values that cannot be parameters, tokens or shares.
 
     Raises:
         UserError: with the flag.
     """
-    if size is not None and not 1e4 <= size <= 1e14:
-        raise UserError(f"--N {size:g} cannot be a number of parameters (1e4 to 1e14); 1.8 billion is --N 1.8e9")
-    if tokens is not None and not 1e5 <= tokens <= 1e17:
-        raise UserError(f"--D {tokens:g} cannot be a number of tokens (1e5 to 1e17); 10 billion is --D 10e9")
+    for letter, value in (("N", size), ("D", tokens), ("U", unique)):
+        low, high = LEAST[letter], LARGEST[letter]
+        if value is not None and not low <= value <= high:
+            noun, example = _NOUNS[letter]
+            span = f"{spell_power(low)} to {spell_power(high)}"
+            raise UserError(f"--{letter} {value:g} cannot be a number of {noun} ({span}); {example}")
     if ratio is not None and not 0 <= ratio <= 1:
         raise UserError(f"--r {ratio:g} must be the domain's share of the tokens, 0 to 1")
+
+
+def spell_power(value: float) -> str:
+    """`1e4` rather than `10000`."""
+    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
 def outside_range(law: LawFit, size: float | None, tokens: float | None, ratio: float | None) -> list[str]:

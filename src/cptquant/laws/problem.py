@@ -60,6 +60,16 @@ class Problem:
                 f"--fix {unknown[0]}={self.fixed[unknown[0]]:g}: law {self.form.name} has no such parameter; "
                 f"it has {', '.join(self.form.index)}"
             )
+        low, high = (self.form.natural(ends) for ends in self.bounds)
+        for name, value in self.fixed.items():
+            place = self.form.index[name]
+            removed = value == 0 and self.form.parameters[place].removable
+            if not removed and not low[place] <= value <= high[place]:
+                zero = ", or 0 to leave its term out" if self.form.parameters[place].removable else ""
+                raise UserError(
+                    f"--fix {name}={value:g}: {name} of law {self.form.name} must lie between {low[place]:.4g} and "
+                    f"{high[place]:.4g}{zero} (N and D in billions)"
+                )
 
     @cached_property
     def log_observed(self) -> Array:

@@ -83,12 +83,16 @@ def _exp(nll_nats: float) -> float:
 
 
 def load_ptq_law(path: Path | None = None) -> PtqLawFit:
-    """A fitted law: a file, or for None the one that comes with the package.
+    """A fitted law: its folder or file, or for None the one that comes with the package.
 
     Raises:
         ArtifactError: missing, damaged, or of another version.
     """
-    return PtqLawFit.load(SHIPPED_LAW if path is None else path)
+    if path is None:
+        path = SHIPPED_LAW
+    elif path.is_dir():
+        path = path / "law.json"
+    return PtqLawFit.load(path)
 
 
 def fit_ptq_law(results_csv: Path | None = None, *, form: str = DEFAULT_FORM) -> PtqLawFit:

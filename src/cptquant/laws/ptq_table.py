@@ -49,6 +49,15 @@ _FEATURES = tuple(PlanFeatures.model_fields)
 COLUMNS = (*_OWN, *_FEATURES, *_TARGETS)
 _OPTIONAL = {"tokens_seen", "half_kl_nats", "slope", "curvature", "rtn_kl_nats", "rtn_rise_nats"}
 _POSITIVE = ("parameters", "nll_nats", "bits_per_weight", "taylor_kl_nats", "random_curvature", "kl_nats")
+_LARGEST_NATS = 1e3
+_RANGES = {
+    "tokens_seen": (1.0, 1e17), "code_bits": (1.0, 32.0), "bits_per_weight": (0.1, 64.0), "group_columns": (1.0, 1e7),
+    "output_error": (0.0, 1e6), "method_ratio": (1e-9, 1e3), "rtn_kl_nats": (0.0, _LARGEST_NATS),
+    "half_kl_nats": (0.0, _LARGEST_NATS), "kl_nats": (0.0, _LARGEST_NATS), "kl_stderr_nats": (0.0, _LARGEST_NATS),
+    "rise_nats": (-_LARGEST_NATS, _LARGEST_NATS), "rise_stderr_nats": (0.0, _LARGEST_NATS),
+    "nll_nats": (0.0, _LARGEST_NATS), "original_nll_nats": (0.0, _LARGEST_NATS), "tokens": (1.0, 1e15),
+}  # fmt: skip
+_METHODS = ("rtn", "gptq")
 
 
 def read_observations(path: Path) -> tuple[PtqObservation, ...]:
@@ -58,7 +67,7 @@ def read_observations(path: Path) -> tuple[PtqObservation, ...]:
         DataError: missing file or columns, a value that is no number, not finite, or outside its range; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path} cannot be read ({error}); give a table that `cptquant quantize --record` wrote"
@@ -66,19 +75,28 @@ def read_observations(path: Path) -> tuple[PtqObservation, ...]:
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
     if not numbered:
         raise DataError(f"{path} holds no rows; its header must name the columns {', '.join(COLUMNS)}")
-    rows = csv.DictReader([line for _, line in numbered])
-    missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+    header = next(csv.reader([numbered[0][1]]))
+    missing = [name for name in COLUMNS if name not in header]
     if missing:
         raise DataError(
             f"{path} lacks the columns {', '.join(missing)}; a PTQ law needs all of {', '.join(COLUMNS)}: write the "
             "table with `cptquant quantize --record FILE` or runs/ptq_grid.sh"
         )
-    return tuple(
-        _observation(row, f"{path}, line {number}") for row, (number, _) in zip(rows, numbered[1:], strict=True)
-    )
+    observations: list[PtqObservation] = []
+    for number, line in numbered[1:]:
+        cells, where = next(csv.reader([line])), f"{path}, line {number}"
+        if len(cells) != len(header):
+            raise DataError(f"{where} has {len(cells)} cells, the header has {len(header)}; one row a line")
+        observations.append(_observation(dict(zip(header, cells, strict=True)), where))
+    return tuple(observations)
 
 
-def _observation(row: dict[str, str | None], where: str) -> PtqObservation:
+def _observation(row: dict[str, str], where: str) -> PtqObservation:
+    for name in _OWN:
+        if not row[name].strip():
+            raise DataError(f"{where}: {name} is empty; name the {name}")
+    if row["method"] not in _METHODS:
+        raise DataError(f"{where}: method is {row['method']!r}; choose one of: {', '.join(_METHODS)}")
     values: dict[str, float | None] = {}
     for name in (*_FEATURES, *_TARGETS):
         if name != "method":
@@ -87,6 +105,10 @@ def _observation(row: dict[str, str | None], where: str) -> PtqObservation:
         value = values[name]
         if value is None or value < 0 or (value == 0 and name != "kl_nats"):
             raise DataError(f"{where}: {name} is {value}, it must be above zero; remove or correct the row")
+    for name, (low, high) in _RANGES.items():
+        value = values[name]
+        if value is not None and not low <= value <= high:
+            raise DataError(f"{where}: {name} is {value:g}, expected {low:g} to {high:g}; remove or correct the row")
     features = {name: values[name] for name in _FEATURES if name != "method"}
     targets: dict[str, object] = {name: values[name] for name in _TARGETS if name != "tokens"}
     try:
@@ -143,18 +165,28 @@ def write_observations(path: Path, observations: Sequence[PtqObservation], comme
     write_whole(path, (head + format_rows(observations)).encode())
 
 
-def append_observations(path: Path, observations: Sequence[PtqObservation]) -> None:
+def append_observations(path: Path, observations: Sequence[PtqObservation]) -> int:
     """Add rows to a table, which is made with its header if it does not exist.
+
+    Returns:
+        Rows added. A row that is there already, whatever its `tokens_seen`, is not added again.
 
     Raises:
         DataError: the file is no such table. OutputError: not writable.
     """
     if not path.exists():
         write_observations(path, observations)
-        return
-    _ = read_observations(path)
+        return len(observations)
+    known = {_identity(row) for row in read_observations(path)}
+    fresh = [row for row in observations if _identity(row) not in known]
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(format_rows(observations))
+            file.write(format_rows(fresh))
     except OSError as error:
         raise output_error(path, error) from None
+    return len(fresh)
+
+
+def _identity(row: PtqObservation) -> str:
+    """What two records of one measurement share, in the table's own digits."""
+    return format_rows([row.model_copy(update={"features": row.features.model_copy(update={"tokens_seen": None})})])

@@ -70,9 +70,10 @@ def planted_losses(size: Array, tokens: Array, ratio: Array, forgetting: float =
 def to_csv(observations: Observations) -> str:
     """CSV text with raw parameters and tokens."""
     names = [*observations.losses]
+    named = ["domain"] if any(observations.domain) else []
     lines = [
         "# simulated by `cptquant law simulate`: N parameters, D tokens, r domain share, losses in nats per token",
-        ",".join(["run", "N", "D", "r", *names]),
+        ",".join([*named, "run", "N", "D", "r", *names]),
     ]
     ratio = observations.ratio if observations.ratio is not None else np.zeros(len(observations))
     for row in range(len(observations)):
@@ -80,6 +81,7 @@ def to_csv(observations: Observations) -> str:
         lines.append(
             ",".join(
                 [
+                    *(observations.domain[row] for _ in named),
                     str(observations.run[row]),
                     f"{observations.size[row]:.0f}",
                     f"{observations.tokens[row]:.0f}",

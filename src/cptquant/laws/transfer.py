@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cptquant.core.errors import DataError
+from cptquant.core.errors import DataError, UserError
 from cptquant.core.laws import Interval, LawFit
 from cptquant.core.provenance import Stopwatch
 from cptquant.laws.bootstrap import Scatter, interval, new_run_losses
@@ -23,7 +23,7 @@ from cptquant.laws.dcpt import L3
 from cptquant.laws.fit import fit, polish
 from cptquant.laws.fit_law import FitOptions, fit_loss, problem_at, require_columns
 from cptquant.laws.forms import Array, Form, Points
-from cptquant.laws.observations import Observations
+from cptquant.laws.observations import LARGEST_NLL, Observations
 from cptquant.laws.predict import fitted_theta, make_points
 from cptquant.laws.problem import Problem
 
@@ -58,17 +58,29 @@ def read_features(path: Path) -> Features:
         DataError: missing columns, or losses that are no positive numbers or do not fall.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"--features {path} cannot be read ({error.strerror})") from None
-    rows = list(csv.DictReader(line for line in text.splitlines() if line.strip() and not line.startswith("#")))
-    header = list(rows[0]) if rows else []
+    except UnicodeDecodeError:
+        raise DataError(
+            f"--features {path} is not UTF-8 text; give a CSV: {', '.join(_WANTED)}[, middle_nll]"
+        ) from None
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    cells = [[cell.strip() for cell in next(csv.reader([line]))] for line in lines]
+    header = cells[0] if cells else []
     lacking = [name for name in _WANTED if name not in header]
     if lacking:
         raise DataError(f"--features {path} has no column {lacking[0]}; expected {', '.join(_WANTED)}[, middle_nll]")
     features: Features = {}
-    for row in rows:
-        features[row["domain"]] = _features_of(path, row)
+    for row in cells[1:]:
+        if len(row) != len(header):
+            raise DataError(f"--features {path}: {','.join(row)!r} has {len(row)} cells, the header has {len(header)}")
+        named = dict(zip(header, row, strict=True))
+        if named["domain"] in features:
+            raise DataError(f"--features {path} has two rows of domain {named['domain']!r}; keep one")
+        features[named["domain"]] = _features_of(path, named)
+    if not features:
+        raise DataError(f"--features {path} has no rows; give one a domain")
     return features
 
 
@@ -81,9 +93,11 @@ def _features_of(path: Path, row: Mapping[str, str]) -> tuple[float, float, floa
             value = float(row[name])
         except ValueError:
             value = float("nan")
-        if not 0 < value < 1e3:
+        if not 0 < value <= LARGEST_NLL:
+            hint = "; is it a perplexity? Then take its natural logarithm" if value > LARGEST_NLL else ""
             raise DataError(
-                f"--features {path}, domain {row['domain']!r}: {name} = {row[name]!r} is not a loss in nats"
+                f"--features {path}, domain {row['domain']!r}: {name} = {row[name]!r} is not a loss in nats per token "
+                f"(at most {LARGEST_NLL:g}){hint}"
             )
         values.append(value)
     initial, early = values[:2]
@@ -117,9 +131,11 @@ def fit_cross_domain(
     """Fit the domain loss of all domains by one law, and judge it on left-out domains.
 
     Raises:
-        DataError: fewer than four domains, no domain loss, or features that do not fit.
+        DataError: fewer than four domains, no domain loss, or features that do not fit. UserError: no such variant.
     """
     options, watch = options or FitOptions(), Stopwatch()
+    if variant not in VARIANTS:
+        raise UserError(f"--variant {variant!r} is unknown; choose one of: {', '.join(VARIANTS)}")
     names = sorted(set(data.domain))
     if TARGET not in data.losses:
         raise DataError(f"{data.source} has no column {TARGET}, which the cross-domain law is about")

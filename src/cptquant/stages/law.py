@@ -11,6 +11,7 @@ from cptquant.laws.curves import law_curves
 from cptquant.laws.fit_law import FitOptions, fit_law
 from cptquant.laws.methods import FORMS, find_form
 from cptquant.laws.observations import Reading, read_observations
+from cptquant.laws.predict import check_law
 from cptquant.laws.ptq import PtqLawFit, fit_ptq_law
 from cptquant.laws.transfer import fit_cross_domain, read_features
 from cptquant.reports.law import write_law_report
@@ -108,4 +109,7 @@ def load_law(folder: Path) -> LawFit:
     Raises:
         ArtifactError: missing, damaged or of another version.
     """
-    return LawFit.load(folder if folder.suffix == ".json" else folder / LAW_FILE)
+    path = folder if folder.suffix == ".json" else folder / LAW_FILE
+    law = LawFit.load(path)
+    check_law(law, path)
+    return law

@@ -8,6 +8,8 @@ import numpy as np
 from cptquant.core.errors import UserError
 from cptquant.core.laws import LawFit, Optimum
 from cptquant.laws.curves import optimum_curves, spell_count
+from cptquant.laws.methods import find_form
+from cptquant.laws.observations import LARGEST_NLL
 from cptquant.laws.optimum import (
     FLOPS_PER_PARAMETER_TOKEN,
     best_ratio_for_domain_tokens,
@@ -46,12 +48,32 @@ def optimum_stage(law: LawFit, request: OptimumRequest, page: Path) -> tuple[Opt
     if len(uses) != 1:
         given = " and ".join(uses) if uses else "none"
         raise UserError(f"say which optimum is meant by exactly one of {', '.join(named)}; given: {given}")
+    _refuse_unused(uses[0], request)
     check_quantities(request.size, request.tokens, request.ratio)
+    base = request.general_base
+    if base is not None and not 0 < base <= LARGEST_NLL:
+        raise UserError(
+            f"--general-base {base:g} must be a loss in nats per token, above 0 and at most {LARGEST_NLL:g}"
+        )
     solve = {"--max-general-increase": _under_limit, "--domain-tokens": _for_domain_tokens, "--flops": _for_flops}
     answer, picture = solve[uses[0]](law, request)
     write_optimum_report(page, answer, picture)
     sentences = [*picture.sentences, answer.status.sentence]
     return answer, sentences + outside_range(law, answer.N.value, answer.D.value, answer.r.value)
+
+
+_USED = {
+    "--max-general-increase": ("--N", "--D", "--general-base"),
+    "--domain-tokens": ("--N",),
+    "--flops": ("--r",),
+}
+
+
+def _refuse_unused(use: str, request: OptimumRequest) -> None:
+    given = {"--N": request.size, "--D": request.tokens, "--r": request.ratio, "--general-base": request.general_base}
+    unused = [flag for flag, value in given.items() if value is not None and flag not in _USED[use]]
+    if unused:
+        raise UserError(f"{use} takes {' and '.join(_USED[use])}, not {unused[0]}; leave {unused[0]} out")
 
 
 def _need(value: float | None, flag: str, use: str) -> float:
@@ -94,7 +116,9 @@ def _for_flops(law: LawFit, request: OptimumRequest) -> tuple[Optimum, OptimumPi
     flops = _need(request.flops, "--flops", "--flops")
     if not 1e12 <= flops <= 1e30:
         raise UserError(f"--flops {flops:g} is outside 1e12 to 1e30; give floating-point operations, e.g. 1e21")
-    mixed = "r" in next(iter(law.fits.values())).ranges
+    mixed = any(find_form(fit.form).ratios for fit in law.fits.values())
+    if not mixed and request.ratio is not None:
+        raise UserError(f"law {law.kind} has no mixture ratio; leave --r out")
     ratio = _need(request.ratio, "--r", "--flops") if mixed else 1.0
     answer = best_size_for_flops(law, flops, ratio)
     budget = flops / FLOPS_PER_PARAMETER_TOKEN

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cptquant.allocation.allocate import allocate
 from cptquant.allocation.methods import find_allocator
+from cptquant.allocation.reach import check_budget
 from cptquant.core.artifact import digest_json
 from cptquant.core.budget import Budget
 from cptquant.core.errors import FormatError, UserError
@@ -85,7 +86,10 @@ def predict_model(request: ForecastRequest, progress: Progress = ignore_progress
     methods = _methods(request.methods)
     find_target(request.target)
     law = load_ptq_law(request.law)
+    _check_law(law, request, methods)
     model = load_model(request.model, trust_remote_code=request.trust_remote_code)
+    if budget is not None:
+        check_budget(model.layout, budget, find_target(request.target), formats)
     tokens = load_tokens(
         model,
         request.calibration,
@@ -114,6 +118,19 @@ def predict_model(request: ForecastRequest, progress: Progress = ignore_progress
         text=noise.text,
         rows=rows,
     )
+
+
+def _check_law(law: PtqLawFit, request: ForecastRequest, methods: Sequence[Method]) -> None:
+    """Refuse, before anything is measured, what the law cannot answer."""
+    form = law.form if request.form is None else request.form
+    if form not in law.laws:
+        raise UserError(f"--form {form!r} is none of this law's; choose one of: {', '.join(law.laws)}")
+    if form == "error" and request.tokens_seen is None:
+        raise UserError("--form error needs --tokens-seen; give the training tokens of MODEL, or choose another --form")
+    unknown = [method for method in methods if method not in law.laws[form].intercepts]
+    if unknown:
+        fitted = ", ".join(sorted(law.laws[form].intercepts))
+        raise UserError(f"--quantizer {unknown[0]}: this law was fitted on {fitted} alone; choose that")
 
 
 def _methods(names: Sequence[str]) -> tuple[Method, ...]:
@@ -237,8 +254,14 @@ def _known_taylor(run: Run, plans: Mapping[str, Formats]) -> dict[str, dict[str,
 def record_run(folder: Path, table: Path, *, tokens_seen: float | None = None) -> int:
     """Append what a run predicted from and measured to a table of observations, from which a law can be fitted.
 
+    Args:
+        tokens_seen: training tokens of the original; without them the law's form `error` cannot be fitted.
+
+    The family of every row is the model's folder name: edit that column where models of several names come from one
+    training, or one name stands for several.
+
     Returns:
-        Rows appended.
+        Rows appended; rows that the table holds already are not added again.
 
     Raises:
         UserError: the run has no forecast. DataError: the file is another table. OutputError: not writable.
@@ -274,5 +297,4 @@ def record_run(folder: Path, table: Path, *, tokens_seen: float | None = None) -
                 tokens=kl.n,
             )
         )
-    append_observations(table, observations)
-    return len(observations)
+    return append_observations(table, observations)
