@@ -76,14 +76,46 @@ def test_float_activations_give_our_outputs(name, exported):
 
 @pytest.mark.parametrize("name", ["bert-encoder", "bert-classifier"])
 def test_one_scale_a_row_in_encoders(name, exported):
-    """DynamicQuantizeMatMul, with a second term where activations have outliers."""
+    """DynamicQuantizeMatMul, with a few columns apart where activations have outliers."""
     model, _, weights, _, file, twin = exported(name, ("int8-channel",))
     tokens = make_tokens()
     ours, exact, rounded = our_outputs(model, weights, tokens), run(twin, tokens), run(file, tokens)
     assert (exact - ours).abs().max() < 2e-4 * ours.abs().max()
     assert 0 < (rounded - ours).abs().max() < 0.1 * ours.abs().max()
     kinds = [node.op_type for node in onnx.load_model(file, load_external_data=False).graph.node]
-    assert kinds.count("DynamicQuantizeLinear") == 2 * 3  # o, up and down of two blocks
+    assert kinds.count("TopK") == 2 * 3  # the inputs of q, k, v (one), of up and of down, in two blocks
+
+
+@pytest.mark.parametrize("apart", [0, 2, 8])
+def test_columns_apart_keep_the_others_digits(tmp_path, apart):
+    """Two columns 200 times as large as the rest: taken out, the rest is rounded to its own 8 bits."""
+    import onnxruntime
+    from onnx import TensorProto
+
+    from cptquant.core.formats import QuantFormat
+    from cptquant.exporters.onnx.graph import GraphBuilder
+    from cptquant.packing.quantized_weight import QuantizedWeight
+    from cptquant.quantizers.rtn import Rtn
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 48, generator=generator)
+    x[..., [7, 30]] *= 200
+    matrix = torch.randn(24, 48, generator=generator)
+    matrix[:, [7, 30]] /= 200
+    weight = Rtn(clip_search=False)(matrix, QuantFormat.parse("int8-channel"), torch.float16)
+    assert isinstance(weight, QuantizedWeight)
+    with open(tmp_path / "m.data", "wb") as data:
+        graph = GraphBuilder(data, "m.data", torch.float16)
+        product = graph.row_product(
+            graph.input("x", TensorProto.FLOAT, ["batch", "tokens", 48]), "w", weight, apart=apart
+        )
+        graph.output(product, "y", TensorProto.FLOAT, ["batch", "tokens", 24])
+        onnx.save_model(graph.model({}), tmp_path / "m.onnx")
+    found = torch.from_numpy(onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": x.numpy()})[0])
+    exact = x @ weight.dequantize().T
+    error = ((found - exact).norm() / exact.norm()).item()
+    assert found.shape == (2, 5, 24)
+    assert error < 0.01 if apart else error > 0.2
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
