@@ -66,7 +66,7 @@ def bench_minilm(rounds: int, work: Path) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def compare_embeddings(model: Path, folder: Path) -> dict[str, float]:
+def compare_embeddings(model: Path, folder: Path) -> dict[str, Any]:
     """Cosine of mean-pooled embeddings: ONNX Runtime against our dequantized weights in transformers."""
     layout, plan = ModelLayout.load(folder / "layout.json"), Plan.load(folder / "plan.json")
     file = folder / "checkpoint" / "model.onnx"
