@@ -239,6 +239,8 @@ class HessianFactor:
         feedback: U_kj / U_kk - I, float32 (in_features, in_features), strictly upper triangular.
         damped: float32 (in_features, in_features), the damped Hessian, in original order.
         importance: float32 (in_features,), its diagonal.
+        pivots: float32 (in_features,), 1 / U_kk^2: what column k alone adds to the error once all later columns have
+            made up for it as well as they can.
         damping: fraction of the mean diagonal really added. outcome: how the factorisation went.
     """
 
@@ -246,6 +248,7 @@ class HessianFactor:
     feedback: Tensor
     damped: Tensor
     importance: Tensor
+    pivots: Tensor
     damping: float
     outcome: SiteOutcome
 
@@ -283,6 +286,7 @@ def factor_hessian(
     outcome = SiteOutcome.DEAD_INPUTS if bool(dead.any()) else SiteOutcome.NOMINAL
     if tried > damping:
         outcome = SiteOutcome.RANK_DEFICIENT_HESSIAN_DAMPED
+    pivots = upper.diagonal().square()
     # In place from here on: a Hessian of 10,000 inputs is 400 MB.
     feedback = torch.linalg.solve_triangular(upper, torch.eye(len(diagonal), device=hessian.device), upper=True)
     del upper
@@ -290,7 +294,7 @@ def factor_hessian(
     if by_activation:
         inverse = torch.argsort(order)
         damped = damped[inverse][:, inverse]
-    return HessianFactor(order, feedback, damped, damped.diagonal(), tried, outcome)
+    return HessianFactor(order, feedback, damped, damped.diagonal(), pivots, tried, outcome)
 
 
 def _upper_factor(damped: Tensor, mean: float) -> Tensor | None:

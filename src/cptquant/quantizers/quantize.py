@@ -19,8 +19,9 @@ from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.gptq import Gptq, GptqResult
 from cptquant.quantizers.grid import ROWS_ENTRIES
-from cptquant.quantizers.hessian import InputHessians, collect_block_hessians, collect_outer_hessians
+from cptquant.quantizers.hessian import InputHessians, Sample, collect_block_hessians, collect_outer_hessians
 from cptquant.quantizers.rtn import Rtn
+from cptquant.quantizers.slim import Slim
 
 BlockWeights = Mapping[str, StoredWeight]
 """The quantized sites of one block, by site name."""
@@ -39,6 +40,7 @@ def quantize_sites(
     tokens: TokenSet | None,
     sink: Sink,
     *,
+    slim: Slim | None = None,
     resume: Mapping[int, BlockWeights] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -53,6 +55,7 @@ def quantize_sites(
     Args:
         model: never changed. plan: a format for every site. tokens: calibration text, needed by GPTQ.
         sink: called once per block in order, then once with None for the sites outside the blocks.
+        slim: what GPTQ does on sites with groups of mixed width; None is `Slim.like(quantizer)`.
         resume: blocks that are finished already; `sink` is not called for them again.
         progress: called with (blocks done, blocks in all) after each block.
 
@@ -61,6 +64,7 @@ def quantize_sites(
         ModelError: a weight is NaN or infinite; names the site.
     """
     task = _Task(model, plan, quantizer, sink, dict(resume or {}))
+    task.slim = slim or task.slim
     count = model.layout.block_count
     if isinstance(quantizer, Rtn):
         _round_everything(task, model, progress)
@@ -157,6 +161,7 @@ class _Task:
         self._entry: dict[str, StoredWeight] = {}
         self._shared = shared_matrix(model.layout, plan)
         self.resume = resume
+        self.slim = Slim.like(quantizer) if isinstance(quantizer, Gptq) else Slim()
 
     @property
     def _uses_coarse_products(self) -> bool:
@@ -251,7 +256,10 @@ class _Task:
         wanted = {site.name: modules[site.name] for site in sites if not self.format_of(site).is_float}
         coarse = self._uses_coarse_products
         results = self.apply_gptq(
-            sites, collect_block_hessians(stream, block, wanted, coarse=coarse) if wanted else None
+            sites,
+            collect_block_hessians(stream, block, wanted, coarse=coarse, sample=self._sample(sites))
+            if wanted
+            else None,
         )
         for site in sites:
             if site.name in results.weights:
@@ -262,7 +270,15 @@ class _Task:
         modules = stream.outer_modules()
         wanted = {site.name: modules[site.name] for site in sites if not self.format_of(site).is_float}
         coarse = self._uses_coarse_products
-        return self.apply_gptq(sites, collect_outer_hessians(stream, wanted, coarse=coarse) if wanted else None)
+        if not wanted:
+            return self.apply_gptq(sites, None)
+        return self.apply_gptq(
+            sites, collect_outer_hessians(stream, wanted, coarse=coarse, sample=self._sample(sites))
+        )
+
+    def _sample(self, sites: Sequence[Site]) -> Sample | None:
+        """SBA needs some inputs, not their second moments alone."""
+        return Sample() if any(self.format_of(site).storage == "segments" for site in sites) else None
 
     def _original(self, site: Site) -> Tensor:
         """The site's weight in the given model, (out_features, in_features), in its own dtype."""
@@ -294,8 +310,25 @@ class _Task:
                 together.setdefault((hessians.leader[site.name], fmt), []).append(site)
         if hessians is None:
             return results
-        for (leader, _), group in together.items():
-            results.extend(self._apply_gptq_to(group, hessians.hessian(leader)))
+        for (leader, fmt), group in together.items():
+            if fmt.storage == "segments":
+                results.extend(self._apply_slim_to(group, hessians, leader))
+            else:
+                results.extend(self._apply_gptq_to(group, hessians.hessian(leader)))
+        return results
+
+    def _apply_slim_to(self, group: Sequence[Site], hessians: InputHessians, leader: str) -> _Results:
+        """SliM-LLM on sites that read the same input, one after the other: their widths differ."""
+        results = _Results()
+        hessian, inputs = hessians.hessian(leader), hessians.kept_inputs(leader)
+        for site in group:
+            weight, bias = self._original(site), self._model.module.get_submodule(site.name).bias
+            bias = None if not isinstance(bias, Tensor) else bias.detach().float()
+            try:
+                found = self.slim(weight, hessian, self.format_of(site), self._scale_dtype, inputs=inputs, bias=bias)
+            except UserError as error:
+                raise type(error)(f"{site.name}: {error}") from None
+            self._keep(site, weight, found, results)
         return results
 
     def _apply_gptq_to(self, group: Sequence[Site], hessian: Tensor) -> _Results:
