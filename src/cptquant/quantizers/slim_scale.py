@@ -115,8 +115,6 @@ def _one_bit_grid(rows: Tensor, weights: Tensor | None) -> Grid:
     total = counts.sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
     mean = (counts * rows).sum(dim=1) / total
     alpha = (counts * (rows - mean[:, None]).abs()).sum(dim=1) / total
-    # Beyond this the mean does not fit into its six bits.
-    alpha = torch.maximum(alpha, mean.abs() / 2)
     return one_bit_grid(mean, 2 * alpha)
 
 
@@ -124,8 +122,11 @@ def one_bit_grid(
     mean: Tensor,  # (n,) float32
     scale: Tensor,  # (n,) float32, at least 0: distance of the two levels
 ) -> Grid:
-    """The grid of a one-bit group, mean and scale rounded to what is stored."""
-    stored = round_one_bit_scale(scale)
+    """The grid of a one-bit group, mean and scale rounded to what is stored.
+
+    The mean's six bits reach as far as one scale. Where it lies further out, the outer level is put on it at least.
+    """
+    stored = round_one_bit_scale(torch.maximum(scale, mean.abs() / (HIGHEST_MEAN / MEAN_STEPS + 0.5)))
     steps = (mean / stored * MEAN_STEPS).round().clamp(LOWEST_MEAN, HIGHEST_MEAN)
     return Grid(stored, -one_bit_offset(steps), -1, 0)
 
@@ -139,7 +140,7 @@ def _scale(
     mean = None if start.zeros is None else (-start.zeros - 0.5) * start.scales
     for tau in [1 + step for step in distance] + [1 - step for step in distance]:
         if bits == 1 and mean is not None:
-            tried = one_bit_grid(mean, torch.maximum(start.scales * tau, mean.abs()))
+            tried = one_bit_grid(mean, start.scales * tau)
         else:
             tried = Grid(round_scale(start.scales * tau, dtype), None, start.low, start.high)
         error = objective(rows, tried, weights, options.exponent)
