@@ -3,7 +3,7 @@
     python benchmarks/slim.py                                       # all; goes on where an earlier call stopped
     python benchmarks/slim.py --models reference-opt --bits 2 --rows "GPTQ, ours" "SliM, ours"
 
-Every linear layer of the blocks gets one format, embedding and head stay in 16 bits. Calibration: 128 windows of 256
+Every linear layer of the blocks gets one format, embedding and head stay in 16 bits. Calibration: 64 windows of 256
 tokens, drawn with each of three seeds. Held-out text: standard errors of one run are clustered by document; those of the
 table are over the seeds. Writes results/slim.json and prints the table.
 """
@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,15 @@ ROWS: dict[str, Row] = {
     "SliM, the paper's, by magnitude": Row(MIXED, slim=replace(PUBLISHED, ranking="magnitude")),
     "SliM, the paper's, random groups": Row(MIXED, slim=replace(PUBLISHED, ranking="random")),
     "SliM, ours": Row(MIXED),
-    "SliM, ours, no descent": Row(MIXED, slim=replace(OURS, descent_rounds=0)),
-    "SliM, ours, plain rounding in the search": Row(MIXED, slim=replace(OURS, search_clip=False)),
-    "SliM, ours, by MSE": Row(MIXED, slim=replace(OURS, objective="mse")),
+    "SliM, ours, p by KL": Row(MIXED, slim=replace(OURS, objective="kl")),
+    "SliM, ours, p by KL of min-max rounding": Row(MIXED, slim=replace(OURS, objective="kl", search_clip=False)),
+    "SliM, ours, p by MSE": Row(MIXED, slim=replace(OURS, objective="mse")),
     "SliM, ours, by magnitude": Row(MIXED, slim=replace(OURS, ranking="magnitude")),
     "SliM, ours, random groups": Row(MIXED, slim=replace(OURS, ranking="random")),
-    "SliM, ours, salient errors x 5": Row(MIXED, slim=replace(OURS, scale=ScaleSearch(salient_weight=5.0))),
-    "SliM, ours, exponent 2.4": Row(MIXED, slim=replace(OURS, scale=ScaleSearch(exponent=2.4))),
+    "SliM, ours, no descent": Row(MIXED, slim=replace(OURS, descent_rounds=0)),
+    "SliM, ours, salient errors x 5": Row(MIXED, slim=replace(OURS, scale=ScaleSearch(steps=10, salient_weight=5.0))),
+    "SliM, ours, exponent 2.4": Row(MIXED, slim=replace(OURS, scale=ScaleSearch(steps=10, exponent=2.4))),
+    "SliM, ours, with SQC": Row(MIXED, slim=replace(OURS, scale=ScaleSearch(steps=10))),
     "sorted columns, ours": Row(SORTED),
     "sorted columns, ours, p = 0": Row(SORTED, slim=replace(OURS, fixed_pairs=0)),
 }
@@ -132,43 +135,51 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=(2, 3))
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--rows", nargs="+", default=tuple(ROWS))
-    parser.add_argument("--sequences", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "slim")
+    parser.add_argument("--results", default="slim", help="name of the file in results/; '' writes none")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    text = SHARED / "data" / "text" / "general"
+    finished: list[dict[str, Any]] = []
     for name in args.models:
-        model = load_model(str(model_folder(name)))
-        test = load_tokens(model, text / "test.txt", "test", sequences=args.windows, length=256, seed=0)
-        for seed in args.seeds:
-            calibration = load_tokens(
-                model, text / "train.txt", "calibration", sequences=args.sequences, length=256, seed=seed
-            )
-            for bits in args.bits:
-                for label in args.rows:
-                    cell = {"model": name, "bits": bits, "row": label, "seed": seed}
-                    key = cell | {"options": repr(ROWS[label]), "text": [calibration.digest, test.digest]}
-                    path = args.work / f"{digest_json(key)[:24]}.json"
-                    if not path.exists():
-                        found = cell | measure(model, calibration, test, ROWS[label], bits)
-                        path.write_text(json.dumps(found))
-                    found = json.loads(path.read_text())
-                    print(
-                        f"{name} {bits} seed {seed} {label}: KL {found['kl_nats_per_token']:.4f}, perplexity "
-                        f"+{found['perplexity_increase']:.3f}, {found['bits_per_weight_sites']:.3f} bits, p/k "
-                        f"{found['share_of_pairs']:.2f}, {found['cpu_seconds']:.0f} s", flush=True,
-                    )  # fmt: skip
-    write_results("slim", {"machine": describe_machine(), "rows": summarise(args.work)})
+        finished += measure_model(name, args)
+    if args.results:
+        write_results(args.results, {"machine": describe_machine(), "rows": summarise(finished)})
 
 
-def summarise(work: Path) -> list[dict[str, Any]]:
+def measure_model(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every cell of a model, from the work folder where it is finished already."""
+    text = SHARED / "data" / "text" / "general"
+    model = load_model(str(model_folder(name)))
+    test = load_tokens(model, text / "test.txt", "test", sequences=args.windows, length=256, seed=0)
+    calibration = {
+        seed: load_tokens(model, text / "train.txt", "calibration", sequences=args.sequences, length=256, seed=seed)
+        for seed in args.seeds
+    }
+    cells: list[dict[str, Any]] = []
+    for label, bits, seed in product(args.rows, args.bits, args.seeds):
+        cell = {"model": name, "bits": bits, "row": label, "seed": seed}
+        key = cell | {"options": repr(ROWS[label]), "text": [calibration[seed].digest, test.digest]}
+        path = args.work / f"{digest_json(key)[:24]}.json"
+        if not path.exists():
+            path.write_text(json.dumps(cell | measure(model, calibration[seed], test, ROWS[label], bits)))
+        found = json.loads(path.read_text())
+        cells.append(found)
+        print(
+            f"{name} {bits} seed {seed} {label}: KL {found['kl_nats_per_token']:.4f}, perplexity "
+            f"+{found['perplexity_increase']:.3f}, {found['bits_per_weight_sites']:.3f} bits, p/k "
+            f"{found['share_of_pairs']:.2f}, {found['cpu_seconds']:.0f} s", flush=True,
+        )  # fmt: skip
+    return cells
+
+
+def summarise(finished: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over the seeds of every finished cell, with standard errors over the seeds."""
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    for path in work.glob("*.json"):
-        cell = json.loads(path.read_text())
+    for cell in finished:
         groups.setdefault((cell["model"], cell["bits"], cell["row"]), []).append(cell)
     rows: list[dict[str, Any]] = []
     for model, bits, label in sorted(groups, key=lambda key: (key[0], key[1], list(ROWS).index(key[2]))):

@@ -166,6 +166,12 @@ class QuantFormat(BaseModel):
             return f"{self.name} numbers columns in 16 bits: a row of {in_features} is too long"
         return None
 
+    def promoted(self) -> "QuantFormat":
+        """Groups of mixed width as one width that holds each of them, for engines without such groups; else itself."""
+        if self.storage != "segments":
+            return self
+        return QuantFormat(code_bits=self.code_bits + 1, granularity=self.granularity)
+
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
         """Stored bits divided by weights: scales, zero points and padding included."""
         return 8 * self.stored_bytes(out_features, in_features) / (out_features * in_features)

@@ -10,6 +10,8 @@ What we changed. The mask is the paper's three standard deviations (its code use
 symmetric grid of either sign (the paper's has a zero point), or, as `start` "search", the scale of least squared error
 that our GPTQ uses, from which the search goes on. Errors may be weighed by the Hessian's diagonal besides.
 
+By default there are no steps: on top of the scale of least error and descent the search did not help (docs/segments.md).
+
 One bit: levels mu -+ alpha, mu the row's mean over the group and alpha the mean of |w - mu| (the paper's equation 2 has
 no mean; its code subtracts one), with tau on alpha. Both are held as they are stored (packing/segments.py).
 """
@@ -47,7 +49,7 @@ class ScaleSearch:
 
     start: Literal["minmax", "search"] = "search"
     reach: float = 0.1
-    steps: int = 10
+    steps: int = 0
     salient_weight: float = 1.0
     exponent: float = 2.0
     sigmas: float = 3.0
