@@ -29,9 +29,7 @@ def _substitutions(problem: Problem, target: Target, choice: Choice) -> list[str
     ]
 
 
-def _promotion(
-    problem: Problem, target: Target, sites: list[Site], asked: QuantFormat, held: QuantFormat
-) -> str:
+def _promotion(problem: Problem, target: Target, sites: list[Site], asked: QuantFormat, held: QuantFormat) -> str:
     """What it costs that an engine has one width for the whole of a matrix; "" where that is not the reason."""
     if asked.storage != "segments" or any(asked.segments_refusal(site.in_features) for site in sites):
         return ""

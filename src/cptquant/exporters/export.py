@@ -13,6 +13,7 @@ from cptquant.core.plan import Plan
 from cptquant.exporters.compressed_tensors import WrittenCheckpoint, check_exportable, write_checkpoint
 from cptquant.exporters.gguf.read_back import GgufWeights
 from cptquant.exporters.gguf.write import FILE_NAME, check_gguf_exportable, write_gguf
+from cptquant.exporters.segments import check_segments_exportable, read_segments, write_segments
 from cptquant.models.checkpoint_weights import CheckpointWeights
 from cptquant.models.load import LoadedModel
 from cptquant.packing.shards import ShardFolder
@@ -85,6 +86,9 @@ EXPORTERS: dict[str, Exporter] = {
     "transformers-fused": _COMPRESSED_TENSORS,
     "vllm": _COMPRESSED_TENSORS,
     "gguf": Exporter(FILE_NAME, check_gguf_exportable, write_gguf, _read_gguf, package="gguf"),
+    "torch": Exporter(
+        "", check_segments_exportable, write_segments, lambda folder, model, _: read_segments(folder, model)
+    ),
     "onnx": Exporter("model.onnx", _check_onnx, _write_onnx, _read_onnx, package="onnx", extra="onnx"),
 }
 

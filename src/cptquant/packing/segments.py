@@ -57,10 +57,14 @@ class SegmentedWeight:
         rows, columns = self.codes.shape
         groups = fmt.group_count(columns)
         if self.scales.shape != (rows, groups) or self.scales.dtype not in _SCALE_DTYPES:
-            raise ValueError(f"scales are 16-bit floats ({rows}, {groups}), got {self.scales.dtype} {self.scales.shape}")
+            raise ValueError(
+                f"scales are 16-bit floats ({rows}, {groups}), got {self.scales.dtype} {self.scales.shape}"
+            )
         change = self.widths.to(torch.int16) - fmt.code_bits
         if self.widths.shape != (groups,) or int(change.abs().max()) > 1 or int(change.sum()) != 0:
-            raise ValueError(f"widths of {fmt.name} are {groups} numbers within 1 of {fmt.code_bits} that average to it")
+            raise ValueError(
+                f"widths of {fmt.name} are {groups} numbers within 1 of {fmt.code_bits} that average to it"
+            )
         if (self.means is None) != (fmt.code_bits > 2) or (self.order is None) == fmt.sorted_columns:
             raise ValueError(f"{fmt.name}: means go with one-bit groups, an order with sorted columns")
 

@@ -188,4 +188,6 @@ def _fractions(rounded: Rounded) -> list[Tensor | None]:
     groups = len(rounded.scales)
     if rounded.fractions is None or rounded.one_bit is None:
         return [None] * groups
-    return [rounded.fractions[group] if is_one_bit else None for group, is_one_bit in enumerate(rounded.one_bit.tolist())]
+    return [
+        rounded.fractions[group] if is_one_bit else None for group, is_one_bit in enumerate(rounded.one_bit.tolist())
+    ]

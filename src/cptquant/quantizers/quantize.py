@@ -272,9 +272,7 @@ class _Task:
         coarse = self._uses_coarse_products
         if not wanted:
             return self.apply_gptq(sites, None)
-        return self.apply_gptq(
-            sites, collect_outer_hessians(stream, wanted, coarse=coarse, sample=self._sample(sites))
-        )
+        return self.apply_gptq(sites, collect_outer_hessians(stream, wanted, coarse=coarse, sample=self._sample(sites)))
 
     def _sample(self, sites: Sequence[Site]) -> Sample | None:
         """SBA needs some inputs, not their second moments alone."""

@@ -96,9 +96,7 @@ def allocate_bits(
     pairs = int(means.argmin())
     gains = per_sequence - per_sequence[0]
     spread = gains.std(dim=1) / len(lengths) ** 0.5 if len(lengths) > 1 else torch.full_like(means, torch.nan)
-    return BitAllocation(
-        widths_for(ranking, pairs, bits), pairs, tuple(means.tolist()), tuple(spread.tolist())
-    )
+    return BitAllocation(widths_for(ranking, pairs, bits), pairs, tuple(means.tolist()), tuple(spread.tolist()))
 
 
 def _round(weight: Tensor, bits: int, size: int, clip: bool, importance: Tensor | None) -> Tensor:
