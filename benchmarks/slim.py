@@ -4,8 +4,8 @@
     python benchmarks/slim.py --models reference-opt --bits 2 --rows "GPTQ, ours" "SliM, ours"
 
 Every linear layer of the blocks gets one format, embedding and head stay in 16 bits. Calibration: 64 windows of 256
-tokens, drawn with each of three seeds. Held-out text: standard errors of one run are clustered by document; those of the
-table are over the seeds. Writes results/slim.json and prints the table.
+tokens, drawn with each of three seeds. Held-out text: standard errors of one run are clustered by document; those of
+the table are over the seeds. Writes results/slim.json and prints the table.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from cptquant.quantizers.slim_scale import ScaleSearch
 
 MODELS = ("reference-llama", "reference-opt")
 GROUP = 64
-OURS = Slim()
+OUR_GPTQ, OURS = Gptq(), Slim()
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Row:
     """One way to quantize: a format's name with N in it, GPTQ, and what it does on groups of mixed width."""
 
     format: str
-    gptq: Gptq = Gptq()
+    gptq: Gptq = OUR_GPTQ
     slim: Slim = OURS
 
 
@@ -108,7 +108,7 @@ def uniform_plan(model: LoadedModel, fmt: QuantFormat) -> Plan:
 def measure(model: LoadedModel, calibration: TokenSet, test: TokenSet, row: Row, bits: int) -> dict[str, Any]:
     plan, kept = uniform_plan(model, QuantFormat.parse(row.format.format(bits))), Kept()
     start = time.process_time()
-    quantize_sites(model, plan, row.gptq, calibration, kept.keep, slim=row.slim)
+    quantize_sites(model, plan, replace(row.slim, gptq=row.gptq), calibration, kept.keep)
     seconds = time.process_time() - start
     written = sum(t.numel() * t.element_size() for w in kept.weights.values() for t in encode(w).values())
     if written != plan.site_bytes:

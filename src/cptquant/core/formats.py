@@ -3,8 +3,8 @@
 Byte counts follow compressed-tensors 0.20 (`pack-quantized` for linear layers, `int-quantized` for embeddings):
 `code_bits`-wide integers packed densely along each row into int32 words, one 16-bit scale per group, an int64
 `weight_shape` of two entries, and, where asymmetric, integer zero points. GGUF's block formats (`Q4_K`, `Q8_0`, ...)
-are values of the same type with a `block`; their bytes are whole blocks (`core.gguf_types`). SliM-LLM's `slim2-g64` mixes
-widths among the groups of one matrix and is our own (`packing.segments`, docs/segments.md).
+are values of the same type with a `block`; their bytes are whole blocks (`core.gguf_types`). SliM-LLM's `slim2-g64`
+mixes widths among the groups of one matrix and is stored in a form of our own (docs/segments.md).
 """
 
 import re

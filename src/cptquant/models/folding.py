@@ -1,7 +1,7 @@
 """The order of a layer's inputs, moved for nothing into the layers that produce them.
 
-A matrix with groups of mixed width is stored with its columns reordered. Where nothing but element-wise work lies between
-its producer and it, the producer's rows are written in that order instead and no gather is left:
+A matrix with groups of mixed width is stored with its columns reordered. Where nothing but element-wise work lies
+between its producer and it, the producer's rows are written in that order instead and no gather is left:
 
     up (and gate) -> down     fc1 -> fc2, gate and up -> down: any order
     q, k, v -> o              an order that keeps every head together: heads of q, k and v are exchanged whole, and v's

@@ -5,9 +5,9 @@ N-1 as N+1. On disk groups of one width stand side by side, narrow before wide, 
 *segments*, each an ordinary matrix of one width; docs/segments.md describes the tensors.
 
 One-bit groups keep their mean. Their two levels are (code + 1/2 + mean/32) * scale with code -1 or 0, and scale and mean
-share the 16 bits that other groups use for a scale: the scale is a float16 cut to 5 bits of mantissa (it is positive,
-so its sign is free as well), the mean a signed integer of 6 bits in 1/32 of the scale. So one-bit groups take no byte
-more than any others, and the size of the matrix does not depend on how many of them there are.
+share the 16 bits that other groups use for a scale: the scale is a float16 cut to 5 bits of mantissa (it is
+positive, so its sign is free as well), the mean a signed integer of 6 bits in 1/32 of the scale. So one-bit groups take
+no byte more than any others, and the size of the matrix does not depend on how many of them there are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,9 +37,9 @@ class SegmentedWeight:
     Attributes:
         format: of storage "segments".
         widths: uint8 (groups,), N-1, N or N+1, as many of the first as of the last.
-        codes: int8 (out_features, in_features), column j in group j // group size; two's complement of the group's width.
+        codes: int8 (out_features, in_features), column j in group j // group size; of the group's width.
         scales: float16 or bfloat16 (out_features, groups). May be negative, but in one-bit groups.
-        means: int8 (out_features, groups), the means of one-bit groups in 1/32 of the scale, 0 elsewhere; None if N > 2.
+        means: int8 (out_features, groups), means of one-bit groups in 1/32 of the scale, 0 elsewhere; None if N > 2.
         order: int64 (in_features,), the original number of each column; None where columns keep their order.
     """
 

@@ -36,11 +36,10 @@ Sink = Callable[[int | None, dict[str, StoredWeight], list[SiteRecord]], None]
 def quantize_sites(
     model: LoadedModel,
     plan: Plan,
-    quantizer: Rtn | Gptq,
+    quantizer: Rtn | Gptq | Slim,
     tokens: TokenSet | None,
     sink: Sink,
     *,
-    slim: Slim | None = None,
     resume: Mapping[int, BlockWeights] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -54,8 +53,8 @@ def quantize_sites(
 
     Args:
         model: never changed. plan: a format for every site. tokens: calibration text, needed by GPTQ.
+        quantizer: GPTQ does SliM-LLM on sites with groups of mixed width; give `Slim` to set its options.
         sink: called once per block in order, then once with None for the sites outside the blocks.
-        slim: what GPTQ does on sites with groups of mixed width; None is `Slim.like(quantizer)`.
         resume: blocks that are finished already; `sink` is not called for them again.
         progress: called with (blocks done, blocks in all) after each block.
 
@@ -63,6 +62,8 @@ def quantize_sites(
         DataError: GPTQ without tokens, or text on which the model overflows.
         ModelError: a weight is NaN or infinite; names the site.
     """
+    slim = quantizer if isinstance(quantizer, Slim) else None
+    quantizer = quantizer.gptq if isinstance(quantizer, Slim) else quantizer
     task = _Task(model, plan, quantizer, sink, dict(resume or {}))
     task.slim = slim or task.slim
     count = model.layout.block_count

@@ -2,7 +2,7 @@
 
     1. H of the layer's inputs, damped; salience w^2 / U_jj^2 (salience.py)
     2. SBA: which group gets which width, by the KL of the layer's own softmaxed output (slim_allocation.py)
-    3. GPTQ from group to group; on entering one, SQC finds its scale on the weights as compensated so far (slim_scale.py)
+    3. GPTQ from group to group; on entering one, SQC finds its scale on the compensated weights (slim_scale.py)
 
 As in the authors' code, inputs come from blocks that are quantized already and the reference of the KL is the layer's
 own original weight on those inputs.
@@ -12,8 +12,8 @@ stored, 16 bits a group and row; one-bit groups put their mean into those 16 bit
 descent follows GPTQ (descent.py; 0 rounds is the paper). Defaults are what did best on the reference models
 (docs/segments.md); `PUBLISHED` is the paper's.
 
-p by the KL of plain rounding is wrong where GPTQ and descent follow: they make up for most of the error of two bits, but
-not of one. So by default p is what leaves the least output error tr(E H E') once the matrix is finished: p = 0, 1, ...
+p by the KL of plain rounding is wrong where GPTQ and descent follow: they make up for most of the error of two bits,
+but not of one. So by default p is what leaves the least output error tr(E H E') once the matrix is finished: p = 0, 1, ...
 are carried out until the error rises (objective "finished"). Never worse than uniform bits by that measure.
 
 Ours besides: `-sorted` formats put columns into groups by salience before anything else, most salient first, so that
@@ -49,6 +49,7 @@ class Slim:
         search_clip: "kl" and "mse": round with clipped scales in the search for p; False is the paper.
         scale: the search for scales. descent_rounds: coordinate descent afterwards; 0 is the paper.
         damping: fraction of the mean diagonal added to the Hessian.
+        gptq: what `quantize_sites` does on sites whose format has one width.
         seed: of the random ranking.
     """
 
@@ -59,12 +60,13 @@ class Slim:
     scale: ScaleSearch = field(default_factory=ScaleSearch)
     descent_rounds: int = 4
     damping: float = 0.01
+    gptq: Gptq = field(default_factory=Gptq)
     seed: int = 0
 
     @classmethod
     def like(cls, gptq: Gptq) -> "Slim":
         """The defaults with GPTQ's damping and rounds of descent."""
-        return cls(damping=gptq.damping, descent_rounds=gptq.descent_rounds)
+        return cls(damping=gptq.damping, descent_rounds=gptq.descent_rounds, gptq=gptq)
 
     def __call__(
         self,
@@ -123,7 +125,7 @@ class Slim:
             return min(self.fixed_pairs or 0, len(ranking) // 2)
         return allocate_bits(
             weight, bias, inputs, ranking, fmt,
-            objective=self.objective, clip=self.search_clip, importance=factor.importance,
+            objective=self.objective, importance=factor.importance if self.search_clip else None,
         ).pairs  # fmt: skip
 
     def _rank(self, weight: Tensor, factor: HessianFactor, fmt: QuantFormat) -> list[int]:

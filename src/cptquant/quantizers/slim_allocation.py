@@ -22,7 +22,6 @@ from torch import Tensor
 
 from cptquant.core.formats import QuantFormat
 from cptquant.packing.segments import group_size
-from cptquant.quantizers.grid import fit_grid
 from cptquant.quantizers.slim_scale import ScaleSearch, fit_scale
 
 Ranking = Literal["salience", "magnitude", "random"]
@@ -64,13 +63,12 @@ def allocate_bits(
     fmt: QuantFormat,
     *,
     objective: Objective = "kl",
-    clip: bool = False,
     importance: Tensor | None = None,  # (in_features,)
 ) -> BitAllocation:
     """Choose p for a ranking of the groups (least salient first).
 
     Args:
-        clip: round with the scale of least squared error, weighed by `importance`, instead of the min-max scale.
+        importance: round with the scale of least squared error weighed by this; None takes the min-max scale.
 
     Raises:
         ValueError: no inputs.
@@ -78,7 +76,7 @@ def allocate_bits(
     if not inputs:
         raise ValueError("choosing the number of pairs needs inputs")
     size, bits, groups = group_size(fmt), fmt.code_bits, len(ranking)
-    narrower, same, wider = (_round(weight, width, size, clip, importance) for width in (bits - 1, bits, bits + 1))
+    narrower, same, wider = (_round(weight, width, size, importance) for width in (bits - 1, bits, bits + 1))
     constant = 0.0 if bias is None else bias.float()
     lengths = [len(tokens) for tokens in inputs]
     tokens = torch.cat(list(inputs)).float()
@@ -99,18 +97,12 @@ def allocate_bits(
     return BitAllocation(widths_for(ranking, pairs, bits), pairs, tuple(means.tolist()), tuple(spread.tolist()))
 
 
-def _round(weight: Tensor, bits: int, size: int, clip: bool, importance: Tensor | None) -> Tensor:
+def _round(weight: Tensor, bits: int, size: int, importance: Tensor | None) -> Tensor:
     """Round to nearest, scales in float32; values float32 (out_features, in_features)."""
-    rows = weight.reshape(-1, size)
-    per_row = None
-    if clip and importance is not None:
-        per_row = importance.reshape(-1, size).repeat(weight.shape[0], 1)
-    if bits == 1:
-        plain = ScaleSearch(start="minmax", steps=0, diagonal_importance=clip)
-        grid = fit_scale(rows, 1, torch.float32, plain, importance=per_row)
-    else:
-        fmt = QuantFormat(code_bits=bits, granularity=size)
-        grid = fit_grid(rows, fmt, torch.float32, importance=per_row, clip_search=clip)
+    rows, clip = weight.reshape(-1, size), importance is not None
+    per_row = None if importance is None else importance.reshape(-1, size).repeat(weight.shape[0], 1)
+    search = ScaleSearch(start="search" if clip else "minmax", steps=0, diagonal_importance=clip)
+    grid = fit_scale(rows, bits, torch.float32, search, importance=per_row)
     return grid.value(grid.round(rows)).reshape(weight.shape)
 
 

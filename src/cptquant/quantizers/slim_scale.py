@@ -10,7 +10,8 @@ What we changed. The mask is the paper's three standard deviations (its code use
 symmetric grid of either sign (the paper's has a zero point), or, as `start` "search", the scale of least squared error
 that our GPTQ uses, from which the search goes on. Errors may be weighed by the Hessian's diagonal besides.
 
-By default there are no steps: on top of the scale of least error and descent the search did not help (docs/segments.md).
+By default there are no steps: on top of the scale of least error and descent the search did not help
+(docs/segments.md).
 
 One bit: levels mu -+ alpha, mu the row's mean over the group and alpha the mean of |w - mu| (the paper's equation 2 has
 no mean; its code subtracts one), with tau on alpha. Both are held as they are stored (packing/segments.py).
@@ -112,7 +113,7 @@ def _start_grid(rows: Tensor, bits: int, dtype: torch.dtype, options: ScaleSearc
 
 
 def _one_bit_grid(rows: Tensor, weights: Tensor | None) -> Grid:
-    """Mean and mean distance from it, as stored: levels (code - zero) * scale with code -1, 0, zero = -1/2 - mean/32."""
+    """Mean and mean distance from it, as stored: (code - zero) * scale with code -1, 0, zero = -1/2 - mean/32."""
     counts = torch.ones_like(rows) if weights is None else weights.expand_as(rows)
     total = counts.sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
     mean = (counts * rows).sum(dim=1) / total

@@ -1,4 +1,4 @@
-"""Our own checkpoint for torch: integer formats and groups of mixed width, run by `models.segmented` (docs/segments.md)."""
+"""Our own checkpoint for torch: integer formats and groups of mixed width (docs/segments.md)."""
 
 from dataclasses import dataclass
 
