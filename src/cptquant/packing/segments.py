@@ -4,7 +4,7 @@ In a matrix of format `slim<N>-g<G>` every group of G input columns has N-1, N o
 N-1 as N+1. On disk groups of one width stand side by side, narrow before wide, so that the matrix is at most three
 *segments*, each an ordinary matrix of one width; docs/segments.md describes the tensors.
 
-One-bit groups keep their mean. Their two levels are (code + 1/2 + mean/32) * scale with code -1 or 0, and scale and mean
+One-bit groups keep their mean. Their two levels are (code + 1/2 + mean/32) * scale with code -1 or 0; scale and mean
 share the 16 bits that other groups use for a scale: the scale is a float16 cut to 5 bits of mantissa (it is
 positive, so its sign is free as well), the mean a signed integer of 6 bits in 1/32 of the scale. So one-bit groups take
 no byte more than any others, and the size of the matrix does not depend on how many of them there are.

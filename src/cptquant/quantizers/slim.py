@@ -13,7 +13,7 @@ descent follows GPTQ (descent.py; 0 rounds is the paper). Defaults are what did 
 (docs/segments.md); `PUBLISHED` is the paper's.
 
 p by the KL of plain rounding is wrong where GPTQ and descent follow: they make up for most of the error of two bits,
-but not of one. So by default p is what leaves the least output error tr(E H E') once the matrix is finished: p = 0, 1, ...
+but not of one. So by default p is what leaves the least output error tr(E H E') of the finished matrix: p = 0, 1, ...
 are carried out until the error rises (objective "finished"). Never worse than uniform bits by that measure.
 
 Ours besides: `-sorted` formats put columns into groups by salience before anything else, most salient first, so that
