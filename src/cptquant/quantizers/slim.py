@@ -9,7 +9,7 @@ own original weight on those inputs.
 
 What we changed: grids are symmetric with a scale of either sign instead of having zero points (a scale is all that is
 stored, 16 bits a group and row; one-bit groups put their mean into those 16 bits too); damping is relative; coordinate
-descent follows GPTQ (descent.py; 0 rounds is the paper). Defaults are what did best on the reference models
+descent follows GPTQ (descent.py; 0 rounds is the paper). Defaults rest on few runs so far
 (docs/segments.md); `PUBLISHED` is the paper's.
 
 p by the KL of plain rounding is wrong where GPTQ and descent follow: they make up for most of the error of two bits,
