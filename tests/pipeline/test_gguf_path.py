@@ -9,15 +9,15 @@ import pytest
 
 from cptquant.core.engine_export import ExportRecord
 from cptquant.core.plan import Plan
-from cptquant.exporters.llamacpp import engine
+from cptquant.engines import llamacpp_python
 
 QUICK = ("--calibration-sequences", 4, "--eval-sequences", 4, "--sequence-length", 32, "--baselines", "uniform")
 
 
 @pytest.fixture(autouse=True)
 def without_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(engine.PYTHON_VARIABLE, raising=False)
-    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    monkeypatch.delenv(llamacpp_python.PYTHON_VARIABLE, raising=False)
+    monkeypatch.setattr(llamacpp_python, "find_spec", lambda name: None)
 
 
 def test_the_whole_chain_writes_a_file_and_its_check(cptquant: Callable, folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What was written for an engine, and how it compared there with our own model (export.json)."""
 
+import math
 from typing import ClassVar
 
 from cptquant.core.artifact import Artifact, Frozen
@@ -43,8 +44,10 @@ class EngineComparison(Frozen):
 
     @property
     def distance(self) -> float:
-        """What is held against the bound."""
-        return self.kl_nats if self.kl_nats is not None else 1 - (self.cosine if self.cosine is not None else 1.0)
+        """What is held against the bound; not a number, which no bound allows, where nothing was compared."""
+        if self.kl_nats is not None:
+            return self.kl_nats
+        return math.nan if self.cosine is None else 1 - self.cosine
 
 
 class MemoryUse(Frozen):
@@ -73,7 +76,8 @@ class ExportRecord(Artifact):
         files: name -> sha256. tensor_bytes: of all tensors; file_bytes: of the files that hold them.
         context: longest sequence the files were written for; None where they set no limit.
         round_trip: one record per quantized site.
-        tokens_equal: the engine's own tokenizer gives Hugging Face's ids on mixed text; None where it has none.
+        tokens_equal: the engine's own tokenizer gives Hugging Face's ids on mixed text; None where it has none or was
+            not run.
         comparisons: in the engine; empty if it was not run. engine: its name and version, or why it was not run.
     """
 

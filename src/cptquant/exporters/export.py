@@ -18,7 +18,7 @@ from cptquant.models.load import LoadedModel
 from cptquant.packing.shards import ShardFolder
 
 ReadBack = Iterator[tuple[str, Tensor]]
-"""(site, dequantized float32 (out_features, in_features)) of every quantized site, from the files."""
+"""(site, dequantized float32 (out_features, in_features)) of at least every quantized site, from the files."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def _read_checkpoint(folder: Path, model: LoadedModel, plan: Plan) -> ReadBack:
 
 def _read_gguf(folder: Path, model: LoadedModel, plan: Plan) -> ReadBack:
     weights = GgufWeights(folder / FILE_NAME, model)
-    for name, fmt in plan.quant_formats.items():
-        found = None if fmt.is_float else weights.weight(name)
+    for name in plan.quant_formats:  # those in 16 bits too: their rows move and scale as the others'
+        found = weights.weight(name)
         if found is not None:
             yield name, found
 

@@ -6,7 +6,7 @@ from cptquant.reports.quantities import spell_bytes
 
 def export_table(record: ExportRecord) -> str:
     """A few lines for the terminal."""
-    lossy = [site for site in record.round_trip if site.largest_error > 0]
+    lossy = [site for site in record.round_trip if site.largest_error != 0]
     lines = [
         f"target     {record.target}",
         f"size       {spell_bytes(record.tensor_bytes)} of tensors in {spell_bytes(record.file_bytes)} of files",

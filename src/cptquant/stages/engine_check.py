@@ -1,0 +1,244 @@
+"""Is what was written our model? Files read back, held-out text through their engine, and the engine's tokenizer.
+
+A target's engine may round activations to 8 bits for its integer products. So the same weights go through it twice
+where they can: with float activations, which must agree with our model within the bound or graph, metadata or row
+orders are wrong; and as the file is run, where all that differs is the engine's own rounding, which is stated.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cptquant.core.artifact import output_error
+from cptquant.core.engine_export import EngineComparison, SiteRoundTrip
+from cptquant.core.errors import EngineError, MissingEngineError
+from cptquant.core.plan import Plan
+from cptquant.engines.process import run_engine
+from cptquant.engines.registry import TARGET_ENGINES
+from cptquant.evaluation.engine import EngineOutputs, compare_engine, comparison_sequences
+from cptquant.evaluation.scored_text import prepare_text
+from cptquant.exporters.export import find_exporter, round_trip_error
+from cptquant.models.load import LoadedModel
+from cptquant.models.stream import read_weight
+from cptquant.models.text import TokenSet
+from cptquant.packing.shards import ShardFolder
+
+FLOAT, INT8 = "float activations", "int8 activations"
+MIXED_TEXT = (
+    "The quick brown fox, 1234567 jumps; it's O'Neill's — “quoted”!\n\n\tdef f(x):\n        return x ** 2  # π≈3.14\n"
+    "Zażółć gęślą jaźń. Ünïcödé naïve café. Привет, мир! Γειά σου Κόσμε. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया. "
+    "你好，世界。こんにちは世界。안녕하세요 세계. 🙂 ½ ²  trailing   spaces   \r\n"
+    "<html>&amp;</html> don't WE'LL 00 3.0e-7"
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """An export to be checked: whose it is, the plan under its target, our pieces, and the file or folder to open."""
+
+    model: LoadedModel
+    plan: Plan
+    shards: ShardFolder
+    entry: Path
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the files were found to be; `comparisons` empty where the engine is not installed, as `engine` says."""
+
+    round_trip: list[SiteRoundTrip]
+    comparisons: list[EngineComparison]
+    engine: str
+    tokens_equal: bool | None = None
+
+
+def check_files(written: Written, tokens: TokenSet) -> Checked:
+    """Read everything back, then run the engine on held-out text and on mixed text to tokenize.
+
+    Raises:
+        EngineError: tensors, outputs or token ids are not ours, with what differs; or the engine refuses the file.
+    """
+    round_trip = read_back(written)
+    difference: str | None = None
+    try:
+        comparisons, engine = compare_files(written, tokens)
+        if written.plan.target == "gguf":
+            difference = find_token_difference(written.model, written.entry)
+    except MissingEngineError as error:
+        comparisons, engine = [], f"not run: {error}"
+    refuse_differences(written.entry, comparisons, round_trip, difference or "")
+    return Checked(round_trip, comparisons, engine, None if difference is None else True)
+
+
+def read_back(written: Written) -> list[SiteRoundTrip]:
+    """Every quantized matrix as the files hold it against ours, and of those kept in 16 bits the ones that differ."""
+    records: list[SiteRoundTrip] = []
+    model, plan, entry = written.model, written.plan, written.entry
+    folder = entry if entry.is_dir() else entry.parent
+    for name, found in find_exporter(plan.target).read_back(folder, model, plan):
+        fmt = plan.quant_formats[name]
+        ours = written.shards.weight(name)
+        if ours is None:
+            site = model.layout.site_by_name[name]
+            dtype = torch.float16 if fmt.storage == "float16" else torch.bfloat16
+            ours = read_weight(model.module.get_submodule(name), site).detach().to(dtype).float()
+        error = round_trip_error(found, ours)
+        if not fmt.is_float or error != 0:
+            records.append(SiteRoundTrip(site=name, format=fmt.name, largest_error=error))
+    return records
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to run the engine: how it computes, whether the bound holds, and what makes its file in a folder."""
+
+    arithmetic: str
+    bounded: bool
+    make_file: Callable[[Path], Path]
+    float_cache: bool = False
+
+
+def compare_files(written: Written, tokens: TokenSet) -> tuple[list[EngineComparison], str]:
+    """The engine's outputs beside ours on a few sequences, and the engine's version.
+
+    Raises:
+        MissingEngineError: not installed. EngineError: it refuses the file or fails. OutputError: no room for outputs.
+    """
+    model, entry = written.model, written.entry
+    text = prepare_text(model, _few(written, tokens))
+    ids, mask = text.tokens.input_ids, text.tokens.attention_mask
+    with tempfile.TemporaryDirectory(prefix="cptquant-") as folder:
+        work = Path(folder)
+        np.save(work / "ids.npy", ids.numpy())
+        np.save(work / "mask.npy", mask.numpy())
+        outputs: list[EngineOutputs] = []
+        version = ""
+        for way in _ways(written):
+            at = work / way.arithmetic.replace(" ", "-")
+            at.mkdir()
+            try:
+                file = way.make_file(work)
+            except OSError as error:
+                raise output_error(entry, error) from None
+            try:
+                answer = run_engine(
+                    TARGET_ENGINES[written.plan.target], file, "outputs", threads=torch.get_num_threads(),
+                    context=ids.shape[1], ids=f"{work}/ids.npy", mask=f"{work}/mask.npy", outputs=str(at),
+                    float_cache=way.float_cache,
+                )  # fmt: skip
+            finally:
+                if file != entry:
+                    file.unlink()
+            version = str(answer["version"])
+            outputs.append(EngineOutputs(way.arithmetic, way.bounded, lambda index, at=at: _read(at, index)))
+        return compare_engine(model, written.shards, text, outputs), version
+
+
+def _few(written: Written, tokens: TokenSet) -> TokenSet:
+    """As many sequences as are compared, no longer than the file allows."""
+    model = written.model
+    length = tokens.input_ids.shape[1]
+    if written.plan.target == "gguf":
+        from cptquant.exporters.gguf.metadata import context_length
+
+        length = min(length, context_length(model))
+    some = tokens.subset(slice(0, comparison_sequences(model.layout, tokens.sequence_count, length)))
+    if length == tokens.input_ids.shape[1]:
+        return some
+    return TokenSet.build(
+        some.input_ids[:, :length], some.attention_mask[:, :length], some.labels, some.documents, some.description
+    )
+
+
+def _ways(written: Written) -> list[_Way]:
+    entry = written.entry
+    as_run = _Way(INT8, False, lambda _: entry)
+    if written.plan.target == "onnx":
+        from cptquant.exporters.onnx.export import write_float_twin
+
+        return [_Way(FLOAT, True, lambda _: write_float_twin(entry)), as_run]
+    if written.plan.target == "gguf":
+        return [_Way(FLOAT, True, lambda work: _write_float_gguf(written, work), float_cache=True), as_run]
+    return [_Way(FLOAT, True, lambda _: entry)]
+
+
+def _write_float_gguf(written: Written, work: Path) -> Path:
+    """Our dequantized weights in float32: llama.cpp then rounds no activation."""
+    from cptquant.exporters.gguf.tensors import list_tensors
+    from cptquant.exporters.gguf.write import write_file
+
+    path = work / "float32.gguf"
+    write_file(path, written.model, list_tensors(written.model, written.plan, written.shards, in_float32=True))
+    return path
+
+
+def _read(folder: Path, index: int) -> Tensor:
+    return torch.from_numpy(np.load(folder / f"{index}.npy"))
+
+
+def find_token_difference(model: LoadedModel, entry: Path) -> str:
+    """How the file's tokenizer cuts mixed text, whole and line by line, unlike Hugging Face's; "" where it does not.
+
+    Raises:
+        MissingEngineError: llama.cpp is not installed. EngineError: it refuses the file.
+    """
+    texts = [MIXED_TEXT, *[line for line in MIXED_TEXT.splitlines() if line.strip()]]
+    tokenizer = model.require_tokenizer()
+    found: list[list[int]] = run_engine("llamacpp", entry, "tokenize", texts=texts)["ids"]
+    for text, theirs in reversed(list(zip(texts, found, strict=True))):  # the shortest that shows it
+        ours = cast(list[int], tokenizer.encode(text, add_special_tokens=True))
+        if theirs != ours:
+            return _spell_token_difference(text, ours, theirs)
+    return ""
+
+
+def _spell_token_difference(text: str, ours: list[int], theirs: list[int]) -> str:
+    at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+    at = min(len(ours), len(theirs)) if at is None else at
+    engine, own = (ids[at : at + 8] if at < len(ids) else "the end" for ids in (theirs, ours))
+    shown = text if len(text) <= 80 else text[:77] + "..."
+    return (
+        f"the engine's tokenizer cuts {shown!r} unlike Hugging Face's: first at position {at}, where it gives {engine} "
+        f"and Hugging Face {own}"
+    )
+
+
+def refuse_differences(
+    entry: Path, compared: list[EngineComparison], round_trip: list[SiteRoundTrip], tokens: str
+) -> None:
+    """Fail an export that is not our model; not a number is never within a bound, stated ones included.
+
+    Raises:
+        EngineError: with everything that differs.
+    """
+    differing = [record for record in round_trip if record.largest_error != 0]
+    over = [way for way in compared if not way.distance <= (math.inf if way.bound is None else way.bound)]
+    reasons = [_spell_over(way) for way in over]
+    if differing and not over:
+        reasons.append("read back from the file")
+    if differing:
+        named = ", ".join(f"{record.site} (by up to {record.largest_error:.3g})" for record in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        cause = f"; tensors that differ from ours: {named}{more}"
+    else:
+        cause = "; every quantized tensor reads back exactly, so the engine computes something else" if over else ""
+    if tokens:
+        cause += f"; {tokens}"
+    if reasons or tokens:
+        stated = f" ({'; '.join(reasons)})" if reasons else ""
+        raise EngineError(
+            f"{entry} is not our model in the engine{stated}{cause}; the files are kept for a look, do not use them"
+        )
+
+
+def _spell_over(way: EngineComparison) -> str:
+    allowed = "a finite value is expected" if way.bound is None else f"allowed {way.bound:g}"
+    unit = " of 1 - cosine" if way.kl_nats is None else " nats"
+    return f"{way.arithmetic}: {way.distance:.3g}{unit}, {allowed}"
