@@ -135,7 +135,9 @@ def export_run(
     plan = run.load(plan_file, Plan)
     name = "uniform" if plan_file == "plan-uniform.json" else "quantized"
     variant = Variant(plan, quantize_stage(run, layout, plan, name))
-    return export_stage(run, layout, variant, target or plan.target)
+    record = export_stage(run, layout, variant, target or plan.target)
+    render_report(run.folder)
+    return record
 
 
 def evaluate_run(folder: Path, progress: Progress = ignore_progress, **changes: object) -> EvaluationReport:

@@ -30,7 +30,10 @@ def test_no_engine_is_a_missing_one(monkeypatch):
     ("content", "message"),
     [
         (None, r"=.*python is no program that runs; name a Python that has llama-cpp-python, or unset it$"),
-        ("exit 3", r"=.*python: llama-cpp-python cannot be imported there \(it ends with code 3 and no message\); name"),
+        (
+            "exit 3",
+            r"=.*python: llama-cpp-python cannot be imported there \(it ends with code 3 and no message\); name",
+        ),
         ("echo 'ModuleNotFoundError: no numpy' >&2; exit 1", r"imported there \(ModuleNotFoundError: no numpy\); name"),
         ("echo False 0.3.36", r"imported there \(its Python is older than 3\.11\); name a Python of 3\.11 or newer"),
         ("echo True 0.2.90", r"=.*python has llama-cpp-python 0\.2\.90, 0\.3\.9 or newer is needed; upgrade it there$"),
@@ -58,7 +61,7 @@ def test_this_interpreter_without_the_package_is_refused_where_the_variable_name
     [
         (
             "echo 'bad magic' >&2; exit 7",
-            r"^the onnx engine ended with code 7 while loading m \(bad magic\); is the file whole\? Write it again with",
+            r"^the onnx engine ended with code 7 while loading m \(bad magic\); is the file whole\? Write it again",
         ),
         (
             'touch "${4%.json}.loaded"; echo "OSError: no" >&2; exit 1',

@@ -74,7 +74,10 @@ def test_other_token_ids_fail_the_export_with_text_and_position(quantized, tmp_p
     line = "<html>&amp;</html> don't WE'LL 00 3.0e-7"
     ours = train_sentencepiece().encode(line)[:8]
     message = str(caught.value)
-    assert f'the engine\'s tokenizer cuts "{line}" unlike Hugging Face\'s: first at position 0, where it gives [' in message
+    assert (
+        f"the engine's tokenizer cuts \"{line}\" unlike Hugging Face's: first at position 0, where it gives ["
+        in message
+    )
     assert message.endswith(f"and Hugging Face {ours}; the files are kept for a look, do not use them")
     assert "nats" not in message and "computes something else" not in message
     assert written.entry.exists()

@@ -45,9 +45,7 @@ def find_llamacpp() -> LlamaCpp:
     where = "this environment" if named is None else f"{PYTHON_VARIABLE}={named}"
     python = sys.executable if named is None else shutil.which(named)
     if python is None:
-        raise EngineError(
-            f"{where} is no program that can be run; name a Python that has llama-cpp-python, or unset it"
-        )
+        raise EngineError(f"{where} is no program that runs; name a Python that has llama-cpp-python, or unset it")
     version, problem = _probe(python)
     if version is None:
         raise EngineError(
