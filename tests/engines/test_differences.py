@@ -20,6 +20,8 @@ def way(kl: float | None, bound: float | None = 1e-3, cosine: float | None = Non
 def test_what_is_within_the_bound_passes() -> None:
     refuse_differences(FILE, [way(1e-3), way(0.7, None), way(None, 1e-3, 0.9995)], [SAME], "")
     refuse_differences(FILE, [], [SAME], "")
+    original = way(math.nan, None).model_copy(update={"weights": "original"})
+    refuse_differences(FILE, [way(0.0), original], [SAME], "")
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,7 @@ def test_what_is_within_the_bound_passes() -> None:
         (way(None, 1e-3, math.nan), r"\(float activations: nan of 1 - cosine, allowed 0\.001\)"),
         (way(None, 1e-3), r"\(float activations: nan of 1 - cosine, allowed 0\.001\)"),
         (way(math.inf), r"inf nats, allowed 0\.001"),
+        (way(math.inf, None), r"inf nats, a finite value is expected"),
         (way(1.1e-3), r"\(float activations: 0\.0011 nats, allowed 0\.001\)"),
         (way(None, 1e-3, 0.998), r"0\.002 of 1 - cosine, allowed 0\.001"),
     ],

@@ -33,11 +33,13 @@ def write(toy, folder) -> Written:
 def test_the_engine_computes_what_our_model_does(name, quantized, tmp_path):
     toy = quantized(name)
     comparisons, version = compare_files(write(toy, tmp_path / "checkpoint"), random_tokens(toy.model))
-    exact, rounded = comparisons
+    exact, rounded, alone = comparisons
     assert version.startswith("llama-cpp-python ")
     assert (exact.arithmetic, rounded.arithmetic) == ("float activations", "int8 activations")
     assert exact.bound == 1e-3 and rounded.bound is None
     assert exact.distance < (1e-4 if name in ("bert", "gpt_neox") else 1e-5)
+    assert (alone.arithmetic, alone.weights) == ("16-bit activations", "original") and alone.bound is None
+    assert 0 < alone.distance < rounded.distance
     assert 0 < rounded.distance < 0.05 and exact.distance < rounded.distance
     assert exact.stderr is not None and rounded.stderr is not None and 0 < exact.stderr < 1e-4
     if name == "bert":
@@ -100,7 +102,9 @@ def test_weights_that_are_no_numbers_fail_in_an_encoder_and_a_decoder(quantized,
         monkeypatch.setattr(
             "cptquant.stages.engine_check._read", lambda at, index, w=width: torch.full((24, w), torch.nan)
         )
-        with pytest.raises(EngineError, match=rf"float activations: nan {unit}, allowed 0\.001; int8 activations: nan"):
+        with pytest.raises(
+            EngineError, match=rf"float activations: nan {unit}, allowed 0\.001; int8 activations: nan "
+        ):
             check_files(written, random_tokens(toy.model))
 
 

@@ -11,6 +11,9 @@ from cptquant.reports.html import render_report
 EXACT = EngineComparison(
     arithmetic="float activations", kl_nats=3.78e-9, top1_agreement=1.0, n=2040, stderr=4.1e-10, bound=1e-3
 )
+ALONE = EngineComparison(
+    arithmetic="16-bit activations", weights="original", kl_nats=2.5e-7, top1_agreement=0.9995, n=2040, stderr=1.1e-8
+)
 ROUNDED = EngineComparison(
     arithmetic="int8 activations", kl_nats=0.00161, top1_agreement=0.9194, n=2040, stderr=0.00013
 )
@@ -26,7 +29,7 @@ def export(run: fake_runs.FakeRun, folder: Path, **changes: object) -> ExportRec
         "target": plan.target, "entry": "checkpoint/model.gguf", "files": {"model.gguf": "ab" * 32},
         "tensor_bytes": plan.size_bytes, "file_bytes": plan.size_bytes + 40_000,
         "round_trip": (SiteRoundTrip(site="lm_head", format="Q4_K", largest_error=0.0),), "tokens_equal": True,
-        "comparisons": (EXACT, ROUNDED), "engine": "llama-cpp-python 0.3.36", "memory": MEMORY,
+        "comparisons": (EXACT, ROUNDED, ALONE), "engine": "llama-cpp-python 0.3.36", "memory": MEMORY,
         "inputs": {"plan": plan.digest()},
     }  # fmt: skip
     record = ExportRecord.model_validate({**fields, **changes})
@@ -42,10 +45,14 @@ def test_the_engine_and_what_it_found_stand_in_the_report(opt_run: Path, read_pa
     assert "engine" in {attrs.get("id") for tag, attrs in page.tags if tag == "section"}
     assert "#engine" in {attrs["href"] for tag, attrs in page.tags if tag == "a"}
     text = page.text
-    assert f"In the engine Held-out text through the exported files in their engine, {''}and" in text
-    assert "Engine's arithmetic KL(ours ‖ engine), nats Same top answer n Bound" in text
+    assert "In the engine Held-out text through the exported files in their engine, and" in text
+    assert "In the engine KL(ours ‖ engine), nats Same top answer n Bound" in text
     assert "float activations (3.78 ± 0.41)×10⁻⁹ 100.00% 2,040 at most 0.001" in text
     assert "int8 activations 0.00161 ± 0.00013 91.94% 2,040 none, stated only" in text
+    assert "the original, 16-bit activations (2.50 ± 0.11)×10⁻⁷ 99.95% 2,040 none, stated only" in text
+    assert spell_comparison(ALONE).startswith(
+        "the original, 16-bit activations: KL(original ‖ engine) 2.50e-07 ± 1.1e-08"
+    )
     assert "Engine llama-cpp-python 0.3.36 Round trip 1 of 1 quantized matrices exact" in text
     assert "Token ids equal to Hugging Face's on mixed text" in text
     assert f"Plan {record.tensor_bytes:,} bytes of tensors Files {record.file_bytes:,} bytes, of which 2.7 %" in text
@@ -62,10 +69,10 @@ def test_an_encoder_shows_cosines(tmp_path: Path, read_page) -> None:
     )
     record = export(fake_runs.ENCODER, folder, comparisons=(found,))
     text = read_page(render_report(folder)).text
-    assert "Engine's arithmetic Cosine to our model Lowest n Bound" in text
+    assert "In the engine Cosine to ours Lowest n Bound" in text
     assert "0.999987 1,000 1 − cosine at most 0.001" in text
-    line = "float activations: cosine to our model 0.999993 ± 4.1e-08, lowest 0.999987, n = 1,000, 1 - cosine allowed 0.001"
-    assert line in export_table(record)
+    line = "float activations: cosine to our model 0.999993 ± 4.1e-08, lowest 0.999987, n = 1,000, "
+    assert line + "1 - cosine allowed 0.001" in export_table(record)
 
 
 def test_an_engine_that_was_not_run_is_said_so(opt_run: Path, read_page) -> None:
@@ -73,7 +80,7 @@ def test_an_engine_that_was_not_run_is_said_so(opt_run: Path, read_page) -> None
     record = export(fake_runs.OPT, opt_run, comparisons=(), engine=reason, tokens_equal=None, memory=None)
     text = read_page(render_report(opt_run)).text
     assert f"The engine check was {reason}" in text
-    assert "Engine's arithmetic" not in text and "Token ids not compared" in text
+    assert "Same top answer" not in text and "Token ids not compared" in text
     assert f"engine     {reason}" in export_table(record)
 
 

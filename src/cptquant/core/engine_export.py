@@ -1,7 +1,7 @@
 """What was written for an engine, and how it compared there with our own model (export.json)."""
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from cptquant.core.artifact import Artifact, Frozen
 
@@ -22,10 +22,12 @@ class SiteRoundTrip(Frozen):
 
 
 class EngineComparison(Frozen):
-    """The engine's outputs beside our dequantized model's on held-out text.
+    """The engine's outputs on held-out text beside our own in float32, both with the same weights.
 
     Attributes:
-        arithmetic: how the engine computed: "float activations", "int8 activations".
+        arithmetic: how the engine computed: "float activations", "int8 activations", "16-bit activations".
+        weights: "quantized": what was exported; "original": the unquantized model's, for what the engine's own rounding
+            of activations costs apart from any plan.
         kl_nats: mean KL(ours ‖ engine), of a token or, for a classifier, an example; None for bare encoders.
         top1_agreement: share with the same most likely answer; None for bare encoders.
         cosine, cosine_lowest: of pooled embeddings, mean and minimum; None for other tasks.
@@ -34,6 +36,7 @@ class EngineComparison(Frozen):
     """
 
     arithmetic: str
+    weights: Literal["quantized", "original"] = "quantized"
     kl_nats: float | None = None
     top1_agreement: float | None = None
     cosine: float | None = None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cptquant.core.engine_export import EngineComparison, ExportRecord
-from cptquant.reports.export_table import spell_memory, spell_round_trip, spell_tokens
+from cptquant.reports.export_table import spell_memory, spell_round_trip, spell_tokens, spell_way
 from cptquant.reports.quantities import spell_exact_bytes, spell_measured, spell_number, spell_share
 from cptquant.reports.run_folder import RunRecord
 
@@ -37,11 +37,11 @@ def _engine_section(export: ExportRecord) -> EngineSection:
     if export.memory is not None:
         facts.append(("Memory", spell_memory(export.memory)))
     is_encoder = ran and export.comparisons[0].kl_nats is None
-    columns = ["Cosine to our model", "Lowest"] if is_encoder else ["KL(ours ‖ engine), nats", "Same top answer"]
+    columns = ["Cosine to ours", "Lowest"] if is_encoder else ["KL(ours ‖ engine), nats", "Same top answer"]
     return EngineSection(
         target=export.target,
         not_run="" if ran else export.engine,
-        columns=["Engine's arithmetic", *columns, "n", "Bound"] if ran else [],
+        columns=["In the engine", *columns, "n", "Bound"] if ran else [],
         rows=[_comparison_row(found) for found in export.comparisons],
         facts=facts,
     )
@@ -55,7 +55,7 @@ def _comparison_row(found: EngineComparison) -> list[str]:
         share = "–" if found.top1_agreement is None else f"{found.top1_agreement:.2%}"
         cells = [_spell(found.kl_nats, found.stderr), share]
         bound = "" if found.bound is None else f"at most {spell_number(found.bound)}"
-    return [found.arithmetic, *cells, f"{found.n:,}", bound or "none, stated only"]
+    return [spell_way(found), *cells, f"{found.n:,}", bound or "none, stated only"]
 
 
 def _spell(value: float | None, stderr: float | None = None) -> str:

@@ -36,16 +36,21 @@ def spell_tokens(record: ExportRecord) -> str:
 def spell_comparison(found: EngineComparison) -> str:
     """One line: distance to our own model, with n, error and bound."""
     error = "" if found.stderr is None else f" ± {found.stderr:.1e}"
+    way, is_ours = spell_way(found), found.weights == "quantized"
     if found.kl_nats is None:
         cosine, lowest = ("–" if value is None else f"{value:.6f}" for value in (found.cosine, found.cosine_lowest))
         bound = "" if found.bound is None else f", 1 - cosine allowed {found.bound:g}"
-        return f"{found.arithmetic}: cosine to our model {cosine}{error}, lowest {lowest}, n = {found.n:,}{bound}"
+        other = "our model" if is_ours else "it"
+        return f"{way}: cosine to {other} {cosine}{error}, lowest {lowest}, n = {found.n:,}{bound}"
     share = "–" if found.top1_agreement is None else f"{found.top1_agreement:.2%}"
     bound = "" if found.bound is None else f", allowed {found.bound:g}"
-    return (
-        f"{found.arithmetic}: KL(ours ‖ engine) {found.kl_nats:.2e}{error} nats, same top answer {share}, "
-        f"n = {found.n:,}{bound}"
-    )
+    divergence = f"KL({'ours' if is_ours else 'original'} ‖ engine) {found.kl_nats:.2e}{error} nats"
+    return f"{way}: {divergence}, same top answer {share}, n = {found.n:,}{bound}"
+
+
+def spell_way(found: EngineComparison) -> str:
+    """How the engine computed, and with which weights where they are not the exported ones."""
+    return found.arithmetic if found.weights == "quantized" else f"the original, {found.arithmetic}"
 
 
 def spell_memory(memory: MemoryUse) -> str:

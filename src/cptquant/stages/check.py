@@ -1,12 +1,14 @@
 """What can be known to be wrong before any compute is spent. Loads no framework."""
 
+import contextlib
 from pathlib import Path
 
 from cptquant.allocation.methods import find_allocator
-from cptquant.core.errors import DataError, ModelError, UserError
+from cptquant.core.errors import DataError, MissingEngineError, ModelError, UserError
 from cptquant.core.layout import ModelLayout
 from cptquant.core.settings import BASELINES, RunSettings
 from cptquant.core.targets import find_target
+from cptquant.engines.llamacpp_python import find_llamacpp
 
 SENSITIVITY_METHODS = ("cmpq", "pmpq", "tdmpq", "ablation")
 QUANTIZERS = ("gptq", "rtn")
@@ -36,11 +38,15 @@ def check_target(layout: ModelLayout, name: str) -> None:
     """Refuse a model that the target's engine cannot run, as soon as its layout is known.
 
     Raises:
-        ModelError: with what the engine can run.
+        ModelError: with what the engine can run. EngineError: an engine was named that is not there or too old; none at
+        all is no error.
     """
     refusal = find_target(name).refuse_model(layout)
     if refusal is not None:
         raise ModelError(refusal)
+    if name == "gguf":
+        with contextlib.suppress(MissingEngineError):
+            find_llamacpp()
 
 
 def _check_name(flag: str, name: str, allowed: tuple[str, ...]) -> None:

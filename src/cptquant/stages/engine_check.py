@@ -3,9 +3,10 @@
 A target's engine may round activations to 8 bits for its integer products. So the same weights go through it twice
 where they can: with float activations, which must agree with our model within the bound or graph, metadata or row
 orders are wrong; and as the file is run, where all that differs is the engine's own rounding, which is stated.
+llama.cpp also runs the original in 16 bits, to which it rounds activations then: its rounding apart from any plan.
 """
 
-import math
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from cptquant.models.stream import read_weight
 from cptquant.models.text import TokenSet
 from cptquant.packing.shards import ShardFolder
 
-FLOAT, INT8 = "float activations", "int8 activations"
+FLOAT, INT8, SIXTEEN = "float activations", "int8 activations", "16-bit activations"
 MIXED_TEXT = (
     "The quick brown fox, 1234567 jumps; it's O'Neill's — “quoted”!\n\n\tdef f(x):\n        return x ** 2  # π≈3.14\n"
     "Zażółć gęślą jaźń. Ünïcödé naïve café. Привет, мир! Γειά σου Κόσμε. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया. "
@@ -97,12 +98,16 @@ def read_back(written: Written) -> list[SiteRoundTrip]:
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to run the engine: how it computes, whether the bound holds, and what makes its file in a folder."""
+    """One way to run the engine: how it computes, whether the bound holds, and what makes its file in a folder.
+
+    `original`: with the unquantized weights, beside the original itself.
+    """
 
     arithmetic: str
     bounded: bool
     make_file: Callable[[Path], Path]
     float_cache: bool = False
+    original: bool = False
 
 
 def compare_files(written: Written, tokens: TokenSet) -> tuple[list[EngineComparison], str]:
@@ -118,7 +123,8 @@ def compare_files(written: Written, tokens: TokenSet) -> tuple[list[EngineCompar
         work = Path(folder)
         np.save(work / "ids.npy", ids.numpy())
         np.save(work / "mask.npy", mask.numpy())
-        outputs: list[EngineOutputs] = []
+        of_ours: list[EngineOutputs] = []
+        of_original: list[EngineOutputs] = []
         version = ""
         for way in _ways(written):
             at = work / way.arithmetic.replace(" ", "-")
@@ -137,8 +143,10 @@ def compare_files(written: Written, tokens: TokenSet) -> tuple[list[EngineCompar
                 if file != entry:
                     file.unlink()
             version = str(answer["version"])
-            outputs.append(EngineOutputs(way.arithmetic, way.bounded, lambda index, at=at: _read(at, index)))
-        return compare_engine(model, written.shards, text, outputs), version
+            outputs = EngineOutputs(way.arithmetic, way.bounded, lambda index, at=at: _read(at, index))
+            (of_original if way.original else of_ours).append(outputs)
+        compared = compare_engine(model, written.shards, text, of_ours)
+        return compared + (compare_engine(model, None, text, of_original) if of_original else []), version
 
 
 def _few(written: Written, tokens: TokenSet) -> TokenSet:
@@ -165,17 +173,22 @@ def _ways(written: Written) -> list[_Way]:
 
         return [_Way(FLOAT, True, lambda _: write_float_twin(entry)), as_run]
     if written.plan.target == "gguf":
-        return [_Way(FLOAT, True, lambda work: _write_float_gguf(written, work), float_cache=True), as_run]
+        exact = _Way(FLOAT, True, lambda work: _write_gguf(written, work, original=False), float_cache=True)
+        alone = _Way(SIXTEEN, False, lambda work: _write_gguf(written, work, original=True), original=True)
+        return [exact, as_run, alone]
     return [_Way(FLOAT, True, lambda _: entry)]
 
 
-def _write_float_gguf(written: Written, work: Path) -> Path:
-    """Our dequantized weights in float32: llama.cpp then rounds no activation."""
+def _write_gguf(written: Written, work: Path, *, original: bool) -> Path:
+    """Our dequantized weights in float32, with which llama.cpp rounds no activation; or the original in 16 bits."""
     from cptquant.exporters.gguf.tensors import list_tensors
     from cptquant.exporters.gguf.write import write_file
 
-    path = work / "float32.gguf"
-    write_file(path, written.model, list_tensors(written.model, written.plan, written.shards, in_float32=True))
+    plan, shards, path = written.plan, written.shards, work / ("original.gguf" if original else "float32.gguf")
+    if original:
+        keep = written.model.layout.keep_format.name
+        plan = Plan.model_validate({**plan.model_dump(), "formats": dict.fromkeys(plan.formats, keep)})
+    write_file(path, written.model, list_tensors(written.model, plan, shards, in_float32=not original))
     return path
 
 
@@ -213,13 +226,16 @@ def _spell_token_difference(text: str, ours: list[int], theirs: list[int]) -> st
 def refuse_differences(
     entry: Path, compared: list[EngineComparison], round_trip: list[SiteRoundTrip], tokens: str
 ) -> None:
-    """Fail an export that is not our model; not a number is never within a bound, stated ones included.
+    """Fail an export that is not our model; what is not a number is refused with a bound and without.
+
+    The engine's rounding of the original's activations is stated only: it is no property of what was written.
 
     Raises:
         EngineError: with everything that differs.
     """
     differing = [record for record in round_trip if record.largest_error != 0]
-    over = [way for way in compared if not way.distance <= (math.inf if way.bound is None else way.bound)]
+    ours = [way for way in compared if way.weights == "quantized"]
+    over = [way for way in ours if not way.distance <= (sys.float_info.max if way.bound is None else way.bound)]
     reasons = [_spell_over(way) for way in over]
     if differing and not over:
         reasons.append("read back from the file")

@@ -131,11 +131,12 @@ def test_a_file_cut_short_is_blamed(files, tmp_path):
 def test_a_decoder_goes_the_whole_way(runs, cptquant, tmp_path):
     run = runs("llama")
     record = ExportRecord.load(run / "export/gguf/export.json")
-    exact, rounded = record.comparisons
+    exact, rounded, alone = record.comparisons
     assert exact.kl_nats < 1e-5 and exact.bound == 1e-3 and exact.n == 4 * 31 and exact.stderr is not None
     assert rounded.kl_nats > exact.kl_nats and rounded.bound is None
     assert record.tokens_equal is True and record.engine.startswith("llama-cpp-python ")
     assert record.memory.measured_bytes > 1e7 and record.memory.context == 64
+    assert alone.weights == "original" and alone.bound is None and 0 < alone.kl_nats < rounded.kl_nats
     page = (run / "report.html").read_text()
     assert "In the engine" in page and record.engine in page
     first = cptquant("generate", run, "--prompt", "def f(x):", "--engine", "llamacpp", "--tokens", 6)
@@ -152,7 +153,7 @@ def test_a_decoder_goes_the_whole_way(runs, cptquant, tmp_path):
 def test_an_encoder_goes_the_whole_way(runs, cptquant, tmp_path):
     run = runs("bert")
     record = ExportRecord.load(run / "export/gguf/export.json")
-    exact, rounded = record.comparisons
+    exact, rounded, alone = record.comparisons
     assert exact.kl_nats is None and exact.top1_agreement is None and exact.bound == 1e-3 and exact.n == 4
     assert 1 >= exact.cosine >= exact.cosine_lowest > 0.999
     assert 0.9 < rounded.cosine_lowest <= rounded.cosine < exact.cosine and rounded.bound is None
@@ -160,7 +161,8 @@ def test_an_encoder_goes_the_whole_way(runs, cptquant, tmp_path):
     assert record.memory.cache_bytes == 0
     evaluation = EvaluationReport.load(run / "evaluation.json")
     assert evaluation.find("embedding_cosine", "quantized") is not None
-    assert "Cosine to our model" in (run / "report.html").read_text()
+    assert alone.weights == "original" and rounded.cosine < alone.cosine <= 1
+    assert "Cosine to ours" in (run / "report.html").read_text()
     outcome = cptquant("export", run)
     assert outcome.code == 0 and "float activations: cosine to our model 1.0000" in outcome.out
     assert ", lowest " in outcome.out and "n = 4, 1 - cosine allowed 0.001" in outcome.out
