@@ -1,5 +1,6 @@
 """What llama.cpp itself makes of our files; skipped where llama-cpp-python is not installed."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from gguf_toys import TOYS, quantize_toy, save_toy, train_sentencepiece, train_w
 from cptquant.core.errors import EngineError
 from cptquant.exporters.gguf.write import write_gguf
 from cptquant.models.text import TokenSet
-from cptquant.stages.engine_check import Written, check_files, compare_files, find_token_difference
+from cptquant.stages.engine_check import Written, check_files, compare_files, compare_token_ids
 
 pytestmark = [pytest.mark.engines, needs_llamacpp]
 
@@ -64,7 +65,27 @@ def test_token_ids_are_hugging_faces_on_mixed_text(kind, tmp_path):
             (source / file).unlink()
         (train_sentencepiece() if kind == "sentencepiece" else train_wordpiece()).save_pretrained(source)
     toy = quantize_toy(source, tmp_path / "work", ("Q8_0",))
-    assert find_token_difference(toy.model, write(toy, tmp_path / "checkpoint").entry) == ""
+    assert compare_token_ids(toy.model, write(toy, tmp_path / "checkpoint").entry) == ("", "")
+
+
+def test_what_llamacpps_wordpiece_loses_is_stated_and_does_not_fail(tmp_path):
+    """A vocabulary with jamo, as BERT's own has: llama.cpp keeps the first of a syllable."""
+    source = save_toy("bert", tmp_path / "model")
+    file = source / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary, jamo = content["model"]["vocab"], [chr(code) for code in (0x110B, 0x1161, 0x11AB)]
+    longest = [token for token in vocabulary if len(token) > 6 and token.isalpha()]
+    for token, replaced in zip((jamo[0], f"##{jamo[1]}", f"##{jamo[2]}"), longest, strict=False):
+        vocabulary[token] = vocabulary.pop(replaced)
+    file.write_text(json.dumps(content))
+    toy = quantize_toy(source, tmp_path / "work", ("Q8_0",))
+    tokenizer = toy.model.require_tokenizer()
+    assert len(tokenizer.encode("안")) == 5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cptquant.stages.engine_check._DECOMPOSED", ("안 ",))
+        checked = check_files(write(toy, tmp_path / "checkpoint"), random_tokens(toy.model))
+    assert checked.tokens_equal is True
+    assert checked.tokens_note.startswith("the engine's tokenizer cuts '안' unlike Hugging Face's: first at position 2")
 
 
 def test_other_token_ids_fail_the_export_with_text_and_position(quantized, tmp_path):
@@ -111,4 +132,4 @@ def test_weights_that_are_no_numbers_fail_in_an_encoder_and_a_decoder(quantized,
 def test_a_file_that_is_no_model_is_refused_with_the_engines_words(quantized, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(EngineError, match=r"^llama\.cpp cannot load .*model\.gguf \(ValueError: .*is the file whole\?"):
-        find_token_difference(quantized("llama").model, tmp_path / "model.gguf")
+        compare_token_ids(quantized("llama").model, tmp_path / "model.gguf")

@@ -75,6 +75,14 @@ def test_an_encoder_shows_cosines(tmp_path: Path, read_page) -> None:
     assert line + "1 - cosine allowed 0.001" in export_table(record)
 
 
+def test_what_the_engines_tokenizer_cannot_do_is_stated(opt_run: Path, read_page) -> None:
+    note = "the engine's tokenizer cuts '안' unlike Hugging Face's"
+    record = export(fake_runs.OPT, opt_run, tokens_note=note)
+    sentence = f"equal to Hugging Face's on mixed text; but in Korean and Indic scripts {note}"
+    assert f"token ids  {sentence}" in export_table(record)
+    assert f"Token ids {sentence}" in read_page(render_report(opt_run)).text
+
+
 def test_an_engine_that_was_not_run_is_said_so(opt_run: Path, read_page) -> None:
     reason = "not run: llama-cpp-python is not installed; pip install 'cptquant[llamacpp]'"
     record = export(fake_runs.OPT, opt_run, comparisons=(), engine=reason, tokens_equal=None, memory=None)

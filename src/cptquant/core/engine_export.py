@@ -80,7 +80,7 @@ class ExportRecord(Artifact):
         context: longest sequence the files were written for; None where they set no limit.
         round_trip: one record per quantized site.
         tokens_equal: the engine's own tokenizer gives Hugging Face's ids on mixed text; None where it has none or was
-            not run.
+            not run. tokens_note: where the engine cannot but cut text otherwise, with an example.
         comparisons: in the engine; empty if it was not run. engine: its name and version, or why it was not run.
     """
 
@@ -95,6 +95,7 @@ class ExportRecord(Artifact):
     context: int | None = None
     round_trip: tuple[SiteRoundTrip, ...]
     tokens_equal: bool | None = None
+    tokens_note: str = ""
     comparisons: tuple[EngineComparison, ...] = ()
     engine: str
     memory: MemoryUse | None = None

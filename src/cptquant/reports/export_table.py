@@ -30,7 +30,8 @@ def spell_tokens(record: ExportRecord) -> str:
     """Whether the engine's tokenizer is Hugging Face's."""
     if record.tokens_equal is None:
         return "not compared: the engine has no tokenizer of its own, or was not run"
-    return f"{'equal to' if record.tokens_equal else 'NOT'} Hugging Face's on mixed text"
+    note = f"; but in Korean and Indic scripts {record.tokens_note}" if record.tokens_note else ""
+    return f"{'equal to' if record.tokens_equal else 'NOT'} Hugging Face's on mixed text{note}"
 
 
 def spell_comparison(found: EngineComparison) -> str:

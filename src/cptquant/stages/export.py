@@ -67,6 +67,7 @@ def export_stage(run: Run, layout: ModelLayout, variant: Variant, target: str) -
             context=run.settings.context,
             round_trip=tuple(checked.round_trip),
             tokens_equal=checked.tokens_equal,
+            tokens_note=checked.tokens_note,
             comparisons=tuple(checked.comparisons),
             engine=checked.engine,
             memory=_measure_memory(run, layout, plan, folder / exporter.entry, ran=bool(checked.comparisons)),
