@@ -53,10 +53,13 @@ def test_quantize_checks_the_file_in_the_engine(run_folder):
 
 
 def test_export_prints_what_was_found(cptquant, run_folder):
+    (run_folder / "report.html").unlink()
     outcome = cptquant("export", run_folder)
     assert outcome.code == 0
     assert "float activations: KL(ours ‖ engine)" in outcome.out and "allowed 0.001" in outcome.out
     assert "quantized matrices exact" in outcome.out and "measured" in outcome.out
+    page = (run_folder / "report.html").read_text()
+    assert "In the engine" in page and "float activations</td>" in page and "onnxruntime " in page
 
 
 def test_a_changed_tensor_is_named(cptquant, copied):

@@ -35,6 +35,10 @@ def test_the_whole_chain_writes_a_file_and_its_check(cptquant: Callable, folder:
         "not run: llama-cpp-python is not installed; pip install"
     )
     assert {site.largest_error for site in report.round_trip} == {0.0}
+    page = (run / "report.html").read_text()
+    assert "The engine check was not run: llama-cpp-python is not installed; pip install" in page
+    shown = cptquant("export", run)
+    assert shown.code == 0 and "engine     not run: llama-cpp-python is not installed" in shown.out
     again = cptquant("quantize", folder, "--target", "gguf", "--budget", "6bpw", "--output", run, *QUICK)
     assert again.code == 0, again.err
 
@@ -46,6 +50,17 @@ def test_a_model_that_the_engine_cannot_run_is_refused_at_once(cptquant: Callabl
     assert outcome.code == 2
     assert "llama.cpp runs bert for embeddings (a bare BertModel), this model is for sequence_class" in outcome.err
     assert not (tmp_path / "run" / "sensitivity.json").exists()
+
+
+def test_an_engine_that_was_named_and_is_not_there_is_refused_before_anything_is_measured(
+    cptquant: Callable, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(llamacpp_python.PYTHON_VARIABLE, "/nonexistent/python")
+    run = tmp_path / "run"
+    outcome = cptquant("quantize", folder, "--target", "gguf", "--budget", "6bpw", "--output", run, *QUICK)
+    assert outcome.code == 2
+    assert "CPTQUANT_LLAMACPP_PYTHON=/nonexistent/python is no program that runs; name a Python" in outcome.err
+    assert not (run / "sensitivity.json").exists()
 
 
 def test_memory_is_a_budget(cptquant: Callable, folder: Path, tmp_path: Path) -> None:

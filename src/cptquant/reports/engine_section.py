@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cptquant.core.engine_export import EngineComparison, ExportRecord
 from cptquant.reports.export_table import spell_memory, spell_round_trip, spell_tokens, spell_way
-from cptquant.reports.quantities import spell_exact_bytes, spell_measured, spell_number, spell_share
+from cptquant.reports.quantities import spell_exact_bytes, spell_measured, spell_share
 from cptquant.reports.run_folder import RunRecord
 
 
@@ -30,7 +30,7 @@ def _engine_section(export: ExportRecord) -> EngineSection:
     facts += [
         ("Round trip", spell_round_trip(export)),
         ("Token ids", spell_tokens(export)),
-        ("Plan", f"{spell_exact_bytes(export.tensor_bytes)} of tensors"),
+        ("Predicted", f"{spell_exact_bytes(export.tensor_bytes)} of tensors, by the plan"),
         ("Files", _spell_files(export)),
         ("File", export.entry),
     ]
@@ -50,11 +50,11 @@ def _engine_section(export: ExportRecord) -> EngineSection:
 def _comparison_row(found: EngineComparison) -> list[str]:
     if found.kl_nats is None:
         cells = [_spell(found.cosine, found.stderr), _spell(found.cosine_lowest)]
-        bound = "" if found.bound is None else f"1 − cosine at most {spell_number(found.bound)}"
+        bound = "" if found.bound is None else f"1 − cosine at most {found.bound:g}"
     else:
         share = "–" if found.top1_agreement is None else f"{found.top1_agreement:.2%}"
         cells = [_spell(found.kl_nats, found.stderr), share]
-        bound = "" if found.bound is None else f"at most {spell_number(found.bound)}"
+        bound = "" if found.bound is None else f"at most {found.bound:g}"
     return [spell_way(found), *cells, f"{found.n:,}", bound or "none, stated only"]
 
 
