@@ -3,6 +3,7 @@
 Weights are kept as they stand in the file. A cache of 16 bits, llama.cpp's own default, unless floats are asked for.
 """
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ class LlamaCppEngine:
         model_file: the .gguf. threads: of the computation. context: room of the cache; by default the model's.
         float_cache: keys and values in float32, so that the cache rounds nothing.
 
+    Attributes:
+        load_seconds: of the model alone; its metadata is read before, to know what to open it for.
+
     Raises:
         EngineError: the package is missing or too old, the file is damaged, the context is longer than the model's.
     """
@@ -43,11 +47,13 @@ class LlamaCppEngine:
         batch = room if self.task == "encoder" else min(_BATCH_TOKENS, room)  # an encoder takes a text at once
         cache_type = library.GGML_TYPE_F32 if float_cache else library.GGML_TYPE_F16
         self._library = library
+        began = time.perf_counter()
         self._model: Any = _open(
             library, model_file, n_ctx=room, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0,
             logits_all=self.task == "causal_lm", embedding=self.task == "encoder", n_batch=batch, n_ubatch=batch,
             type_k=cache_type, type_v=cache_type,
         )  # fmt: skip
+        self.load_seconds = time.perf_counter() - began
 
     def reset(self) -> None:
         """Forget all tokens."""
