@@ -55,9 +55,7 @@ def test_the_engine_and_what_it_found_stand_in_the_report(opt_run: Path, read_pa
     )
     assert "Engine llama-cpp-python 0.3.36 Round trip 1 of 1 quantized matrices exact" in text
     assert "Token ids equal to Hugging Face's on mixed text" in text
-    assert (
-        f"Predicted {record.tensor_bytes:,} bytes of tensors, by the plan Files {record.file_bytes:,} bytes, " in text
-    )
+    assert f"Predicted {record.tensor_bytes:,} bytes of tensors, by the plan Files {record.file_bytes:,} bytes" in text
     assert "of which 2.7 % are metadata, tokenizer and padding" in text
     assert "predicted 65.6 MB (62.6 MiB) for 512 tokens of context" in text
     assert "measured 60.0 MB (57.2 MiB) (+9%)" in text

@@ -3,6 +3,7 @@
 Weights are kept as they stand in the file. A cache of 16 bits, llama.cpp's own default, unless floats are asked for.
 """
 
+import importlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,10 +152,10 @@ def import_llama_cpp() -> Any:
         MissingEngineError: not installed in this interpreter. EngineError: too old.
     """
     try:
-        import llama_cpp  # pyright: ignore[reportMissingImports]
+        library: Any = importlib.import_module("llama_cpp")  # by name: not among what the checkers see installed
     except ImportError as error:
         raise MissingEngineError(f"llama-cpp-python cannot be imported ({error}); {INSTALL}") from None
-    if tuple(int(part) for part in llama_cpp.__version__.split(".")[:3]) < OLDEST:
+    if tuple(int(part) for part in library.__version__.split(".")[:3]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        raise EngineError(f"llama-cpp-python {llama_cpp.__version__} is too old, {oldest} is needed; upgrade it")
-    return llama_cpp
+        raise EngineError(f"llama-cpp-python {library.__version__} is too old, {oldest} is needed; upgrade it")
+    return library
