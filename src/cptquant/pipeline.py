@@ -70,7 +70,7 @@ def quantize_model(
     run = Run.start(output, settings, progress)
     layout = inspect_stage(run)
     check_target(layout, settings.target)
-    check_budget(layout, settings.budget_for(layout), find_target(settings.target), settings.quant_formats)
+    check_budget(layout, settings.budget_for(layout), find_target(settings.target), settings.formats_for(layout))
     run.read_all_text()
     find_exporter(settings.target).check(run.model)
     table = measure_stage(run, layout) if needs_table(settings.allocator) else None

@@ -26,7 +26,7 @@ def site_formats(run: Run, layout: ModelLayout) -> dict[str, tuple[QuantFormat, 
     Raises:
         UserError: the target allows none of `--formats` anywhere.
     """
-    target, formats = find_target(run.settings.target), run.settings.quant_formats
+    target, formats = find_target(run.settings.target), run.settings.formats_for(layout)
     candidates = {site.name: candidate_formats(site, layout, target, formats) for site in layout.sites}
     if all(fmt.is_float for row in candidates.values() for fmt in row):
         refusals = {target.refusal(site, fmt) for site in layout.block_sites for fmt in formats}
@@ -44,7 +44,7 @@ def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None
         "budget": settings.budget_for(layout).text,
         "allocator": settings.allocator,
         "target": settings.target,
-        "formats": ",".join(map(str, settings.quant_formats)),
+        "formats": ",".join(map(str, settings.formats_for(layout))),
         "seed": str(settings.seed),
     }
     return run.stage(
@@ -53,7 +53,7 @@ def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None
         inputs,
         lambda: allocate(
             layout, table, settings.budget_for(layout), find_target(settings.target),
-            find_allocator(settings.allocator), formats=settings.quant_formats, seed=settings.seed,
+            find_allocator(settings.allocator), formats=settings.formats_for(layout), seed=settings.seed,
         ),
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ def _baseline_plan(run: Run, layout: ModelLayout, plan: Plan, allocator: str) ->
     budget = Budget(limit_bytes, "bytes", plan.budget_scope, f"{limit_bytes} bytes ({plan.budget_scope}), as the plan")
     formats = {name for name in plan.formats.values() if not QuantFormat.parse(name).is_float}
     offered = tuple(
-        dict.fromkeys((*run.settings.quant_formats, *(QuantFormat.parse(name) for name in sorted(formats))))
+        dict.fromkeys((*run.settings.formats_for(layout), *(QuantFormat.parse(name) for name in sorted(formats))))
     )
     inputs = {"plan": plan.digest(), "formats": ",".join(map(str, offered)), "seed": str(run.settings.seed)}
     return run.stage(

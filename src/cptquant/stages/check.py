@@ -20,8 +20,8 @@ def check_choices(settings: RunSettings) -> None:
     """
     if settings.budget is not None:
         _ = settings.parsed_budget
-    _ = settings.quant_formats
     find_target(settings.target)
+    settings.check_formats()
     find_allocator(settings.allocator)
     _check_name("--sensitivity", settings.sensitivity, SENSITIVITY_METHODS)
     _check_name("--quantizer", settings.quantizer, QUANTIZERS)

@@ -78,7 +78,7 @@ def write_for_target(
     layout: ModelLayout = model.layout
     target, exporter = find_target(target_name), find_exporter(target_name)
     exporter.check(model)
-    offered = tuple(QuantFormat.parse(name) for name in formats or target.default_formats)
+    offered = tuple(QuantFormat.parse(name) for name in formats or target.formats_for(layout))
     plan = allocate(layout, None, Budget.parse(budget), target, RandomFill(), formats=offered)
     shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
     shards = ShardFolder(folder / "work", plan.quant_formats, shapes)
