@@ -38,7 +38,7 @@ def main() -> None:
         axis.grid(True, which="both", alpha=0.25)
         axis.margins(x=0.22, y=0.1)
     axes[0][0].set_ylabel("KL to the original, nats per token")
-    axes[0][0].legend(frameon=False, fontsize=8, loc="lower left")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(REPOSITORY / "docs" / "gguf-presets.png", dpi=110)
     print("| model | preset | MB | llama.cpp | ours, its types | ours, mixed | mixed / llama.cpp |")
     print("|---|---|---|---|---|---|---|")
