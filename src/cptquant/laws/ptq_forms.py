@@ -9,7 +9,7 @@ first-order part besides, which does not vanish where the text's gradient does n
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +84,17 @@ def term_values(form: str, features: PlanFeatures) -> list[float]:
             )
         values.append(value)
     return values
+
+
+def absent_forms(fitted: Collection[str]) -> list[str]:
+    """A sentence for each form that a table could not be fitted by, because rows lack a feature."""
+    columns = {"ln_tokens_seen": "tokens_seen", "ln_half_over_taylor": "half_kl_nats"}
+    return [
+        f"form {form} was not fitted: its columns ({', '.join(columns[term] for term in terms if term in columns)}) "
+        "are empty in some rows"
+        for form, terms in FORMS.items()
+        if form not in fitted
+    ]
 
 
 class RiseLine(Frozen):
