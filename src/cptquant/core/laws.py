@@ -11,6 +11,10 @@ from cptquant.core.artifact import Artifact, Frozen
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Scattered = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+"""A standard deviation of ln L; above, exp(ln L) has no meaning left."""
+Widening = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+"""sqrt(G/(G - p)) is at most 4 for the laws there are."""
 
 
 class FitStatus(StrEnum):
@@ -127,10 +131,10 @@ class LossFit(Frozen):
     best_objectives: tuple[float, ...]
     r2: float
     mae_nats: float
-    run_std: NonNegative
-    row_std: NonNegative
+    run_std: Scattered
+    row_std: Scattered
     draws: tuple[tuple[float, ...], ...]
-    widening: Positive
+    widening: Widening
     ranges: dict[str, ObservedRange]
     requirements: tuple[RequirementCheck, ...] = ()
     base: tuple[tuple[Positive, Positive], ...] = ()

@@ -61,6 +61,8 @@ class PtqLawFit(Artifact):
                 raise ValueError(f"the law {name!r} is of form {law.form!r}; known forms: {', '.join(FORMS)}")
             if name not in self.bands:
                 raise ValueError(f"the law {name!r} has no bands, from which its intervals come")
+            if law.lacking():
+                raise ValueError(f"the law {name!r} lacks {law.lacking()}")
         return self
 
     def predict(self, features: PlanFeatures, form: str | None = None) -> PtqPrediction:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import FiniteFloat
 
 from cptquant.core.artifact import Frozen
 from cptquant.core.errors import DataError
@@ -100,8 +101,8 @@ def absent_forms(fitted: Collection[str]) -> list[str]:
 class RiseLine(Frozen):
     """Rise of the NLL = per_kl * KL + per_slope * slope, for one method."""
 
-    per_kl: float
-    per_slope: float
+    per_kl: FiniteFloat
+    per_slope: FiniteFloat
 
 
 class PtqCoefficients(Frozen):
@@ -113,11 +114,20 @@ class PtqCoefficients(Frozen):
     """
 
     form: str
-    intercepts: dict[str, float]
-    coefficients: dict[str, float]
+    intercepts: dict[str, FiniteFloat]
+    coefficients: dict[str, FiniteFloat]
     rise: dict[str, RiseLine]
-    low: dict[str, float]
-    high: dict[str, float]
+    low: dict[str, FiniteFloat]
+    high: dict[str, FiniteFloat]
+
+    def lacking(self) -> str:
+        """The first entry without which no plan can be predicted, e.g. `nll in low`; empty where nothing lacks."""
+        for name in FORMS[self.form]:
+            for where, held in (("coefficients", self.coefficients), ("low", self.low), ("high", self.high)):
+                if name not in held:
+                    return f"{name} in {where}"
+        absent = [method for method in self.intercepts if method not in self.rise]
+        return f"{absent[0]} in rise" if absent else ""
 
     def kl_nats(self, features: PlanFeatures) -> float:
         """Point prediction of KL(original ‖ quantized), nats per token; 0 for a plan that changes nothing.
