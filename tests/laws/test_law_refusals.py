@@ -130,6 +130,27 @@ def with_values(law: LawFit, form: str = "dcpt", **values: float) -> LawFit:
     return law.model_copy(update={"fits": {"domain_nll": fit}})
 
 
+def test_a_law_of_repetition_has_no_optimum(cptquant: Callable, law: LawFit, tmp_path: Path) -> None:
+    """Its losses depend on U, which `law optimum` does not take."""
+    values = {"E": 1.0, "A": 0.5, "alpha": 0.3, "B": 0.5, "beta": 0.3, "R": 15.0}
+    fit = law.fits["domain_nll"]
+    parameters = tuple(fit.parameters[0].model_copy(update={"name": n, "value": v}) for n, v in values.items())
+    repeated = fit.model_copy(
+        update={
+            "form": "repetition", "corpus": "", "parameters": parameters, "draws": (tuple(values.values()),) * 3,
+            "ranges": {**fit.ranges, "U": fit.ranges["D"]},
+        }
+    )  # fmt: skip
+    law.model_copy(update={"kind": "repetition", "fits": {"domain_nll": repeated}}).save(tmp_path / "law.json")
+    refused(
+        cptquant("law", "optimum", tmp_path / "law.json", "--flops", "1e20"),
+        "law optimum cannot use law repetition, whose losses depend on the distinct tokens U; fit another",
+    )
+    run = ("--N", "1e9", "--D", "1e10")
+    refused(cptquant("law", "predict", tmp_path / "law.json", *run), "law repetition needs --U")
+    assert cptquant("law", "predict", tmp_path / "law.json", *run, "--U", "2e9").code == 0
+
+
 @pytest.mark.parametrize("term", ["A", "B"])
 def test_a_law_without_a_size_or_data_term_has_no_best_size(law: LawFit, term: str) -> None:
     with pytest.raises(UserError, match=r"--flops 1e\+20: the lowest loss of law dcpt at .* which no run can have"):
