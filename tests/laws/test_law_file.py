@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from laws.planted_ptq import planted_table
 
-from cptquant.core.errors import ArtifactError
+from cptquant.core.errors import ArtifactError, UserError
 from cptquant.core.laws import LawFit
 from cptquant.laws.optimum import best_ratio_under_limit, best_size_for_flops
 from cptquant.laws.predict import predict_law
@@ -137,8 +137,12 @@ def test_any_number_is_refused_or_gives_finite_answers(
     if place[2] in ("parameters", "draws"):
         found = best_ratio_under_limit(law, 1.8e9, 10e9, 0.03)[0]
         assert 0 <= found.r.low <= found.r.value <= found.r.high <= 1
-        if value > 0:  # a law without a size or data term has no best size
-            assert best_size_for_flops(law, 1e20, 0.5).N.value >= 1e4
+        try:
+            best = best_size_for_flops(law, 1e20, 0.5)
+        except UserError as refusal:  # a law next to without a size or data term
+            assert "which no run can have" in str(refusal)
+        else:
+            assert 0 < best.N.low <= best.N.value <= best.N.high < math.inf
 
 
 @pytest.fixture(scope="module")
