@@ -1,6 +1,7 @@
 """What a person sees: a progress bar with remaining time on standard error, tables and JSON on standard output."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ def _dump(record: object) -> object:
     if isinstance(record, BaseModel):
         return record.model_dump(mode="json")
     raise TypeError(f"{type(record).__name__} is not JSON")
+
+
+def null_if_undefined(value: object) -> object:
+    """None in place of a float that JSON cannot hold, e.g. the standard error of one value."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def warn(sentence: str) -> None:
