@@ -16,6 +16,7 @@ from cptquant.core.engine_memory import (
 from cptquant.core.errors import BudgetError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout, Site
+from cptquant.core.plan import Plan, SolverStatus
 from cptquant.core.settings import RunSettings
 from cptquant.core.targets import find_target
 
@@ -110,14 +111,32 @@ def test_memory_becomes_the_bytes_of_weights_that_the_prediction_allows(target):
     )
 
 
-def test_a_plan_that_takes_too_much_gets_a_smaller_budget():
-    budget = Budget(1000, "bytes", "file", "5kB", flag="--memory")
-    parts = {"context": 8, "base_bytes": 1000, "cache_bytes": 500, "overhead_bytes": 500, "limit_bytes": 5000}
-    fits = MemoryUse(weight_bytes=3000, predicted_bytes=5000, **parts)
-    over = MemoryUse(weight_bytes=4000, predicted_bytes=6000, **parts)
-    assert fit_budget(budget, fits, 1000) is None
-    smaller = fit_budget(budget, over, 1000)
-    assert smaller is not None and smaller.value == 750 and smaller.flag == "--memory"
+@pytest.mark.parametrize("name", ["int8-g64", "bfloat16"])
+def test_a_plan_that_takes_too_much_gets_a_budget_that_fits(name):
+    """The same plan scaled to the smaller budget's bytes takes at most the limit, also where loading is the peak."""
+    layout = grouped()
+    chosen = {site.name: name if site.kind == "linear" else "bfloat16" for site in layout.sites}
+    plan = Plan(
+        target="onnx", allocator="x", budget="x", budget_scope="file", limit_bytes=1, formats=chosen,
+        size_bytes=100_000, site_bytes=1, bits_per_weight=1, bits_per_weight_sites=1, status=SolverStatus.HEURISTIC,
+    )  # fmt: skip
+    use = predict_memory(layout, "onnx", plan.quant_formats, 2)
+    budget = Budget(100_000, "bytes", "file", "5kB", flag="--memory")
+    assert fit_budget(layout, budget, plan, 2, use.predicted_bytes) is None
+    beside = use.base_bytes + use.cache_bytes
+    limit = beside + (use.predicted_bytes - beside) * 3 // 4
+    smaller = fit_budget(layout, budget, plan, 2, limit)
+    assert smaller is not None and smaller.flag == "--memory" and smaller.text == "5kB"
+    assert 0.6 < smaller.value / plan.size_bytes <= 0.75
+
+
+def test_loading_is_the_peak_where_matrices_in_16_bits_outweigh_the_cache():
+    engine = ENGINE_MEMORY["onnx"]
+    small = predict_memory(grouped(), "onnx", {}, 1)
+    linear = sum(2 * site.weight_count for site in grouped().sites if site.kind == "linear")
+    excess = (engine.loading_factor - engine.float_factor) * linear
+    assert abs(small.overhead_bytes + small.cache_bytes - excess) < 2
+    assert small.overhead_bytes < predict_memory(grouped(), "onnx", {}, 512).overhead_bytes
 
 
 def test_the_measured_peak_is_held_against_the_limit():

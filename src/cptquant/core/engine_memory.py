@@ -6,13 +6,14 @@ the cases, those of the fit and those that only check it).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cptquant.core.budget import Budget
 from cptquant.core.engine_export import MemoryUse
 from cptquant.core.errors import BudgetError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
+from cptquant.core.plan import Plan
 from cptquant.core.targets import find_target
 
 PIECE_TOKENS = 512
@@ -27,33 +28,46 @@ class EngineMemory:
     """What an engine holds. Factors are bytes in memory per byte in the file.
 
     Attributes:
-        base_bytes: Python, numpy and the engine's library without a model.
+        base_bytes: Python, numpy and the engine's library with an open model, without what grows with the model.
         cache_entry_bytes: of one number in the key/value cache.
-        quantized_factor: of a quantized linear matrix. float_factor: of a linear matrix kept in 16 bits.
-        embedding_factor: of an embedding that is not also the head. kept_factor: of norms, biases, positions.
+        quantized_factor: of quantized matrices. float_factor: of linear matrices kept in 16 bits.
+        loading_factor: of the same while the model is loaded, when there is no cache and no activation yet.
+        embedding_factor: of an embedding in 16 bits that is not also the head.
+        kept_factor: of norms, biases, positions.
         bytes_per_token: of the vocabulary: its text, merges and look-up tables.
         attention_copies, width_copies, hidden_copies: float32 arrays that are alive at once in a piece: (heads, tokens,
-            context), (tokens, widest output of a site) and (tokens, width of the model).
+            context), (tokens, widest product) and (tokens, width of the model).
+        joins_gates: the widest product is gate and up in one.
     """
 
     base_bytes: int
     cache_entry_bytes: int
     quantized_factor: float
     float_factor: float
+    loading_factor: float
     embedding_factor: float
     kept_factor: float
     bytes_per_token: float
     attention_copies: float
     width_copies: float
     hidden_copies: float
+    joins_gates: bool
 
 
 ENGINE_MEMORY: dict[str, EngineMemory] = {
-    "gguf": EngineMemory(60_000_000, 2, 1.0, 1.0, 1.0, 2.0, 500.0, 2.0, 2.0, 4.0),
-    "onnx": EngineMemory(70_000_000, 4, 2.0, 4.0, 1.0, 4.0, 0.0, 1.0, 2.0, 4.0),
-}
-"""Target -> its engine: llama.cpp under llama-cpp-python (float16 cache, mapped file), ONNX Runtime (float32 cache,
-matrices repacked beside the mapped file)."""
+    "gguf": EngineMemory(
+        base_bytes=50_000_000, cache_entry_bytes=2, quantized_factor=1.0, float_factor=1.0, loading_factor=1.0,
+        embedding_factor=1.0, kept_factor=1.0, bytes_per_token=320, attention_copies=1.6, width_copies=2.0,
+        hidden_copies=1.0, joins_gates=False,
+    ),
+    "onnx": EngineMemory(
+        base_bytes=52_000_000, cache_entry_bytes=4, quantized_factor=1.57, float_factor=2.8, loading_factor=4.2,
+        embedding_factor=1.0, kept_factor=3.0, bytes_per_token=0, attention_copies=0.85, width_copies=1.4,
+        hidden_copies=2.0, joins_gates=True,
+    ),
+}  # fmt: skip
+"""Target -> its engine: llama.cpp under llama-cpp-python (float16 cache, the whole file mapped and touched), ONNX
+Runtime (float32 cache; matrices repacked beside the mapped file, 16-bit ones turned into float32)."""
 
 
 def find_context(layout: ModelLayout, context: int | None) -> int:
@@ -102,7 +116,8 @@ def predict_memory(
     """
     engine = ENGINE_MEMORY[target_name]
     cache = cache_bytes(layout, context, engine.cache_entry_bytes)
-    weights, overhead = _weight_bytes(layout, target_name, formats), _overhead_bytes(layout, engine, context)
+    weights, loading = _weight_bytes(layout, target_name, formats)
+    overhead = max(_overhead_bytes(layout, engine, context), loading - weights - cache)
     return MemoryUse(
         context=context,
         base_bytes=engine.base_bytes,
@@ -114,11 +129,11 @@ def predict_memory(
     )
 
 
-def _weight_bytes(layout: ModelLayout, target_name: str, formats: Mapping[str, QuantFormat]) -> int:
-    """Weights as the engine holds them."""
+def _weight_bytes(layout: ModelLayout, target_name: str, formats: Mapping[str, QuantFormat]) -> tuple[int, int]:
+    """Weights as the engine holds them, and the most of them while it loads."""
     engine, target = ENGINE_MEMORY[target_name], find_target(target_name)
     shared = layout.shared_head or ("", "")
-    total = engine.kept_factor * target.kept_bytes(layout)
+    total, floats = engine.kept_factor * target.kept_bytes(layout), 0
     for site in layout.sites:
         fmt = formats.get(site.name, layout.keep_format)
         if site.name == shared[0]:
@@ -127,18 +142,19 @@ def _weight_bytes(layout: ModelLayout, target_name: str, formats: Mapping[str, Q
             size = target.shared_head_bytes(layout, formats.get(shared[0], layout.keep_format), fmt)
         else:
             size = target.site_bytes(layout, site, fmt)
-        if site.kind == "embedding":
-            factor = engine.embedding_factor
+        if not fmt.is_float:
+            total += engine.quantized_factor * size
+        elif site.kind == "embedding":
+            total += engine.embedding_factor * size
         else:
-            factor = engine.float_factor if fmt.is_float else engine.quantized_factor
-        total += factor * size
-    return round(total)
+            total, floats = total + engine.float_factor * size, floats + size
+    return round(total), round(total + (engine.loading_factor - engine.float_factor) * floats)
 
 
 def _overhead_bytes(layout: ModelLayout, engine: EngineMemory, context: int) -> int:
     """Vocabulary, and the activations of one piece of a prompt."""
     tokens = min(context, PIECE_TOKENS)
-    widest = max((site.out_features for site in layout.block_sites), default=layout.hidden_size)
+    widest = _widest_product(layout, joins_gates=engine.joins_gates)
     heads = layout.attention_heads or max(1, layout.hidden_size // 64)
     activations = (
         engine.attention_copies * heads * context
@@ -146,6 +162,12 @@ def _overhead_bytes(layout: ModelLayout, engine: EngineMemory, context: int) -> 
         + engine.hidden_copies * layout.hidden_size
     )
     return round(4 * tokens * activations + engine.bytes_per_token * layout.vocabulary_size)
+
+
+def _widest_product(layout: ModelLayout, *, joins_gates: bool) -> int:
+    widest = max((site.out_features for site in layout.block_sites), default=layout.hidden_size)
+    gate = max((site.out_features for site in layout.block_sites if site.role == "gate"), default=0)
+    return max(widest, 2 * gate) if joins_gates else widest
 
 
 def parse_memory(memory: str) -> int:
@@ -202,17 +224,16 @@ def memory_budget(layout: ModelLayout, memory: str, context: int | None, target_
     return Budget(left, "bytes", "file", f"{memory} (less {parts})", flag="--memory")
 
 
-def fit_budget(budget: Budget, predicted: MemoryUse, size_bytes: int) -> Budget | None:
-    """A smaller budget where a plan would take more memory than the limit; None where it fits.
-
-    Args:
-        predicted: memory of the plan, with its limit. size_bytes: of the plan's file.
-    """
-    if predicted.limit_bytes is None or predicted.predicted_bytes <= predicted.limit_bytes:
+def fit_budget(layout: ModelLayout, budget: Budget, plan: Plan, context: int, limit_bytes: int) -> Budget | None:
+    """A smaller budget where a plan is predicted to take more memory than the limit; None where it fits."""
+    predicted = predict_memory(layout, plan.target, plan.quant_formats, context).predicted_bytes
+    if predicted <= limit_bytes:
         return None
-    beside = predicted.predicted_bytes - predicted.weight_bytes
-    share = (predicted.limit_bytes - beside) / predicted.weight_bytes
-    return Budget(max(1, int(size_bytes * share)), "bytes", budget.scope, budget.text, flag=budget.flag)
+    engine = ENGINE_MEMORY[plan.target]
+    beside = engine.base_bytes + cache_bytes(layout, context, engine.cache_entry_bytes)
+    beside += _overhead_bytes(layout, engine, context)
+    share = (limit_bytes - beside) / (predicted - beside)
+    return replace(budget, value=max(1, int(plan.size_bytes * share)))
 
 
 def held_bytes_per_token(layout: ModelLayout, formats: Mapping[str, QuantFormat], *, float_bytes: int) -> int | None:

@@ -3,7 +3,7 @@
 from cptquant.allocation.allocate import allocate
 from cptquant.allocation.methods import find_allocator
 from cptquant.core.budget import Budget
-from cptquant.core.engine_memory import find_context, fit_budget, parse_memory, predict_memory
+from cptquant.core.engine_memory import find_context, fit_budget, parse_memory
 from cptquant.core.errors import ArtifactError, BudgetError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
@@ -67,8 +67,7 @@ def _allocate_within(settings: RunSettings, layout: ModelLayout, table: Sensitiv
         if settings.memory is None:
             return plan
         context, limit = find_context(layout, settings.context), parse_memory(settings.memory)
-        predicted = predict_memory(layout, target.name, plan.quant_formats, context, limit)
-        smaller = fit_budget(budget, predicted, plan.size_bytes)
+        smaller = fit_budget(layout, budget, plan, context, limit)
         if smaller is None:
             return plan
         budget = smaller
