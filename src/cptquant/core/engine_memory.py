@@ -30,13 +30,14 @@ class EngineMemory:
     Attributes:
         base_bytes: Python, numpy and the engine's library with an open model, without what grows with the model.
         cache_entry_bytes: of one number in the key/value cache.
-        quantized_factor: of quantized matrices. float_factor: of linear matrices kept in 16 bits.
+        quantized_factor: of quantized linear matrices. float_factor: of linear matrices kept in 16 bits.
         loading_factor: of the same while the model is loaded, when there is no cache and no activation yet.
-        embedding_factor: of an embedding in 16 bits that is not also the head.
+        embedding_factor: of an embedding that is not also the head; ONNX Runtime touches the rows it needs.
         kept_factor: of norms, biases, positions.
         bytes_per_token: of the vocabulary: its text, merges and look-up tables.
         attention_copies, width_copies, hidden_copies: float32 arrays that are alive at once in a piece: (heads, tokens,
             context), (tokens, widest product) and (tokens, width of the model).
+        encoder_factor: of these activations in an encoder, whose attention runs in another kernel.
         joins_gates: the widest product is gate and up in one.
     """
 
@@ -51,6 +52,7 @@ class EngineMemory:
     attention_copies: float
     width_copies: float
     hidden_copies: float
+    encoder_factor: float
     joins_gates: bool
 
 
@@ -58,12 +60,12 @@ ENGINE_MEMORY: dict[str, EngineMemory] = {
     "gguf": EngineMemory(
         base_bytes=50_000_000, cache_entry_bytes=2, quantized_factor=1.0, float_factor=1.0, loading_factor=1.0,
         embedding_factor=1.0, kept_factor=1.0, bytes_per_token=320, attention_copies=1.6, width_copies=2.0,
-        hidden_copies=1.0, joins_gates=False,
+        hidden_copies=1.0, encoder_factor=1.0, joins_gates=False,
     ),
     "onnx": EngineMemory(
-        base_bytes=52_000_000, cache_entry_bytes=4, quantized_factor=1.57, float_factor=2.8, loading_factor=4.2,
-        embedding_factor=1.0, kept_factor=3.0, bytes_per_token=0, attention_copies=0.85, width_copies=1.4,
-        hidden_copies=2.0, joins_gates=True,
+        base_bytes=52_000_000, cache_entry_bytes=4, quantized_factor=1.65, float_factor=2.8, loading_factor=4.2,
+        embedding_factor=0.2, kept_factor=3.0, bytes_per_token=0, attention_copies=0.85, width_copies=1.4,
+        hidden_copies=2.0, encoder_factor=2.6, joins_gates=True,
     ),
 }  # fmt: skip
 """Target -> its engine: llama.cpp under llama-cpp-python (float16 cache, the whole file mapped and touched), ONNX
@@ -81,7 +83,7 @@ def find_context(layout: ModelLayout, context: int | None) -> int:
         return min(longest or UNKNOWN_CONTEXT, LONGEST_DEFAULT_CONTEXT)
     if context < 1 or (longest is not None and context > longest):
         allowed = f"1 to {longest} tokens" if longest is not None else "1 token or more"
-        raise BudgetError(f"--context {context} is outside the range of {layout.source}: {allowed}")
+        raise BudgetError(f"--context {context} is outside the model's range of {allowed} ({layout.source})")
     return context
 
 
@@ -142,10 +144,10 @@ def _weight_bytes(layout: ModelLayout, target_name: str, formats: Mapping[str, Q
             size = target.shared_head_bytes(layout, formats.get(shared[0], layout.keep_format), fmt)
         else:
             size = target.site_bytes(layout, site, fmt)
-        if not fmt.is_float:
-            total += engine.quantized_factor * size
-        elif site.kind == "embedding":
+        if site.kind == "embedding":
             total += engine.embedding_factor * size
+        elif not fmt.is_float:
+            total += engine.quantized_factor * size
         else:
             total, floats = total + engine.float_factor * size, floats + size
     return round(total), round(total + (engine.loading_factor - engine.float_factor) * floats)
@@ -161,6 +163,8 @@ def _overhead_bytes(layout: ModelLayout, engine: EngineMemory, context: int) -> 
         + engine.width_copies * widest
         + engine.hidden_copies * layout.hidden_size
     )
+    if layout.task != "causal_lm":
+        activations *= engine.encoder_factor
     return round(4 * tokens * activations + engine.bytes_per_token * layout.vocabulary_size)
 
 
