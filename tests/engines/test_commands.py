@@ -169,7 +169,7 @@ def test_export_refuses_a_context_and_keeps_nothing(cptquant, copied):
     settings = (copied / "settings.json").read_bytes()
     for context, message in (
         (99999, "--context 99999 is outside the model's range of 1 to 64"),
-        (0, "0 is not in the range x>=1"),
+        (0, "Input should be greater than or equal to 1"),
     ):
         outcome = cptquant("export", copied, "--context", context)
         assert outcome.code == 2 and message in outcome.err

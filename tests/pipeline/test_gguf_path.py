@@ -39,6 +39,10 @@ def test_the_whole_chain_writes_a_file_and_its_check(cptquant: Callable, folder:
         "not run: llama-cpp-python is not installed; pip install"
     )
     assert {site.largest_error for site in report.round_trip} == {0.0}
+    illegal = cptquant("export", run, "--target", "vllm")
+    assert illegal.code == 2 and "was made for --target gguf and is illegal under --target vllm:\n  " in illegal.err
+    assert illegal.err.count("nearest legal format: ") > 1 and "--target vllm, or edit plan.json" in illegal.err
+    assert not (run / "export/vllm").exists()
     again = cptquant("quantize", folder, "--target", "gguf", "--budget", "6bpw", "--output", run, *QUICK)
     assert again.code == 0, again.err
 
