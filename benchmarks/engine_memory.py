@@ -74,7 +74,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 BUDGETS = {"opt-125m": ("4.2bpw", "11bpw"), "mistral-0.2b": ("6bpw",)}
 """Of 4.2 bits elsewhere. The second plan of OPT keeps some matrices in 16 bits."""
 FIT_CONTEXTS, CHECK_CONTEXTS = (512, 2048), (512, 1024, 2048)
-FIT = ("opt-125m", "llama-0.3b", "qwen2-0.5b", "llama-wide", "bert-base", "bert-wide")
+FIT = ("opt-125m", "llama-0.3b", "qwen2-0.5b", "llama-wide", "bert-base", "bert-wide", "minilm")
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert-base": {
         "vocab_size": 30522, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -83,6 +83,10 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "minilm": {
         "vocab_size": 30522, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6,
         "num_attention_heads": 12, "max_position_embeddings": 512,
+    },
+    "bert-medium": {
+        "vocab_size": 30522, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "max_position_embeddings": 512,
     },
     "bert-wide": {
         "vocab_size": 30522, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6,

@@ -63,9 +63,9 @@ ENGINE_MEMORY: dict[str, EngineMemory] = {
         hidden_copies=1.0, encoder_factor=1.0, joins_gates=False,
     ),
     "onnx": EngineMemory(
-        base_bytes=52_000_000, cache_entry_bytes=4, quantized_factor=1.65, float_factor=2.8, loading_factor=4.2,
+        base_bytes=62_000_000, cache_entry_bytes=4, quantized_factor=1.55, float_factor=2.8, loading_factor=4.2,
         embedding_factor=0.2, kept_factor=3.0, bytes_per_token=0, attention_copies=0.85, width_copies=1.4,
-        hidden_copies=2.0, encoder_factor=2.6, joins_gates=True,
+        hidden_copies=2.0, encoder_factor=2.2, joins_gates=True,
     ),
 }  # fmt: skip
 """Target -> its engine: llama.cpp under llama-cpp-python (float16 cache, the whole file mapped and touched), ONNX
