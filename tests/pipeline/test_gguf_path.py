@@ -98,6 +98,28 @@ def test_a_memory_limit_that_binds(cptquant: Callable, folder: Path, tmp_path: P
     assert not (tmp_path / "small" / "sensitivity.json").exists()
 
 
+def test_flags_that_are_refused_are_not_kept(cptquant: Callable, folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cptquant("inspect", folder, "--output", run).code == 0
+    allocate = ("allocate", run, "--target", "gguf", "--allocator", "uniform")
+    assert cptquant(*allocate, "--budget", "9bpw").code == 0
+    before = (run / "settings.json").read_bytes()
+    for flags, message in (
+        (("--memory", "1GB", "--context", 99), "--context 99 is outside the model's range of 1 to 64 tokens"),
+        (("--memory", "lots"), "--memory 'lots' is not readable"),
+        (("--budget", "lots"), "--budget 'lots' is not readable"),
+        (("--budget", "9bpw", "--memory", "1GB"), "--budget and --memory were both given"),
+    ):
+        outcome = cptquant(*allocate, *flags)
+        assert outcome.code == 2 and message in outcome.err
+        assert (run / "settings.json").read_bytes() == before
+    limit = predict_memory(read_layout(str(folder)), "gguf", {}, 64).predicted_bytes - 50_000
+    assert cptquant(*allocate, "--memory", f"{limit}B").code == 0  # takes the place of --budget
+    assert Plan.load(run / "plan.json").budget.startswith(f"{limit}B (less")
+    assert cptquant(*allocate, "--budget", "9bpw").code == 0
+    assert Plan.load(run / "plan.json").budget == "9bpw"
+
+
 def _everywhere(layout: ModelLayout, name: str) -> dict[str, QuantFormat]:
     return {site.name: QuantFormat.parse(name) for site in layout.sites}
 
