@@ -91,7 +91,7 @@ def quantize(
     if dry_run:
         _print_estimate(model, changes, as_json)
         return
-    from cptquant.cli.terminal import print_json, print_text, warn, watch
+    from cptquant.cli.terminal import print_json, print_text, warn, warn_of_memory, watch
     from cptquant.pipeline import quantize_model, quantize_run
     from cptquant.reports.forecast_tables import beside_rows
     from cptquant.reports.tables import render_text, result_table
@@ -107,6 +107,7 @@ def quantize(
     if record is not None:
         added = record_run(result.folder, record, tokens_seen=tokens_seen)
         warn(f"{record}: {added} rows added" + ("" if added else "; this run's rows are there already"))
+    warn_of_memory(result.exported)
     if as_json:
         print_json(result.evaluation)
     else:

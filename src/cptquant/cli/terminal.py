@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pydantic import BaseModel
 
 from cptquant.core.artifact import Artifact
+from cptquant.core.engine_export import ExportRecord
 from cptquant.core.progress import Progress, ignore_progress
 
 
@@ -36,6 +37,19 @@ def null_if_undefined(value: object) -> object:
 def warn(sentence: str) -> None:
     """A sentence a person should read, on standard error."""
     print(f"note: {sentence}", file=sys.stderr)
+
+
+def warn_of_memory(record: ExportRecord | None) -> None:
+    """Say on standard error where the engine's measured peak is above `--memory`."""
+    memory = None if record is None else record.memory
+    if memory is None or not memory.excess_bytes or memory.measured_bytes is None or memory.limit_bytes is None:
+        return
+    print(
+        f"warning: the engine's peak memory, {memory.measured_bytes:,} bytes at {memory.context:,} tokens, is "
+        f"{memory.excess_bytes:,} above --memory ({memory.limit_bytes:,}); lower --memory by as much "
+        "and quantize again",
+        file=sys.stderr,
+    )
 
 
 def print_text(text: str) -> None:

@@ -4,10 +4,10 @@ from typing import ClassVar
 
 from cptquant.core.artifact import Artifact
 from cptquant.core.budget import Budget
+from cptquant.core.engine_memory import memory_budget
 from cptquant.core.errors import FormatError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
-from cptquant.core.memory import memory_budget
 from cptquant.core.targets import find_target
 
 BASELINES = ("uniform", "random")

@@ -3,11 +3,13 @@
 from cptquant.allocation.allocate import allocate
 from cptquant.allocation.methods import find_allocator
 from cptquant.core.budget import Budget
+from cptquant.core.engine_memory import find_context, fit_budget, parse_memory
 from cptquant.core.errors import ArtifactError, BudgetError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
+from cptquant.core.settings import RunSettings
 from cptquant.core.targets import candidate_formats, find_target, list_refusals
 from cptquant.stages.run import Run
 
@@ -47,15 +49,28 @@ def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None
         "formats": ",".join(map(str, settings.formats_for(layout))),
         "seed": str(settings.seed),
     }
-    return run.stage(
-        "plan.json",
-        Plan,
-        inputs,
-        lambda: allocate(
-            layout, table, settings.budget_for(layout), find_target(settings.target),
-            find_allocator(settings.allocator), formats=settings.formats_for(layout), seed=settings.seed,
-        ),
-    )  # fmt: skip
+    return run.stage("plan.json", Plan, inputs, lambda: _allocate_within(settings, layout, table))
+
+
+def _allocate_within(settings: RunSettings, layout: ModelLayout, table: SensitivityTable | None) -> Plan:
+    """Allocate under the budget; under `--memory`, under smaller ones until the plan's predicted memory fits.
+
+    Raises:
+        BudgetError: unreachable.
+    """
+    budget, target = settings.budget_for(layout), find_target(settings.target)
+    while True:
+        plan = allocate(
+            layout, table, budget, target, find_allocator(settings.allocator), formats=settings.formats_for(layout),
+            seed=settings.seed,
+        )  # fmt: skip
+        if settings.memory is None:
+            return plan
+        context, limit = find_context(layout, settings.context), parse_memory(settings.memory)
+        smaller = fit_budget(layout, budget, plan, context, limit)
+        if smaller is None:
+            return plan
+        budget = smaller
 
 
 def baseline_plans(run: Run, layout: ModelLayout, plan: Plan) -> dict[str, Plan]:
