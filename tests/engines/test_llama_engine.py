@@ -13,6 +13,7 @@ from cptquant.core.bench import BenchRecord
 from cptquant.core.engine_export import ExportRecord
 from cptquant.core.errors import EngineError
 from cptquant.core.evaluation import EvaluationReport
+from cptquant.engines import llamacpp_python
 from cptquant.engines.process import run_engine
 from cptquant.exporters.gguf.tokenizer import GgufVocabulary
 from cptquant.exporters.gguf.write import write_gguf
@@ -175,10 +176,19 @@ def test_an_encoder_goes_the_whole_way(runs, cptquant, tmp_path):
     assert prompt.code == 2 and "is for encoder; only causal language models continue a prompt" in prompt.err
 
 
+def test_a_file_written_without_the_engine_is_checked_once_there_is_one(runs, cptquant, monkeypatch, tmp_path):
+    copied = shutil.copytree(runs("llama"), tmp_path / "run")
+    with monkeypatch.context() as without:
+        without.delenv(llamacpp_python.PYTHON_VARIABLE, raising=False)
+        without.setattr(llamacpp_python, "find_spec", lambda name: None)
+        assert "engine     not run: llama-cpp-python is not installed" in cptquant("export", copied).out
+    assert "float activations: KL(ours" in cptquant("export", copied).out
+
+
 def test_other_token_ids_fail_an_export_and_keep_the_file(runs, cptquant, monkeypatch, tmp_path):
     copied = shutil.copytree(runs("llama"), tmp_path / "run")
     (copied / "export/gguf/export.json").unlink()
-    (copied / "checkpoint.json").unlink()  # so that the file is written anew
+    (copied / "checkpoint/model.gguf").unlink()  # so that it is written anew
     write = GgufVocabulary.write
     monkeypatch.setattr(
         GgufVocabulary, "write", lambda self, writer: write(replace(self, merges=self.merges[:100]), writer)

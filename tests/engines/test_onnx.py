@@ -7,7 +7,7 @@ import pytest
 import torch
 from engines_models.tiny_models import MODELS, quantize, save_model
 
-from cptquant.core.errors import EngineError, ModelError
+from cptquant.core.errors import BudgetError, EngineError, ModelError
 from cptquant.models.load import load_model
 from cptquant.models.stream import ModelStream
 from cptquant.models.text import TokenSet
@@ -76,14 +76,46 @@ def test_float_activations_give_our_outputs(name, exported):
 
 @pytest.mark.parametrize("name", ["bert-encoder", "bert-classifier"])
 def test_one_scale_a_row_in_encoders(name, exported):
-    """DynamicQuantizeMatMul, with a second term where activations have outliers."""
+    """DynamicQuantizeMatMul, with a few columns apart where activations have outliers."""
     model, _, weights, _, file, twin = exported(name, ("int8-channel",))
     tokens = make_tokens()
     ours, exact, rounded = our_outputs(model, weights, tokens), run(twin, tokens), run(file, tokens)
     assert (exact - ours).abs().max() < 2e-4 * ours.abs().max()
     assert 0 < (rounded - ours).abs().max() < 0.1 * ours.abs().max()
     kinds = [node.op_type for node in onnx.load_model(file, load_external_data=False).graph.node]
-    assert kinds.count("DynamicQuantizeLinear") == 2 * 3  # o, up and down of two blocks
+    assert kinds.count("TopK") == 2 * 3  # the inputs of q, k, v (one), of up and of down, in two blocks
+
+
+@pytest.mark.parametrize("apart", [0, 2, 8])
+def test_columns_apart_keep_the_others_digits(tmp_path, apart):
+    """Two columns 200 times as large as the rest: taken out, the rest is rounded to its own 8 bits."""
+    import onnxruntime
+    from onnx import TensorProto
+
+    from cptquant.core.formats import QuantFormat
+    from cptquant.exporters.onnx.graph import GraphBuilder
+    from cptquant.packing.quantized_weight import QuantizedWeight
+    from cptquant.quantizers.rtn import Rtn
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 48, generator=generator)
+    x[..., [7, 30]] *= 200
+    matrix = torch.randn(24, 48, generator=generator)
+    matrix[:, [7, 30]] /= 200
+    weight = Rtn(clip_search=False)(matrix, QuantFormat.parse("int8-channel"), torch.float16)
+    assert isinstance(weight, QuantizedWeight)
+    with open(tmp_path / "m.data", "wb") as data:
+        graph = GraphBuilder(data, "m.data", torch.float16)
+        product = graph.row_product(
+            graph.input("x", TensorProto.FLOAT, ["batch", "tokens", 48]), "w", weight, apart=apart
+        )
+        graph.output(product, "y", TensorProto.FLOAT, ["batch", "tokens", 24])
+        onnx.save_model(graph.model({}), tmp_path / "m.onnx")
+    found = torch.from_numpy(onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": x.numpy()})[0])
+    exact = x @ weight.dequantize().T
+    error = ((found - exact).norm() / exact.norm()).item()
+    assert found.shape == (2, 5, 24)
+    assert error < 0.01 if apart else error > 0.2
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -164,7 +196,7 @@ def test_what_the_graph_does_not_know_is_refused(tmp_path):
 
     model = load_model(save_model("opt", tmp_path / "model"))
     formats, weights = quantize(model, ["int8-g32"])
-    with pytest.raises(ModelError, match=r"^--context 65 is longer than the 64 positions of "):
+    with pytest.raises(BudgetError, match=r"^--context 65 is outside the model's range of 1 to 64 tokens"):
         export_onnx(model, formats, weights, tmp_path / "files", context=65)
     model.module.config.activation_function = "mish"
     with pytest.raises(ModelError, match=r"does not know the activation 'mish' of OPTForCausalLM; it knows relu, silu"):

@@ -60,6 +60,7 @@ class MemoryUse(Frozen):
         base_bytes: of the process with the engine's library and no model.
         weight_bytes, cache_bytes, overhead_bytes: the parts of the prediction on top.
         predicted_bytes: their sum. measured_bytes: peak resident set of the engine's process; None if not run.
+        limit_bytes: what `--memory` allows; None without it.
     """
 
     context: int
@@ -69,6 +70,14 @@ class MemoryUse(Frozen):
     overhead_bytes: int
     predicted_bytes: int
     measured_bytes: int | None = None
+    limit_bytes: int | None = None
+
+    @property
+    def excess_bytes(self) -> int:
+        """By how much the measured peak is above the limit; 0 where it is not, or one of the two is unknown."""
+        if self.measured_bytes is None or self.limit_bytes is None:
+            return 0
+        return max(0, self.measured_bytes - self.limit_bytes)
 
 
 class ExportRecord(Artifact):
@@ -76,7 +85,8 @@ class ExportRecord(Artifact):
 
     Attributes:
         target: spelling of `--target`. entry: name of the file or folder an engine is given.
-        files: name -> sha256. tensor_bytes: of all tensors; file_bytes: of the files that hold them.
+        files: name -> sha256. file_sizes: the same names -> bytes.
+        tensor_bytes: of all tensors; file_bytes: of the files that hold them.
         context: longest sequence the files were written for; None where they set no limit.
         round_trip: one record per quantized site.
         tokens_equal: the engine's own tokenizer gives Hugging Face's ids on mixed text; None where it has none or was
@@ -90,6 +100,7 @@ class ExportRecord(Artifact):
     target: str
     entry: str
     files: dict[str, str]
+    file_sizes: dict[str, int] = {}
     tensor_bytes: int
     file_bytes: int
     context: int | None = None

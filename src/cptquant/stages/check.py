@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 from cptquant.allocation.methods import find_allocator
+from cptquant.core.engine_memory import parse_memory
 from cptquant.core.errors import DataError, MissingEngineError, ModelError, UserError
 from cptquant.core.layout import ModelLayout
 from cptquant.core.settings import BASELINES, RunSettings
@@ -14,23 +15,34 @@ SENSITIVITY_METHODS = ("cmpq", "pmpq", "tdmpq", "ablation")
 QUANTIZERS = ("gptq", "rtn")
 
 
-def check_choices(settings: RunSettings) -> None:
-    """Check names, formats, budget and the existence of text files.
+TEXTS = ("calibration", "eval_text")
+
+
+def check_choices(settings: RunSettings, texts: tuple[str, ...] = TEXTS) -> None:
+    """Check names, formats, limits and the existence of text files.
+
+    Args:
+        texts: fields that name text files to look for; others are ignored.
 
     Raises:
         UserError: the first thing that is wrong, with what is allowed and the flag.
     """
+    if settings.budget is not None and settings.memory is not None:
+        raise UserError("--budget and --memory were both given; --memory already decides the bytes of the weights")
     if settings.budget is not None:
         _ = settings.parsed_budget
-    _ = settings.quant_formats
+    if settings.memory is not None:
+        parse_memory(settings.memory)
     find_target(settings.target)
+    settings.check_formats()
     find_allocator(settings.allocator)
     _check_name("--sensitivity", settings.sensitivity, SENSITIVITY_METHODS)
     _check_name("--quantizer", settings.quantizer, QUANTIZERS)
     for name in settings.baselines or ():
         _check_name("--baselines", name, BASELINES)
-    for flag, text in (("--calibration", settings.calibration), ("--eval-text", settings.eval_text)):
-        if text is not None and not Path(text).exists():
+    for field in TEXTS:
+        flag, text = f"--{field.replace('_', '-')}", getattr(settings, field)
+        if field in texts and text is not None and not Path(text).exists():
             raise DataError(f"{flag} {text!r} does not exist; give a .txt, a .jsonl or a saved `datasets` folder")
 
 

@@ -47,12 +47,16 @@ vowels of Hangul and of Indic scripts are lost. Accents, which BERT drops too, f
 
 @dataclass(frozen=True)
 class Written:
-    """An export to be checked: whose it is, the plan under its target, our pieces, and the file or folder to open."""
+    """An export to be checked: whose it is, the plan under its target, our pieces, and the file or folder to open.
+
+    `context`: longest text the file takes, where it was written for one.
+    """
 
     model: LoadedModel
     plan: Plan
     shards: ShardFolder
     entry: Path
+    context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def compare_files(written: Written, tokens: TokenSet) -> tuple[list[EngineCompar
 def _few(written: Written, tokens: TokenSet) -> TokenSet:
     """As many sequences as are compared, no longer than the file allows."""
     model = written.model
-    length = tokens.input_ids.shape[1]
+    length = min(tokens.input_ids.shape[1], written.context or tokens.input_ids.shape[1])
     if written.plan.target == "gguf":
         from cptquant.exporters.gguf.metadata import context_length
 

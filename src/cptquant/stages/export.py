@@ -4,13 +4,14 @@ from pathlib import Path
 
 import torch
 
-from cptquant.core.artifact import digest_file
 from cptquant.core.engine_export import ExportRecord, MemoryUse
-from cptquant.core.engine_memory import ENGINE_MEMORY, default_context, predict_memory
-from cptquant.core.errors import ArtifactError
+from cptquant.core.engine_memory import ENGINE_MEMORY, find_context, parse_memory, predict_memory
+from cptquant.core.errors import ArtifactError, MissingEngineError
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.targets import find_target, list_refusals
+from cptquant.core.written_files import digest_folder, list_damage, size_folder
+from cptquant.engines.llamacpp_python import find_llamacpp
 from cptquant.engines.process import run_engine
 from cptquant.engines.registry import TARGET_ENGINES
 from cptquant.exporters.export import find_exporter
@@ -40,20 +41,24 @@ def export_stage(run: Run, layout: ModelLayout, variant: Variant, target: str) -
     home = run.folder / "export" / target
     home.mkdir(parents=True, exist_ok=True)
     own = target == variant.plan.target
+    context = find_context(layout, run.settings.context)
     folder = run.folder / "checkpoint" if own else home / "files"
     inputs = {
-        "plan": plan.digest(), "pieces": variant.shards.folder.name, "context": str(run.settings.context),
+        "plan": plan.digest(), "pieces": variant.shards.folder.name, "context": str(context),
         "tokens": run.test.digest,
     }  # fmt: skip
+    if target == "gguf":
+        inputs["engine"] = _llamacpp_version()
 
     def make() -> ExportRecord:
         if own:
             write_stage(run, variant)
         else:
-            exporter.check(run.model)
-            exporter.write(run.model, plan, variant.shards, folder)
+            exporter.check(run.model, context)
+            exporter.write(run.model, plan, variant.shards, folder, context)
         run.progress("write", 1, 1)
-        checked = check_files(Written(run.model, plan, variant.shards, folder / exporter.entry), run.test)
+        longest = context if exporter.fixes_context else None
+        checked = check_files(Written(run.model, plan, variant.shards, folder / exporter.entry, longest), run.test)
         run.progress("check in the engine", 1, 1)
         files = [
             path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".onnx", ".data", ".gguf")
@@ -61,10 +66,11 @@ def export_stage(run: Run, layout: ModelLayout, variant: Variant, target: str) -
         return ExportRecord(
             target=target,
             entry=str((folder / exporter.entry).relative_to(run.folder)),
-            files={path.name: digest_file(path) for path in files},
+            files=digest_folder(folder),
+            file_sizes=size_folder(folder),
             tensor_bytes=plan.size_bytes,
             file_bytes=sum(path.stat().st_size for path in files),
-            context=run.settings.context,
+            context=context if exporter.fixes_context else layout.max_positions,
             round_trip=tuple(checked.round_trip),
             tokens_equal=checked.tokens_equal,
             tokens_note=checked.tokens_note,
@@ -73,9 +79,18 @@ def export_stage(run: Run, layout: ModelLayout, variant: Variant, target: str) -
             memory=_measure_memory(run, layout, plan, folder / exporter.entry, ran=bool(checked.comparisons)),
         )
 
-    if not (folder / exporter.entry).exists():
-        (home / "export.json").unlink(missing_ok=True)
-    return run.stage(f"export/{target}/export.json", ExportRecord, inputs, make)
+    return run.stage(
+        f"export/{target}/export.json", ExportRecord, inputs, make,
+        damage=lambda found: list_damage(folder, found.files, found.file_sizes),
+    )  # fmt: skip
+
+
+def _llamacpp_version() -> str:
+    """So that a file written without the engine is checked once there is one."""
+    try:
+        return find_llamacpp().version
+    except MissingEngineError:
+        return "none"
 
 
 def retarget(plan: Plan, layout: ModelLayout, target_name: str) -> Plan:
@@ -99,10 +114,11 @@ def retarget(plan: Plan, layout: ModelLayout, target_name: str) -> Plan:
 def _measure_memory(run: Run, layout: ModelLayout, plan: Plan, entry: Path, *, ran: bool) -> MemoryUse | None:
     if plan.target not in ENGINE_MEMORY:
         return None
-    context = default_context(layout, run.settings.context)
+    context = find_context(layout, run.settings.context)
     if plan.target == "gguf":
         context = min(context, context_length(run.model))
-    predicted = predict_memory(layout, plan.target, plan.quant_formats, context)
+    limit = None if run.settings.memory is None else parse_memory(run.settings.memory)
+    predicted = predict_memory(layout, plan.target, plan.quant_formats, context, limit)
     if not ran:
         return predicted
     answer = run_engine(TARGET_ENGINES[plan.target], entry, "fill", threads=torch.get_num_threads(), context=context)
