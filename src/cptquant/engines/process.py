@@ -13,8 +13,8 @@ from cptquant.core.errors import EngineError, MissingEngineError
 from cptquant.engines.llamacpp_python import PYTHON_VARIABLE, find_llamacpp
 
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""Large pages for large allocations, where glibc and the kernel have them: decoding reads every weight once a token, and
-ONNX Runtime did that 1.3 times faster on a virtual machine, where looking up a page is dear. For every engine alike."""
+"""Large pages for large allocations, where glibc and the kernel have them: decoding reads every weight once a token,
+and ONNX Runtime did that 1.3 times faster on a virtual machine, where looking up a page is dear. For every engine."""
 
 
 def run_engine(
