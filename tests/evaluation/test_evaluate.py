@@ -14,7 +14,8 @@ from cptquant.core.errors import DataError, ModelError
 from cptquant.core.evaluation import Measurement
 from cptquant.core.formats import QuantFormat
 from cptquant.evaluation import lockstep
-from cptquant.evaluation.evaluate import DAMAGE_NAMES, evaluate
+from cptquant.core.evaluation import DAMAGE_NAMES
+from cptquant.evaluation.evaluate import evaluate
 from cptquant.evaluation.perplexity import token_bytes
 from cptquant.evaluation.scored_text import evaluation_settings
 from cptquant.models.checkpoint_weights import MemoryWeights

@@ -16,6 +16,7 @@ from cptquant.cli import (
     bench,
     evaluate,
     export,
+    frontier,
     generate,
     inspect,
     law,
@@ -55,6 +56,7 @@ def _root(
 
 
 for command in (quantize.quantize, inspect.inspect, measure.measure, allocate.allocate, predict.predict,
+                frontier.frontier,
                 evaluate.evaluate, report.report, targets.targets, export.export, bench.bench,
                 generate.generate):  # fmt: skip
     app.command()(command)

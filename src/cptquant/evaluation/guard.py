@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cptquant.core.evaluation import Measurement
 from cptquant.core.layout import Task
-from cptquant.evaluation.evaluate import DAMAGE_NAMES
+from cptquant.core.evaluation import DAMAGE_NAMES
 
 
 def choose(measurements: Sequence[Measurement], task: Task) -> tuple[str, str]:
