@@ -1,8 +1,8 @@
 """Every vertex of the trade of size against damage, exactly: the lower convex hull of all plans there are.
 
 A plan that minimises damage + price * bytes for some price is a vertex; all of them come from taking the hull steps of
-the groups, steepest first (Sinha and Zoltners, Operations Research 27, 1979), without solving anything per budget. Plans
-between two vertices, which a given budget may want, are what the knapsack finds.
+the groups, steepest first (Sinha and Zoltners, Operations Research 27, 1979), without solving anything per budget.
+Plans between two vertices, which a given budget may want, are what the knapsack finds.
 """
 
 from dataclasses import dataclass
@@ -52,9 +52,7 @@ def trace_hull(problem: Problem) -> tuple[HullVertex, ...]:
     changed = tuple(range(len(choice)))
     for step in (*order.tolist(), None):
         gain = 0.0 if step is None else float(slope[step])
-        vertices.append(
-            HullVertex(tuple(choice), problem.counted_bytes(choice), problem.damage(choice), gain, changed)
-        )
+        vertices.append(HullVertex(tuple(choice), problem.counted_bytes(choice), problem.damage(choice), gain, changed))
         if step is not None:
             choice[int(group[step])] = int(options.index[group[step], column[step]])
             changed = (int(group[step]),)

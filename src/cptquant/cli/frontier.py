@@ -23,7 +23,8 @@ _Points = Annotated[
     ),
 ]
 _Scope = Annotated[
-    str, typer.Option("--scope", help="What spread budgets count: the whole file, or sites (linear layers of the blocks).")
+    str,
+    typer.Option("--scope", help="What spread budgets count: the whole file, or sites (linear layers of the blocks)."),
 ]
 _Measure = Annotated[
     int | None,

@@ -17,6 +17,7 @@ from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, WeightSource
 from cptquant.models.text import TokenSet
 
+
 def evaluate(
     model: LoadedModel,
     subjects: Mapping[str, WeightSource],

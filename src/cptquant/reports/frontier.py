@@ -73,8 +73,12 @@ def frontier_lines(frontier: Frontier) -> list[str]:
 def frontier_rows(frontier: Frontier) -> TextTable:
     """`frontier`: one row a budget."""
     title = f"{frontier.model}, --target {frontier.target}: {spell_name(frontier.measure)}, {_unit(frontier)}"
-    rows = [point_cells(frontier, point) for point in frontier.points]
-    return TextTable(title, _COLUMNS, rows, lines=tuple(frontier_lines(frontier)))
+    columns = ("Budget", "File", "Bits/weight", "Predicted (90 % band)", "Measured", "n", "In the others' band")
+    rows: list[list[str]] = []
+    for point in frontier.points:
+        budget, size, bits, value, band, measured, n, _, inside = point_cells(frontier, point)
+        rows.append([budget, size, bits, f"{value} ({band})" if point.predicted else value, measured, n, inside])
+    return TextTable(title, columns, rows, lines=tuple(frontier_lines(frontier)))
 
 
 def frontier_table(frontier: Frontier) -> str:

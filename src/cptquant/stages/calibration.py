@@ -3,16 +3,18 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from cptquant.core.artifact import digest_json
 from cptquant.core.evaluation import DAMAGE_NAMES, EvaluationReport
 from cptquant.core.formats import QuantFormat
-from cptquant.core.frontier import BandPrior, DamageCalibration, Frontier
+from cptquant.core.frontier import BandPrior, DamageCalibration, Frontier, MeasuredLoss
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
 from cptquant.laws.frontier_band import calibrate, observed_prior, vague_prior
 
+
 def choose_prior(
-    model: str, layout: ModelLayout, table: SensitivityTable, quantizer: str, plans: Iterable[Mapping[str, QuantFormat]]
+    layout: ModelLayout, table: SensitivityTable, quantizer: str, plans: Iterable[Mapping[str, QuantFormat]]
 ) -> BandPrior | None:
     """What other models showed, where they were measured the same way; never from the model at hand.
 
@@ -26,8 +28,8 @@ def choose_prior(
         and table.metadata.get("variant") == "weight"
         and all(fmt.block is None for formats in plans for fmt in formats.values())
     )
-    name = model if model.startswith("embedded:") else Path(model).name
-    return observed_prior(quantizer, without=(name, name.split(":")[-1])) if alike else None
+    name = Path(layout.source.split(":")[-1]).name  # families of the table are named so
+    return observed_prior(quantizer, without=(name,)) if alike else None
 
 
 def prior_or_vague(prior: BandPrior | None, damages: Iterable[float]) -> BandPrior | None:
@@ -39,9 +41,12 @@ def prior_or_vague(prior: BandPrior | None, damages: Iterable[float]) -> BandPri
 
 
 def run_calibration(
-    folder: Path, model: str, layout: ModelLayout, table: SensitivityTable, plan: Plan, quantizer: str
+    folder: Path, layout: ModelLayout, table: SensitivityTable, plan: Plan, quantizer: str
 ) -> DamageCalibration | None:
     """The calibration of frontier.json where it was made from this table, else from the run's own evaluation.
+
+    Args:
+        quantizer: spelling of `--quantizer`, what the plan will be carried out with.
 
     Returns:
         None where neither stands there and no other model was measured this way.
@@ -49,24 +54,35 @@ def run_calibration(
     path = folder / "frontier.json"
     if path.exists():
         frontier = Frontier.load(path)
-        if (frontier.inputs.get("table"), frontier.target) == (table.digest(), plan.target):
+        if (frontier.inputs.get("table"), frontier.target, frontier.quantizer) == (
+            table.digest(), plan.target, quantizer,
+        ):  # fmt: skip
             return frontier.calibration
-    prior = choose_prior(model, layout, table, quantizer, [plan.quant_formats])
+    prior = choose_prior(layout, table, quantizer, [plan.quant_formats])
     if prior is None:
         return None
-    loss = measured_loss(folder, DAMAGE_NAMES[layout.task], plan)
-    known = [] if loss is None or plan.predicted_damage is None else [(plan.predicted_damage, loss)]
-    return calibrate([damage for damage, _ in known], [value for _, value in known], prior)
+    own = folder / "plan.json"
+    judged = Plan.load(own) if own.exists() else plan
+    loss = find_measured(folder, DAMAGE_NAMES[layout.task], judged)
+    if loss is None or judged.predicted_damage is None or judged.inputs.get("table") != table.digest():
+        return calibrate([], [], prior)
+    return calibrate([judged.predicted_damage], [loss.value], prior)
 
 
-def measured_loss(folder: Path, measure: str, plan: Plan) -> float | None:
-    """Held-out loss of the run's plan.json; None before it was evaluated, or where uniform bits were written instead."""
-    path = folder / "evaluation.json"
-    if not path.exists() or not (folder / "plan.json").exists():
+def find_measured(folder: Path, measure: str, plan: Plan) -> MeasuredLoss | None:
+    """Held-out loss of a plan: a measured point of frontier.json, or the run's evaluation where it is of this plan."""
+    path = folder / "frontier.json"
+    if path.exists():
+        digest = digest_json(plan.formats)
+        for point in Frontier.load(path).points:
+            if point.plan_digest == digest and point.measured is not None:
+                return point.measured
+    path, own = folder / "evaluation.json", folder / "plan.json"
+    if not path.exists() or not own.exists():
         return None
     report = EvaluationReport.load(path)
-    own = Plan.load(folder / "plan.json")
-    if report.written != "quantized" or own.formats != plan.formats:
+    # `plan quantized` is what was evaluated; plan.json may have been made anew since
+    if report.inputs.get("plan quantized") != digest_json(plan.formats):
         return None
     found = report.find(measure, "quantized")
-    return None if found is None else found.value
+    return None if found is None else MeasuredLoss(value=found.value, stderr=found.stderr, n=found.n)

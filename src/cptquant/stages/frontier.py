@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from cptquant.allocation.allocate import allocate
@@ -124,7 +124,9 @@ def _open(model: str, output: Path | None, progress: Progress, choices: Mapping[
     """The run folder: given as the model, or an earlier run of the same model, whose settings stay, or a new one."""
     if (Path(model) / "settings.json").is_file():
         if output is not None:
-            raise UserError(f"--output {output}: {model} is a run folder, which the frontier is written to; leave it out")
+            raise UserError(
+                f"--output {output}: {model} is a run folder, which the frontier is written to; leave it out"
+            )
         settings, folder = RunSettings.load(Path(model) / "settings.json"), Path(model)
     elif output is None:
         raise UserError("no output folder was given; add --output, e.g. --output runs/frontier")
@@ -151,7 +153,7 @@ def _trace(
     places = _spread(len(plans), request.measured_count(len(plans)))
     measured = {name: plan for place, (name, plan) in enumerate(plans.items()) if place in places}
     losses = _measure(run, layout, measured)
-    prior = choose_prior(run.settings.model, layout, table, run.settings.quantizer, [p.quant_formats for p in plans.values()])
+    prior = choose_prior(layout, table, run.settings.quantizer, [plan.quant_formats for plan in plans.values()])
     prior = prior_or_vague(prior, [_damage(plan) for plan in plans.values()])
     inputs = {
         "layout": layout.digest(),
@@ -164,9 +166,7 @@ def _trace(
         "tokens": run.test.digest,
         "quantizer": run.settings.quantizer,
     }
-    return run.stage(
-        "frontier.json", Frontier, inputs, lambda: _assemble(run, problem, table, plans, losses, prior)
-    )
+    return run.stage("frontier.json", Frontier, inputs, lambda: _assemble(run, problem, table, plans, losses, prior))
 
 
 def _plan(run: Run, layout: ModelLayout, table: SensitivityTable, budget: Budget) -> Plan:

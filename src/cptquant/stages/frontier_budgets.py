@@ -36,10 +36,16 @@ def read_budgets(texts: Sequence[str]) -> tuple[Budget, ...]:
 
 
 def spread_budgets(problem: Problem, count: int) -> tuple[Budget, ...]:
-    """`count` budgets from the smallest plan up, evenly spaced in the logarithm of damage; fewer on a short frontier."""
+    """`count` budgets from the smallest plan up, evenly spaced in ln damage; fewer on a short frontier.
+
+    Raises:
+        UserError: no plan has a damage.
+    """
     hull = [vertex for vertex in trace_hull(problem) if vertex.damage > 0]
     if not hull:
-        raise UserError("every plan has damage 0 by this table, so there is nothing to trade; measure with other --formats")
+        raise UserError(
+            "every plan has damage 0 by this table, so there is nothing to trade; measure with other --formats"
+        )
     most = math.log(hull[0].damage)
     least = max(math.log(hull[-1].damage), most - math.log(_SPAN))
     chosen: dict[int, HullVertex] = {}

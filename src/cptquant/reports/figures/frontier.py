@@ -47,7 +47,7 @@ def draw_frontier_band(frontier: Frontier, label: str) -> str:
     for part, style in _stretches(places):
         canvas.polyline([(across(place.x), scale(place.value)) for place in part], f"law c0{style}")
     dots = [(across(place.x), scale(place.value), _title(frontier, place)) for place in places]
-    canvas.dots(dots, 2.2, "c0")
+    canvas.dots(dots, 1.7, "c0")
     for point in points:
         _draw_measured(canvas, point, across(_bits(frontier, point)), scale)
     return canvas.render()
@@ -110,7 +110,9 @@ def _draw_measured(canvas: Canvas, point: BudgetPoint, x: float, scale: Scale) -
     assert measured is not None  # the caller filters
     error = 2 * (measured.stderr or 0.0)
     canvas.line((x, scale(max(measured.value - error, scale.low))), (x, scale(measured.value + error)), "whisker")
-    inside = "" if point.inside is None else ", inside the others' band" if point.inside else ", outside the others' band"
+    inside = (
+        "" if point.inside is None else ", inside the others' band" if point.inside else ", outside the others' band"
+    )
     title = f"{point.budget}: measured {spell_measured(measured.value, measured.stderr)}, n = {measured.n:,}{inside}"
     style = "s-quantized hollow" if point.inside is None else "s-quantized" if point.inside else "s-uniform"
     canvas.dot(x, scale(measured.value), 5, style, title=title)
