@@ -40,7 +40,7 @@ def explain_plan(
     choice = [_chosen_option(group, plan) for group in problem.groups]
     price, least = _price(problem.with_limit(plan.limit_bytes))
     counted, damage = problem.counted_bytes(choice), problem.damage(choice)
-    best = least is not None and damage <= least * (1 + _CLOSE)
+    best = least is not None and counted <= plan.limit_bytes and damage <= least * (1 + _CLOSE)
     off_price = Verdict.WHOLE_BYTES if best else Verdict.NOT_THE_PRICE
     groups = [
         _explain_group(problem, target, group, index, price, off_price)

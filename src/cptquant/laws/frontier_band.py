@@ -105,7 +105,8 @@ def calibrate(damages: Sequence[float], losses: Sequence[float], prior: BandPrio
     pairs = [(damage, loss) for damage, loss in zip(damages, losses, strict=True) if damage > 0 and loss > _LEAST_LOSS]
     if not prior.informed and len(pairs) < FEWEST_UNINFORMED:
         return None
-    from scipy.special import stdtrit  # here: `cptquant diff` and `--help` need none of it
+    # here: `cptquant diff` and `--help` need none of it
+    from scipy.special import stdtrit  # pyright: ignore[reportMissingTypeStubs]
 
     x = np.log(np.array([damage for damage, _ in pairs])) - prior.center
     y = np.log(np.array([loss for _, loss in pairs]))

@@ -125,7 +125,7 @@ def _open(model: str, output: Path | None, progress: Progress, choices: Mapping[
     if (Path(model) / "settings.json").is_file():
         if output is not None:
             raise UserError(
-                f"--output {output}: {model} is a run folder, which the frontier is written to; leave it out"
+                f"--output {output}: {model} is a run folder and gets the frontier; leave it out"
             )
         settings, folder = RunSettings.load(Path(model) / "settings.json"), Path(model)
     elif output is None:
