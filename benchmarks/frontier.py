@@ -3,8 +3,8 @@
     python benchmarks/frontier.py                          # goes on where an earlier call stopped
     python benchmarks/frontier.py --models embedded:opt-mini --quantizers gptq
 
-Each model is measured once (cptquant's defaults), its frontier traced, and the plan of every budget quantized and judged
-on held-out text. Four bands are checked, none of which saw the checked point: from all other points of the model
+Each model is measured once (cptquant's defaults), its frontier traced, and the plan of every budget is quantized and
+judged on held-out text. Four bands are checked, none of which saw the checked point: from all other points of the model
 (`others`, what frontier.json holds), from the first, a middle and the last point (`three`), from no point of the model
 (`prior`; the model's family is left out of the prior), and from all other points without a prior (`no prior`).
 Reference models and their text are expected in ../shared; without them only the embedded model is run.
@@ -82,7 +82,13 @@ def describe_run(name: str, quantizer: str, frontier: Frontier, folder: Path) ->
                 inside = found.low <= point.measured.value <= found.high
                 row[label] = {**found.model_dump(), "inside": inside}
         rows.append(row)
-    return {"model": name, "quantizer": quantizer, "text": frontier.text, "vertices": len(frontier.vertices), "points": rows}
+    return {
+        "model": name,
+        "quantizer": quantizer,
+        "text": frontier.text,
+        "vertices": len(frontier.vertices),
+        "points": rows,
+    }
 
 
 def find_bands(frontier: Frontier, folder: Path) -> dict[str, Band]:

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
+from oracles.brute_force_plan import counted_bytes, every_plan, exact_damage
 
 from allocation.made_layouts import FUSED, TRANSFORMERS, make_layout, make_table, parse_formats, typical_damage
 from allocation.test_allocate import MODEL_FORMATS, budget_of, model_layout, small_cases
@@ -16,7 +17,6 @@ from cptquant.allocation.knapsack import Knapsack
 from cptquant.core.artifact import digest_json
 from cptquant.core.formats import QuantFormat
 from cptquant.core.frontier import DamageCalibration
-from oracles.brute_force_plan import counted_bytes, every_plan, exact_damage
 
 
 def brute_force_hull(points):

@@ -37,7 +37,9 @@ def test_the_numbers_are_those_of_table_and_layout(text, target):
         if group.verdict is Verdict.OUT_OF_SCOPE or "embedding" in group.sites:
             continue
         for offer in group.offers:
-            damage = math.fsum(TABLE.damages[name][fmt].value for name, fmt in zip(group.sites, offer.formats, strict=True))
+            damage = math.fsum(
+                TABLE.damages[name][fmt].value for name, fmt in zip(group.sites, offer.formats, strict=True)
+            )
             assert offer.damage == pytest.approx(damage, rel=1e-14)
             stored = [parse_formats(fmt)[0].stored_bytes(LAYOUT.site_by_name[name].out_features,
                                                          LAYOUT.site_by_name[name].in_features)
@@ -88,7 +90,9 @@ def test_the_next_byte_buys_the_best_change_there_is():
     assert step is not None
     assert (step.gain_per_byte, -step.more_bytes, step.sites, step.after) == best
     assert step.gain == pytest.approx(step.gain_per_byte * step.more_bytes)
-    assert all(len(group.offers) == 1 for group in explained("16bpw@sites")[1].groups if group.verdict is Verdict.OUT_OF_SCOPE)
+    assert all(
+        len(group.offers) == 1 for group in explained("16bpw@sites")[1].groups if group.verdict is Verdict.OUT_OF_SCOPE
+    )
     assert explained("16bpw@sites")[1].next_step is None
 
 

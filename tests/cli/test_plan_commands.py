@@ -62,7 +62,9 @@ def test_explain_shows_every_site_and_one_site_in_full(cptquant: Callable, run: 
 
 
 def test_explain_refuses_what_it_cannot_explain(cptquant: Callable, run: Path, tmp_path: Path) -> None:
-    refused(cptquant("explain", run, "--site", "block.9"), "--site 'block.9' is none of the plan's 9 sites", "block.0.0")
+    refused(
+        cptquant("explain", run, "--site", "block.9"), "--site 'block.9' is none of the plan's 9 sites", "block.0.0"
+    )
     refused(cptquant("explain", tmp_path / "nowhere"), "does not exist; give a run folder or a plan.json")
     refused(cptquant("explain", tmp_path), "holds no plan.json; make it with: cptquant allocate", "--budget BUDGET")
     (run / "sensitivity.json").rename(run / "away.json")
@@ -114,7 +116,9 @@ def test_what_if_refuses(cptquant: Callable, run: Path, tmp_path: Path) -> None:
     assert cptquant("what-if", run, "--less", f"{plan.limit_bytes - smallest}B").code == 0
     refused(cptquant("what-if", run, "--less", f"{plan.limit_bytes - smallest + 1}B"), "outside the reachable")
     refused(cptquant("what-if", run, "--budget", "1bpw@sites"), "--budget 1bpw@sites allows", "too few; reachable")
-    refused(cptquant("what-if", run, "--more", "1kB", "--output", tmp_path / "no" / "x.json"), "choose another --output")
+    refused(
+        cptquant("what-if", run, "--more", "1kB", "--output", tmp_path / "no" / "x.json"), "choose another --output"
+    )
 
 
 def test_diff_is_symmetric(cptquant: Callable, run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`cptquant frontier` end to end on a toy: the points are what `quantize` would give, and a second call spends nothing."""
+"""`cptquant frontier` end to end on a toy: points are what `quantize` gives, and a second call spends nothing."""
 
 import json
 from collections.abc import Callable
@@ -129,4 +129,6 @@ def test_folders_are_checked(cptquant: Callable, folder: Path, tmp_path: Path) -
     refused(cptquant("frontier", folder), "no output folder was given; add --output")
     assert cptquant("inspect", folder, "--output", tmp_path / "run").code == 0
     refused(cptquant("frontier", tmp_path / "run", "--output", tmp_path / "x"), "is a run folder and gets the frontier")
-    refused(cptquant("frontier", "embedded:opt-mini", "--output", tmp_path / "run"), "holds a run of", "not of 'embedded")
+    refused(
+        cptquant("frontier", "embedded:opt-mini", "--output", tmp_path / "run"), "holds a run of", "not of 'embedded"
+    )

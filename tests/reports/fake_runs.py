@@ -7,8 +7,8 @@ from pathlib import Path
 
 from cptquant.core.artifact import digest_json
 from cptquant.core.evaluation import EvaluationReport, Measurement
-from cptquant.core.formats import QuantFormat
 from cptquant.core.forecast import Interval
+from cptquant.core.formats import QuantFormat
 from cptquant.core.frontier import BudgetPoint, DamageCalibration, Frontier, FrontierVertex, MeasuredLoss
 from cptquant.core.layout import KeptTensor, ModelLayout, Role, Site, Task
 from cptquant.core.manifest import CheckpointRecord, Manifest, SiteOutcome, SiteRecord

@@ -14,9 +14,9 @@ def diff(plan: options.PlanPath, other: _Other, as_json: options.AsJson = False)
     """Compare two plans of one model: sites that differ, bytes, predicted and measured loss. Loads no model."""
     from cptquant.cli.terminal import print_text, print_values
     from cptquant.reports.plan_tables import comparison_table
-    from cptquant.stages.compare import diff_stage
+    from cptquant.stages.compare import diff_plans
 
-    comparison = diff_stage(plan, other)
+    comparison = diff_plans(plan, other)
     if as_json:
         print_values(comparison)
     else:

@@ -17,9 +17,9 @@ def explain(
     """Say why each site got its bits: scores and bytes of its formats against the price of a byte. Loads no model."""
     from cptquant.cli.terminal import print_text, print_values
     from cptquant.reports.plan_tables import explanation_table
-    from cptquant.stages.explain import explain_stage
+    from cptquant.stages.explain import explain as explain_plan
 
-    found = explain_stage(plan, site)
+    found = explain_plan(plan, site)
     if as_json:
         print_values(found)
     else:

@@ -26,11 +26,11 @@ def what_if(
     from cptquant.cli.terminal import print_text, print_values
     from cptquant.core.artifact import check_writable
     from cptquant.reports.plan_tables import comparison_table
-    from cptquant.stages.what_if import what_if_stage
+    from cptquant.stages.what_if import what_if as plan_under
 
     if output is not None:
         check_writable(output)
-    after, comparison = what_if_stage(plan, more=more, less=less, budget=budget)
+    after, comparison = plan_under(plan, more=more, less=less, budget=budget)
     if output is not None:
         after.save(output)
     if as_json:

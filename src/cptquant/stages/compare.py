@@ -16,7 +16,7 @@ from cptquant.stages.calibration import find_measured, run_calibration
 from cptquant.stages.plan_source import PlanSource, find_plan
 
 
-def diff_stage(first: Path, second: Path) -> PlanComparison:
+def diff_plans(first: Path, second: Path) -> PlanComparison:
     """Compare two plans of one model.
 
     Args:

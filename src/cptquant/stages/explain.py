@@ -12,7 +12,7 @@ from cptquant.stages.plan_source import find_plan
 _LISTED = 5
 
 
-def explain_stage(path: Path, site: str | None = None) -> PlanExplanation:
+def explain(path: Path, site: str | None = None) -> PlanExplanation:
     """Explain a plan from the layout and the sensitivity table beside it.
 
     Args:

@@ -124,9 +124,7 @@ def _open(model: str, output: Path | None, progress: Progress, choices: Mapping[
     """The run folder: given as the model, or an earlier run of the same model, whose settings stay, or a new one."""
     if (Path(model) / "settings.json").is_file():
         if output is not None:
-            raise UserError(
-                f"--output {output}: {model} is a run folder and gets the frontier; leave it out"
-            )
+            raise UserError(f"--output {output}: {model} is a run folder and gets the frontier; leave it out")
         settings, folder = RunSettings.load(Path(model) / "settings.json"), Path(model)
     elif output is None:
         raise UserError("no output folder was given; add --output, e.g. --output runs/frontier")

@@ -15,7 +15,7 @@ from cptquant.stages.compare import compare_under_table
 from cptquant.stages.plan_source import find_plan
 
 
-def what_if_stage(
+def what_if(
     path: Path, *, more: str | None = None, less: str | None = None, budget: str | None = None
 ) -> tuple[Plan, PlanComparison]:
     """The plan that the same table, target and allocator give under another limit. Nothing is written.
