@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from allocation.made_layouts import TRANSFORMERS, make_layout, make_table, parse_formats, typical_damage
-from conftest import Outcome
 
 from cptquant.allocation.allocate import allocate
 from cptquant.allocation.knapsack import Knapsack
@@ -36,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run")
 
 
-def refused(outcome: Outcome, *fragments: str) -> None:
+def refused(outcome, *fragments: str) -> None:
     assert outcome.code == 2, outcome.err
     for fragment in fragments:
         assert fragment in outcome.err, outcome.err

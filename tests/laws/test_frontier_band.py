@@ -125,7 +125,12 @@ def test_a_ratio_of_losses():
     down, up = found.change(0.1, 0.05), found.change(0.05, 0.1)
     assert down.value == pytest.approx(0.5 ** found.mean[1]) and down.value * up.value == pytest.approx(1)
     assert down.low * up.high == pytest.approx(1)
-    assert found.change(0.1, 0.1) == found.change(0.2, 0.2)
-    assert found.change(0.1, 0.1).high == 1.0
+    assert found.change(0.1, 0.1, shared=1.0).high == 1.0, "a plan does not differ from itself"
+    widths = [found.change(0.1, 0.09, shared).high for shared in (0.0, 0.5, 0.9, 1.0)]
+    assert (
+        widths == sorted(widths, reverse=True) and found.change(0.1, 0.09).value == found.change(0.1, 0.09, 0.9).value
+    )
+    independent = found.change(0.1, 0.1)
+    assert math.log(independent.high) == pytest.approx(found.quantile * found.scatter * math.sqrt(2))
     with pytest.raises(ValueError, match="a ratio needs damages above 0, got 0 and 1"):
         found.change(0, 1)

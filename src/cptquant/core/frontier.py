@@ -62,14 +62,17 @@ class DamageCalibration(Frozen):
         width = self.quantile * self.scatter * math.sqrt(1 + aa + 2 * x * ab + x * x * bb)
         return _log_interval(self.mean[0] + self.mean[1] * x, width)
 
-    def change(self, before: float, after: float) -> Interval:
-        """Ratio of the losses of two plans, after over before, with its 90 % band; 1 for equal damages."""
-        if before == after:
-            return Interval(value=1.0, low=1.0, high=1.0)
+    def change(self, before: float, after: float, shared: float = 0.0) -> Interval:
+        """Ratio of the losses of two plans, after over before, with its 90 % band.
+
+        Args:
+            shared: share of the larger damage that comes from sites with one format in both plans, 0 to 1. What the line
+                misses there it misses in both, so the scatter of the ratio is that of the rest.
+        """
         if before <= 0 or after <= 0:
             raise ValueError(f"a ratio needs damages above 0, got {before} and {after}")
         step = math.log(after / before)
-        width = self.quantile * self.scatter * math.sqrt(2 + step * step * self.covariance[2])
+        width = self.quantile * self.scatter * math.sqrt(2 * (1 - shared) + step * step * self.covariance[2])
         return _log_interval(self.mean[1] * step, width)
 
     def extrapolates(self, damage: float) -> bool:

@@ -47,7 +47,7 @@ def diff_plans(first: Path, second: Path) -> PlanComparison:
         before=summaries[0],
         after=summaries[1],
         changes=list_changes(layouts[0], before.plan, after.plan),
-        ratio=_ratio(summaries[0], summaries[1], _better(calibrations)) if alike else None,
+        ratio=_ratio(tables[0], layouts[0], (before.plan, after.plan), _better(calibrations)) if alike else None,
         notes=tuple(notes),
     )
 
@@ -65,7 +65,7 @@ def compare_under_table(
         before=before,
         after=changed,
         changes=list_changes(layout, source.plan, after),
-        ratio=_ratio(before, changed, calibration),
+        ratio=_ratio(table, layout, (source.plan, after), calibration),
         notes=source.stale(table),
     )
 
@@ -148,7 +148,18 @@ def _better(calibrations: list[DamageCalibration | None]) -> DamageCalibration |
     return max(known, key=lambda found: (found.points, -found.scatter), default=None)
 
 
-def _ratio(before: PlanSummary, after: PlanSummary, calibration: DamageCalibration | None) -> Interval | None:
-    if calibration is None or not before.damage or not after.damage:
+def _ratio(
+    table: SensitivityTable | None,
+    layout: ModelLayout,
+    plans: tuple[Plan, Plan],
+    calibration: DamageCalibration | None,
+) -> Interval | None:
+    """Predicted loss of the second plan over the first; None where nothing is known, or one of them has no damage."""
+    if table is None or calibration is None:
         return None
-    return calibration.change(before.damage, after.damage)
+    before, after = (sum_damages(table, layout, plan.quant_formats) for plan in plans)
+    if before <= 0 or after <= 0:
+        return None
+    first, second = (plan.quant_formats for plan in plans)
+    kept = {name: fmt for name, fmt in first.items() if second[name] == fmt}
+    return calibration.change(before, after, min(1.0, sum_damages(table, layout, kept) / max(before, after)))
