@@ -5,7 +5,7 @@ import math
 import pytest
 
 from allocation.made_layouts import FUSED, TRANSFORMERS, make_layout, make_table, parse_formats, typical_damage
-from allocation.test_allocate import MODEL_FORMATS, budget_of, model_layout
+from allocation.test_allocate import MODEL_FORMATS, model_layout
 from cptquant.allocation.allocate import allocate
 from cptquant.allocation.choices import build_problem
 from cptquant.allocation.hull import trace_hull
@@ -132,5 +132,6 @@ def test_a_limit_that_nothing_meets_has_no_price():
     plan, _ = explained()
     tight = plan.model_copy(update={"limit_bytes": 10})
     found = explain_plan(LAYOUT, TABLE, TRANSFORMERS, tight, MODEL_FORMATS)
-    assert found.price_per_byte == math.inf and found.least_damage is None
-    assert budget_of(10, "file").value == 10
+    assert found.price_per_byte is None and found.least_damage is None
+    assert found.slack_bytes == 10 - plan.site_bytes
+    assert not any(offer.at_price for group in found.groups for offer in group.offers if len(group.offers) > 1)

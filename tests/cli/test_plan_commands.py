@@ -60,6 +60,21 @@ def test_explain_shows_every_site_and_one_site_in_full(cptquant: Callable, run: 
     assert {offer["formats"][0] for offer in found["groups"][0]["offers"]} == {*(f.name for f in FORMATS), "float16"}
 
 
+def test_an_edited_plan_is_explained_and_a_wrong_size_is_not(cptquant: Callable, run: Path) -> None:
+    plan = Plan.load(run / "plan.json")
+    narrow = next(name for name, fmt in plan.formats.items() if fmt == "int2-g64")
+    edited = plan.model_copy(update={"formats": {**plan.formats, narrow: "int8-g64"}})
+    edited.save(run / "plan.json")
+    refused(cptquant("explain", run), f"plan.json says size_bytes = {plan.size_bytes}, its formats take")
+    size_bytes = LAYOUT.plan_bytes(edited.quant_formats)
+    edited.model_copy(update={"size_bytes": size_bytes}).save(run / "plan.json")
+    outcome = cptquant("explain", run, "--site", narrow)
+    assert outcome.code == 0, outcome.err
+    assert "too many: the plan exceeds its limit." in outcome.out and "not the price" in outcome.out
+    found = json.loads(cptquant("explain", run, "--json").out)
+    assert found["slack_bytes"] == plan.limit_bytes - plan.site_bytes - (size_bytes - plan.size_bytes) < 0
+
+
 def test_explain_refuses_what_it_cannot_explain(cptquant: Callable, run: Path, tmp_path: Path) -> None:
     refused(
         cptquant("explain", run, "--site", "block.9"), "--site 'block.9' is none of the plan's 9 sites", "block.0.0"

@@ -4,8 +4,6 @@ A budget has a price: the Lagrange multiplier of its relaxation, the damage that
 format minimises damage + price * bytes is explained by it; one that does not has what was left over in whole bytes.
 """
 
-import math
-
 from cptquant.allocation.choices import build_problem
 from cptquant.allocation.explain import explain_choice
 from cptquant.allocation.knapsack import Knapsack, option_arrays
@@ -86,14 +84,14 @@ def _chosen_option(group: ChoiceGroup, plan: Plan) -> int:
     )
 
 
-def _price(problem: Problem) -> tuple[float, float | None]:
+def _price(problem: Problem) -> tuple[float | None, float | None]:
     """Lagrange multiplier of the limit, and the damage of the exact knapsack's plan within it.
 
     Returns:
-        (inf, None) where the smallest plan exceeds the limit, as an edited plan's may.
+        (None, None) where the smallest plan exceeds the limit, as an edited plan's may.
     """
     if problem.smallest_bytes > problem.limit_bytes:
-        return math.inf, None
+        return None, None
     options = undominated_options(*option_arrays(problem))
     relaxed = solve_relaxation(options, problem.limit_bytes - problem.fixed_bytes)
     return relaxed.multiplier, problem.damage(Knapsack()(problem, seed=0).choice)
@@ -106,10 +104,10 @@ def gain_per_byte(chosen: Option, other: Option) -> float | None:
 
 
 def _explain_group(
-    problem: Problem, target: Target, group: ChoiceGroup, index: int, price: float, off_price: Verdict
+    problem: Problem, target: Target, group: ChoiceGroup, index: int, price: float | None, off_price: Verdict
 ) -> SiteExplanation:
     chosen = group.options[index]
-    costs = [option.damage + price * option.size_bytes for option in group.options] if math.isfinite(price) else []
+    costs = [] if price is None else [option.damage + price * option.size_bytes for option in group.options]
     least = min(costs, default=0.0)
     at_price = [cost <= least + _CLOSE * abs(least) for cost in costs] or [False] * len(group.options)
     offers = [

@@ -94,9 +94,10 @@ class PlanExplanation(Frozen):
     """Result of `explain`.
 
     Attributes:
-        price_per_byte: the budget's Lagrange multiplier: damage that one byte more would avoid at the relaxed optimum.
-        slack_bytes: left unused. damage: of the plan. least_damage: of the exact knapsack's plan under the same
-            limit; None where no plan meets it.
+        price_per_byte: the budget's Lagrange multiplier: damage that one byte more would avoid at the relaxed optimum;
+            None where no plan meets the limit.
+        slack_bytes: left unused; negative where an edited plan exceeds its limit. damage: of the plan.
+        least_damage: of the exact knapsack's plan under the same limit; None where no plan meets it.
         next_step: None if every site has its best format. groups: in the layout's order.
     """
 
@@ -111,7 +112,7 @@ class PlanExplanation(Frozen):
     slack_bytes: int
     damage: float
     least_damage: float | None
-    price_per_byte: float
+    price_per_byte: float | None
     predicted: Interval | None
     next_step: NextStep | None
     groups: tuple[SiteExplanation, ...]

@@ -66,8 +66,8 @@ class DamageCalibration(Frozen):
         """Ratio of the losses of two plans, after over before, with its 90 % band.
 
         Args:
-            shared: share of the larger damage that comes from sites with one format in both plans, 0 to 1. What the line
-                misses there it misses in both, so the scatter of the ratio is that of the rest.
+            shared: share of the larger damage that comes from sites with one format in both plans, 0 to 1. What the
+                line misses there it misses in both, so the scatter of the ratio is that of the rest.
         """
         if before <= 0 or after <= 0:
             raise ValueError(f"a ratio needs damages above 0, got {before} and {after}")

@@ -77,17 +77,18 @@ def _title(explanation: PlanExplanation) -> str:
 
 def _explanation_lines(explanation: PlanExplanation) -> list[str]:
     counted = "whole file" if explanation.scope == "file" else "linear sites of the blocks"
+    slack = explanation.slack_bytes
     lines = [
         f"{explanation.counted_bytes:,} of {explanation.limit_bytes:,} bytes used ({counted}), "
-        f"{explanation.slack_bytes:,} left.",
-        f"Price: {spell_number(explanation.price_per_byte * 1000)} damage a kB; "
-        f"damage {spell_number(explanation.damage, 4)}"
-        + (
-            f", least possible under this limit {spell_number(explanation.least_damage, 4)}."
-            if explanation.least_damage is not None
-            else "; no plan fits the stated limit."
-        ),
+        + (f"{slack:,} left." if slack >= 0 else f"{-slack:,} too many: the plan exceeds its limit."),
     ]
+    damage = f"damage {spell_number(explanation.damage, 4)}"
+    if explanation.price_per_byte is None or explanation.least_damage is None:
+        lines.append(f"No plan meets the limit, so a byte has no price; {damage}.")
+    else:
+        least = spell_number(explanation.least_damage, 4)
+        price = spell_number(explanation.price_per_byte * 1000)
+        lines.append(f"Price: {price} damage a kB; {damage}, least possible under this limit {least}.")
     if explanation.predicted is not None:
         lines.append(f"Predicted loss {_spell_predicted(explanation.predicted)}, 90 % band.")
     lines.append(_spell_next(explanation.next_step))
