@@ -12,6 +12,7 @@ Writes results/frontier.json.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,14 +43,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "frontier", help="run folders")
     args = parser.parse_args()
     models = args.models or [name for name in MODELS if name.startswith("embedded:") or model_folder(name).is_dir()]
-    runs: list[dict[str, Any]] = []
+    path = FOLDER / "frontier.json"
+    before = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs: dict[str, dict[str, Any]] = {f"{run['model']} {run['quantizer']}": run for run in before}
     for name in models:
         for quantizer in args.quantizers:
             folder = args.work / f"{name.replace(':', '-')}-{quantizer}"
-            runs.append(describe_run(name, quantizer, trace(name, quantizer, folder), folder))
-            write_results("frontier", {"machine": describe_machine(), "coverage": coverage(runs), "runs": runs})
-            print(name, quantizer, coverage(runs[-1:]), flush=True)
-    print(FOLDER / "frontier.json", coverage(runs))
+            made = describe_run(name, quantizer, trace(name, quantizer, folder), folder)
+            runs[f"{name} {quantizer}"] = made
+            found = coverage(list(runs.values()))
+            write_results("frontier", {"machine": describe_machine(), "coverage": found, "runs": list(runs.values())})
+            print(name, quantizer, coverage([made]), flush=True)
+    print(path, coverage(list(runs.values())))
 
 
 def trace(name: str, quantizer: str, folder: Path) -> Frontier:

@@ -30,8 +30,8 @@ _PRIOR_DEGREES = 2.0
 97 % of the table's plans lie inside, each family left out in turn, with 0, 2 or 4 of its own plans measured."""
 _CHOSEN_INTERCEPT_STD, _CHOSEN_SLOPE_STD = 0.2, 0.1
 """Allowance for plans that were chosen by the very scores that predict them: where scores err low, the knapsack saves
-bits, so such plans cost more than their sum says, the more so the more was saved. The table's plans, most of them uniform,
-do not show it; frontiers do (benchmarks/frontier.py: slopes of 1.04 to 1.14)."""
+bits, so such plans cost more than their sum says, the more so the more was saved. The table's plans, most of them
+uniform, do not show it; frontiers do (benchmarks/frontier.py: slopes of 1.04 to 1.14)."""
 FEWEST_UNINFORMED = 3
 """Measured points without which a prior that says nothing gives no band."""
 
