@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cptquant.core.artifact import Artifact, digest_json
+from cptquant.core.engine_export import ExportRecord
 from cptquant.core.errors import ArtifactError
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.forecast import PtqForecast
@@ -34,6 +35,7 @@ class RunRecord:
         tables: sensitivity tables, the one that the plan was made from first.
         plan: what the allocator proposed. baselines: plan-NAME.json by name.
         manifests: "quantized" and baselines by name. forecast: what was expected before quantizing.
+        exports: export/TARGET/export.json of every target.
         stale: one sentence for each file that was made from something other than what stands beside it.
     """
 
@@ -47,6 +49,7 @@ class RunRecord:
     evaluation: EvaluationReport | None = None
     forecast: PtqForecast | None = None
     frontier: tuple[FrontierPoint, ...] = ()
+    exports: tuple[ExportRecord, ...] = ()
     stale: tuple[str, ...] = ()
 
     @property
@@ -104,6 +107,7 @@ def read_run(folder: Path) -> RunRecord:
         evaluation=_read(folder / "evaluation.json", EvaluationReport),
         forecast=_read(folder / "forecast.json", PtqForecast),
         frontier=_read_frontier(folder / "frontier.json"),
+        exports=tuple(ExportRecord.load(path) for path in sorted(folder.glob("export/*/export.json"))),
     )
     return _with_stale(record)
 
@@ -158,4 +162,11 @@ def _with_stale(record: RunRecord) -> RunRecord:
         known = evaluation.inputs.get("plan quantized", "")
         if known not in ("", digest_json(dict(written.formats))):
             sentences.append("evaluation.json was made from another plan than the one beside it.")
+    for export in record.exports:
+        if written is None:
+            break
+        known = export.inputs.get("plan", "")
+        there = written.model_copy(update={"target": export.target, "size_bytes": export.tensor_bytes})
+        if known not in ("", there.digest()):  # as `export` makes the plan of another target
+            sentences.append(f"export/{export.target}/export.json was made from another plan than the one beside it.")
     return replace(record, stale=tuple(sentences))

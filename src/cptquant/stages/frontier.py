@@ -13,6 +13,7 @@ from cptquant.allocation.problem import Problem
 from cptquant.allocation.reach import check_budget
 from cptquant.core.artifact import digest_json, output_error
 from cptquant.core.budget import Budget
+from cptquant.core.engine_memory import find_context
 from cptquant.core.errors import BudgetError, UserError
 from cptquant.core.evaluation import DAMAGE_NAMES, EvaluationReport
 from cptquant.core.frontier import BandPrior, BudgetPoint, DamageCalibration, Frontier, MeasuredLoss
@@ -110,10 +111,11 @@ def frontier_model(
     layout = inspect_stage(run)
     check_target(layout, run.settings.target)
     for budget in budgets:
-        check_budget(layout, budget, find_target(run.settings.target), run.settings.quant_formats)
+        check_budget(layout, budget, find_target(run.settings.target), run.settings.formats_for(layout))
     _ = run.calibration, run.test  # text that is too short is refused before compute is spent
     if request.measured_count(len(budgets) or request.points or DEFAULT_POINTS):
-        find_exporter(run.settings.target).check(run.model)
+        find_exporter(run.settings.target).check(run.model, find_context(layout, run.settings.context))
+    run.keep_settings()
     table = measure_stage(run, layout)
     frontier = _trace(run, layout, table, request, budgets)
     write_frontier_page(run.folder / "frontier.html", frontier)
@@ -134,13 +136,13 @@ def _open(model: str, output: Path | None, progress: Progress, choices: Mapping[
         settings = settings.model_copy(update={"model": model})
     settings = RunSettings.model_validate({**settings.model_dump(exclude={"inputs", "provenance"}), **choices})
     check_choices(settings)
-    return Run.start(folder, settings, progress)
+    return Run.start(folder, settings, progress, keep=False)
 
 
 def _trace(
     run: Run, layout: ModelLayout, table: SensitivityTable, request: FrontierRequest, budgets: Sequence[Budget]
 ) -> Frontier:
-    target, formats = find_target(run.settings.target), run.settings.quant_formats
+    target, formats = find_target(run.settings.target), run.settings.formats_for(layout)
     scope: Scope = budgets[0].scope if budgets else request.scope
     problem = build_problem(layout, table, target, formats, scope)
     if not problem.groups:
@@ -169,7 +171,7 @@ def _trace(
 
 def _plan(run: Run, layout: ModelLayout, table: SensitivityTable, budget: Budget) -> Plan:
     """frontier/plan-BUDGET.json: the exact knapsack's."""
-    target, formats = find_target(run.settings.target), run.settings.quant_formats
+    target, formats = find_target(run.settings.target), run.settings.formats_for(layout)
     inputs = {
         "layout": layout.digest(),
         "table": table.digest(),
