@@ -12,6 +12,11 @@ Model = Annotated[
     ),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of an earlier stage.", show_default=False)]
+PlanPath = Annotated[
+    Path,
+    typer.Argument(metavar="PLAN", help="Run folder, or a plan file in one (plan.json, frontier/plan-*.json).",
+                   show_default=False),
+]  # fmt: skip
 ModelOrRun = Annotated[
     str,
     typer.Argument(

@@ -26,11 +26,16 @@ class Variant:
     shards: ShardFolder
 
 
-def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quantized") -> ShardFolder:
+def quantize_stage(
+    run: Run, layout: ModelLayout, plan: Plan, name: str = "quantized", *, manifest: str | None = None
+) -> ShardFolder:
     """plan.json -> quantized pieces under work/ (one file a block, with records) and manifest.json.
 
     Resumes after a kill from the last finished block, with the same bits out. Pieces live under a digest of everything
     they depend on, so equal plans share them.
+
+    Args:
+        name: for progress, and of the manifest. manifest: its file where the name does not say it.
     """
     check_plan(plan, layout)
     find_exporter(plan.target).check(run.model, find_context(layout, run.settings.context))
@@ -70,7 +75,7 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
             parameters=layout.parameters,
         )
 
-    file_name = "manifest.json" if name == "quantized" else f"manifest-{name}.json"
+    file_name = manifest or ("manifest.json" if name == "quantized" else f"manifest-{name}.json")
     if not shards.labels.issuperset([*labels, block_label(None)]):  # pieces were removed after the manifest was made
         (run.folder / file_name).unlink(missing_ok=True)
     run.stage(file_name, Manifest, inputs, make)
