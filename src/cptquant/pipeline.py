@@ -101,11 +101,12 @@ def _from_plan(run: Run, layout: ModelLayout) -> Result:
     written, guard = guard_stage(run, variants)
     write_stage(run, variants[written])
     drop_other_exports(run, variants[written].shards.folder.name)
-    target, exported = variants[written].plan.target, None
-    if target in ENGINE_TARGETS:
-        exported = export_stage(run, layout, variants[written], target)
     evaluation = evaluate_stage(run, layout, variants, written, guard)
     render_report(run.folder)
+    target, exported = variants[written].plan.target, None
+    if target in ENGINE_TARGETS:  # after the evaluation, which a refusal of the engine must not cost
+        exported = export_stage(run, layout, variants[written], target)
+        render_report(run.folder)
     return Result(run.folder, layout, variants[written].plan, evaluation, forecast, exported)
 
 
