@@ -49,7 +49,7 @@ def bench_shape(shape: str, rounds: int, work: Path) -> dict[str, Any]:
     engines, more = SHAPES[shape]
     command = ["bench", "--synthetic", shape, "--engines", engines, "--rounds", str(rounds), "--output", work / "run"]
     run([*command, *more], work)
-    return json.loads((work / "run" / "bench.json").read_text())
+    return read_bench(work)
 
 
 def bench_minilm(rounds: int, work: Path) -> dict[str, Any]:
@@ -62,7 +62,12 @@ def bench_minilm(rounds: int, work: Path) -> dict[str, Any]:
     run(["quantize", model, "--target", "onnx", "--budget", "25%", "--output", folder,
          "--calibration", texts["train"], "--eval-text", texts["valid"]], work)  # fmt: skip
     run(["bench", folder, "--engines", "transformers,onnx", "--rounds", str(rounds)], work)
-    return json.loads((folder / "bench.json").read_text()) | {"cosine": compare_embeddings(model, folder)}
+    return read_bench(work) | {"model": "all-MiniLM-L6-v2 (25 %)", "cosine": compare_embeddings(model, folder)}
+
+
+def read_bench(work: Path) -> dict[str, Any]:
+    """bench.json without the name of the temporary folder."""
+    return json.loads((work / "run" / "bench.json").read_text().replace(f"{work}/", ""))
 
 
 @torch.inference_mode()

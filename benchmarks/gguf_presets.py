@@ -27,16 +27,17 @@ from cptquant.allocation.allocate import allocate
 from cptquant.allocation.methods import find_allocator
 from cptquant.core.artifact import digest_json
 from cptquant.core.budget import Budget
+from cptquant.core.errors import EngineError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.gguf_types import BLOCK_LAYOUTS
 from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
 from cptquant.core.targets import candidate_formats, find_target
+from cptquant.engines.llamacpp_python import find_llamacpp
 from cptquant.evaluation.evaluate import evaluate
 from cptquant.exporters.gguf.read_back import GgufWeights, open_gguf
 from cptquant.exporters.gguf.tensors import list_tensors
 from cptquant.exporters.gguf.write import write_file
-from cptquant.exporters.llamacpp.engine import INSTALL, find_llamacpp
 from cptquant.models.load import load_model
 from cptquant.models.stream import ModelStream, WeightSource, site_modules
 from cptquant.models.text import TokenSet, load_tokens
@@ -137,7 +138,6 @@ class Bench:
     def preset(self, preset: str, source: Path, importance: Path) -> Path:
         """llama.cpp's own file."""
         engine = find_llamacpp()
-        assert engine is not None
         output = self.folder / f"{preset}.gguf"
         request = {"source": str(source), "output": str(output), "preset": preset, "importance": str(importance)}
         script = Path(__file__).with_name("llamacpp_quantize.py")
@@ -196,8 +196,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--calibration", type=int, default=128)
     args = parser.parse_args()
-    if find_llamacpp() is None:
-        sys.exit(f"llama-cpp-python is needed: {INSTALL}")
+    try:
+        find_llamacpp()
+    except EngineError as error:
+        sys.exit(str(error))
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for name in args.models:

@@ -91,8 +91,9 @@ def decode_checkpoint(folder: Path) -> dict[str, Tensor]:
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     if config["quant_method"] == "compressed-tensors":
         return _decode_compressed_tensors(stored, config)
-    if config["quant_method"] == "gptq":
-        return _decode_gptq(stored, config["bits"])
+    if config["quant_method"] in ("gptq", "auto-round"):  # AutoRound packs as GPTQ does, each layer in its own width
+        own = {name: layer["bits"] for name, layer in config.get("extra_config", {}).items() if "bits" in layer}
+        return _decode_gptq(stored, config["bits"], own)
     raise ValueError(f"{folder}: unknown quant_method {config['quant_method']!r}")
 
 
@@ -122,14 +123,18 @@ def _code_bits(module: str, config: dict) -> int:
     return only["weights"]["num_bits"]
 
 
-def _decode_gptq(stored: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
+def _decode_gptq(stored: dict[str, Tensor], width: int, own: dict[str, int]) -> dict[str, Tensor]:
     """GPTQ (v1): codes of consecutive input rows, low bits first, in int32 words; the stored zero is one less."""
     dense = {}
     for name in [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]:
+        bits = own.get(name, width)
         codes = _read_words(stored[f"{name}.qweight"], bits)  # (in, out)
         zeros = _read_words(stored[f"{name}.qzeros"].T.contiguous(), bits).T + 1  # (groups, out)
         scales = stored[f"{name}.scales"].float()  # (groups, out)
-        group = stored[f"{name}.g_idx"].long()  # (in,)
+        if f"{name}.g_idx" in stored:
+            group = stored[f"{name}.g_idx"].long()  # (in,)
+        else:
+            group = torch.arange(len(codes)) // (len(codes) // len(scales))
         dense[f"{name}.weight"] = ((codes - zeros[group]).float() * scales[group]).T.contiguous()
     return dense
 

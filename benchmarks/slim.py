@@ -130,7 +130,7 @@ def measure(model: LoadedModel, calibration: TokenSet, test: TokenSet, row: Row,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--bits", nargs="+", type=int, default=(2, 3))
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))

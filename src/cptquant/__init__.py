@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cptquant.core.evaluation import EvaluationReport as EvaluationReport
     from cptquant.core.evaluation import Measurement as Measurement
     from cptquant.core.formats import QuantFormat as QuantFormat
+    from cptquant.core.frontier import Frontier as Frontier
     from cptquant.core.laws import LawFit as LawFit
     from cptquant.core.layout import ModelLayout as ModelLayout
     from cptquant.core.layout import Site as Site
@@ -42,11 +43,18 @@ if TYPE_CHECKING:
     from cptquant.quantizers.slim import Slim as Slim
     from cptquant.reports.html import render_report as render_report
     from cptquant.sensitivity.measure import measure_sensitivity as measure_sensitivity
+    from cptquant.stages.compare import diff_plans as diff_plans
+    from cptquant.stages.explain import explain as explain
+    from cptquant.stages.frontier import FrontierRequest as FrontierRequest
+    from cptquant.stages.frontier import frontier_model as frontier_model
+    from cptquant.stages.what_if import what_if as what_if
 
 _HOME = {
     "Budget": "core.budget",
     "CptquantError": "core.errors",
     "EvaluationReport": "core.evaluation",
+    "Frontier": "core.frontier",
+    "FrontierRequest": "stages.frontier",
     "Gptq": "quantizers.gptq",
     "LawFit": "core.laws",
     "Measurement": "core.evaluation",
@@ -60,11 +68,14 @@ _HOME = {
     "Target": "core.targets",
     "UserError": "core.errors",
     "allocate": "allocation.allocate",
+    "diff_plans": "stages.compare",
     "evaluate": "evaluation.evaluate",
     "evaluate_folder": "pipeline",
     "evaluate_run": "pipeline",
+    "explain": "stages.explain",
     "find_target": "core.targets",
     "fit_law": "laws.fit_law",
+    "frontier_model": "stages.frontier",
     "load_model": "models.load",
     "load_segmented": "models.segmented",
     "load_tokens": "models.text",
@@ -76,6 +87,7 @@ _HOME = {
     "quantize_sites": "quantizers.quantize",
     "read_layout": "models.load",
     "render_report": "reports.html",
+    "what_if": "stages.what_if",
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

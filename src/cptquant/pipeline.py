@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cptquant.allocation.reach import check_budget
 from cptquant.core.engine_export import ExportRecord
+from cptquant.core.engine_memory import find_context
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.forecast import PtqForecast
 from cptquant.core.layout import ModelLayout
@@ -23,12 +24,13 @@ from cptquant.reports.html import render_report
 from cptquant.stages.allocate import allocate_stage, baseline_plans, check_plan, needs_table
 from cptquant.stages.check import check_choices, check_target
 from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
-from cptquant.stages.export import ENGINE_TARGETS, export_stage
+from cptquant.stages.export import ENGINE_TARGETS, export_stage, retarget
 from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
 from cptquant.stages.predict import forecast_stage
 from cptquant.stages.quantize import Variant, quantize_stage, write_stage
 from cptquant.stages.run import Run
+from cptquant.stages.written import check_run, drop_other_exports, written_plan
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Result:
     Attributes:
         plan: of the weights that were written: the allocator's, or uniform bits where the guard preferred them.
         forecast: what was expected before quantizing; None if that was not asked for, or not a causal language model.
+        exported: how the files compared in their engine; None for targets that stock transformers loads.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class Result:
     plan: Plan
     evaluation: EvaluationReport
     forecast: PtqForecast | None = None
+    exported: ExportRecord | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -67,12 +71,14 @@ def quantize_model(
     """
     settings = RunSettings.model_validate({"model": model, "budget": budget, **choices})
     check_choices(settings)
-    run = Run.start(output, settings, progress)
+    run = Run.start(output, settings, progress, keep=False)
     layout = inspect_stage(run)
     check_target(layout, settings.target)
-    check_budget(layout, settings.budget_for(layout), find_target(settings.target), settings.quant_formats)
+    context = find_context(layout, settings.context)
+    check_budget(layout, settings.budget_for(layout), find_target(settings.target), settings.formats_for(layout))
     run.read_all_text()
-    find_exporter(settings.target).check(run.model)
+    find_exporter(settings.target).check(run.model, context)
+    run.keep_settings()
     table = measure_stage(run, layout) if needs_table(settings.allocator) else None
     allocate_stage(run, layout, table)
     return _from_plan(run, layout)
@@ -94,11 +100,14 @@ def _from_plan(run: Run, layout: ModelLayout) -> Result:
     variants = _quantize_variants(run, layout)
     written, guard = guard_stage(run, variants)
     write_stage(run, variants[written])
-    if variants[written].plan.target in ENGINE_TARGETS:
-        export_stage(run, layout, variants[written], variants[written].plan.target)
+    drop_other_exports(run, variants[written].shards.folder.name)
     evaluation = evaluate_stage(run, layout, variants, written, guard)
     render_report(run.folder)
-    return Result(run.folder, layout, variants[written].plan, evaluation, forecast)
+    target, exported = variants[written].plan.target, None
+    if target in ENGINE_TARGETS:  # after the evaluation, which a refusal of the engine must not cost
+        exported = export_stage(run, layout, variants[written], target)
+        render_report(run.folder)
+    return Result(run.folder, layout, variants[written].plan, evaluation, forecast, exported)
 
 
 def _plans(run: Run, layout: ModelLayout) -> dict[str, Plan]:
@@ -122,20 +131,24 @@ def export_run(
 
     Args:
         target: spelling of `--target`; None is the one the plan was made for.
+        changes: fields of `RunSettings`; kept only if the target's files can be written with them.
 
     Raises:
         ArtifactError: nothing was quantized yet, or the plan is illegal under the target. EngineError: the engine
         refuses the file or computes something else.
     """
-    run = Run.resume(folder, progress, **changes)
-    layout = run.load("layout.json", ModelLayout)
-    plan_file = (
-        "plan-uniform.json" if run.load("evaluation.json", EvaluationReport).written == "uniform" else "plan.json"
-    )
-    plan = run.load(plan_file, Plan)
-    name = "uniform" if plan_file == "plan-uniform.json" else "quantized"
+    check_run(folder)
+    name, plan = written_plan(folder)
+    layout = ModelLayout.load(folder / "layout.json")
+    check_plan(plan, layout)
+    retarget(plan, layout, target or plan.target)
+    run = Run.look(folder, progress, **changes)
+    find_exporter(target or plan.target).check(run.model, find_context(layout, run.settings.context))
+    run.keep_settings()
     variant = Variant(plan, quantize_stage(run, layout, plan, name))
-    return export_stage(run, layout, variant, target or plan.target)
+    record = export_stage(run, layout, variant, target or plan.target)
+    render_report(run.folder)
+    return record
 
 
 def evaluate_run(folder: Path, progress: Progress = ignore_progress, **changes: object) -> EvaluationReport:

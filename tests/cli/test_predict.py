@@ -46,7 +46,9 @@ def test_every_plan_has_an_interval(cptquant: Callable, folder: Path, law: Path,
     mixed = found["rows"][-1]
     assert mixed["bits_per_weight"] <= 13 and mixed["features"]["rtn_kl_nats"] is not None
     assert not list(folder.glob("*.partial")) and not (tmp_path / "checkpoint").exists()
-    table = cptquant("predict", folder, "--formats", "int4", "--group", "16", "--law", law, "--sequence-length", 32)
+    table = cptquant(
+        "predict", folder, "--formats", "int4", "--group", "16", "--law", law.parent, "--sequence-length", 32
+    )
     assert table.code == 0 and "round to nearest" in table.out and "planted.csv, form full" in table.out
 
 
@@ -92,3 +94,87 @@ def test_predicted_beside_measured_and_recorded(
         assert row.features.rtn_kl_nats == pytest.approx(row.kl_nats, rel=0.5)
     quiet = cptquant("quantize", run, "--no-predict", "--record", table)
     assert quiet.code == 2 and "leave out --no-predict" in quiet.err
+    assert outcome.err.splitlines()[-1] == f"note: {table}: {len(rows)} rows added"
+    once = table.read_text()
+    again = cptquant("quantize", run, "--record", table)
+    assert again.code == 0 and table.read_text() == once
+    assert again.err.splitlines()[-1] == f"note: {table}: 0 rows added; this run's rows are there already"
+    told = cptquant("quantize", run, "--record", table, "--tokens-seen", "1e9")
+    assert told.code == 2 and "already, with tokens_seen empty, not 1e+09; correct that column" in told.err
+    told = cptquant("quantize", run, "--record", tmp_path / "told.csv", "--tokens-seen", "1e9")
+    assert told.code == 0, told.err
+    assert {row.features.tokens_seen for row in read_observations(tmp_path / "told.csv")} == {1e9}
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        (("--tokens-seen", "1e9"), ("--tokens-seen 1e+09 goes with --record; add --record FILE, or leave it out",)),
+        (("--record", "bad.csv"), ("bad.csv lacks the columns model, family, plan", "cptquant quantize --record FILE")),
+        (("--record", "no/such/t.csv"), ("cannot write no/such/t.csv (No such file", "choose another --record")),
+        (("--record", "."), ("cannot write . (Is a directory); choose another --record",)),
+    ],
+)
+def test_a_table_is_checked_before_the_run(
+    cptquant: Callable, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple, fragments: tuple
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.csv").write_text("N,D,loss\n1,2,3\n")
+    outcome = cptquant("quantize", folder, "--budget", "12bpw", "--output", "run", *QUICK, *flags)
+    assert outcome.code == 2 and not Path("run").exists()
+    for fragment in fragments:
+        assert fragment in outcome.err.splitlines()[-1], outcome.err
+
+
+@pytest.mark.parametrize("command", [("predict",), ("quantize", "--record", "t.csv", "--budget", "12bpw")])
+def test_tokens_no_training_had(cptquant: Callable, folder: Path, command: tuple) -> None:
+    outcome = cptquant(command[0], folder, *command[1:], "--tokens-seen", "1e40")
+    assert outcome.code == 2 and "'--tokens-seen'" in outcome.err and "less than or equal to 1" in outcome.err
+
+
+@pytest.fixture
+def one_method(tmp_path: Path) -> Path:
+    """A law that has seen rounding alone, and no training tokens."""
+    rows = [row for row in planted_table(noise=0.1) if row.features.method == "rtn"]
+    rows = [r.model_copy(update={"features": r.features.model_copy(update={"tokens_seen": None})}) for r in rows]
+    fit_observations(rows, form="full", source="planted.csv").save(tmp_path / "law.json")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        (("--form", "magic"), ("--form 'magic' is none of this law's; choose one of: error, curvature, taylor",)),
+        (("--form", "error"), ("--form error needs --tokens-seen; give the training tokens of MODEL",)),
+        (("--budget", "lots"), ("--budget 'lots' is not readable",)),
+        (("--target", "tpu"), ("--target 'tpu' is unknown",)),
+        (("--output", "no/such/f.json"), ("cannot write no/such/f.json (No such file or directory); choose another",)),
+        (("--output", "."), ("cannot write . (Is a directory); choose another --output",)),
+        (("--law", "one", "--form", "error", "--tokens-seen", "1e9"), ("--form 'error' is none of this law's",)),
+        (("--law", "one"), ("--quantizer gptq: this law was fitted on rtn alone; choose that",)),
+    ],
+)
+def test_checked_before_the_model_is_read(
+    cptquant: Callable, folder: Path, law: Path, one_method: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple,
+    fragments: tuple,
+) -> None:  # fmt: skip
+    def never(*_arguments: object, **_flags: object) -> None:
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr(predict_stage_module, "load_model", never)
+    written = [one_method if flag == "one" else flag for flag in flags]
+    outcome = cptquant("predict", folder, *(() if "--law" in flags else ("--law", law)), *written)
+    assert outcome.code == 2, outcome.err
+    for fragment in fragments:
+        assert fragment in outcome.err.splitlines()[-1], outcome.err
+
+
+def test_a_budget_is_checked_before_measuring(
+    cptquant: Callable, folder: Path, law: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_arguments: object, **_flags: object) -> None:
+        raise AssertionError("features were measured")
+
+    monkeypatch.setattr(predict_stage_module, "measure_model_noise", never)
+    outcome = cptquant("predict", folder, "--law", law, "--budget", "0.1bpw")
+    assert outcome.code == 2 and "--budget 0.1bpw allows" in outcome.err and "raise --budget" in outcome.err

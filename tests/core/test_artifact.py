@@ -3,14 +3,15 @@ import hashlib
 import json
 import math
 import os
+from typing import ClassVar, Self
 
 import pytest
 from allocation.made_layouts import table_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
-from cptquant.core.artifact import digest_file, digest_json, write_whole
+from cptquant.core.artifact import Artifact, digest_file, digest_json, write_whole
 from cptquant.core.errors import ArtifactError, OutputError
 from cptquant.core.provenance import Provenance, Stopwatch
 from cptquant.core.sensitivity import Damage, SensitivityTable
@@ -189,3 +190,28 @@ def test_a_stopwatch_fills_in_the_provenance():
     assert (provenance.seed, provenance.threads, provenance.device) == (7, 2, "cpu")
     assert 0 <= provenance.wall_seconds < 60 and provenance.peak_memory_bytes > 10**6
     assert {"python", "numpy", "scipy"} <= set(provenance.versions)
+
+
+class _Pair(Artifact):
+    SCHEMA: ClassVar[str] = "test.pair"
+    MADE_BY: ClassVar[str] = "cptquant pair"
+
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low:g}, above high {self.high:g}")
+        return self
+
+
+def test_a_sentence_of_ones_own_stands_alone(tmp_path):
+    """A validator's message names what it received; the whole content is not repeated after it."""
+    path = tmp_path / "pair.json"
+    path.write_text('{"schema": "test.pair", "schema_version": 1, "low": 2.0, "high": 1.0}')
+    with pytest.raises(ArtifactError) as caught:
+        _Pair.load(path)
+    assert str(caught.value) == (
+        f"{path}: low is 2, above high 1; mend the field or make the file anew with: cptquant pair"
+    )

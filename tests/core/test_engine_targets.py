@@ -85,3 +85,10 @@ def test_vllm_wants_one_scheme_where_it_fuses():
     lines = list_refusals(named("llama"), VLLM, formats)
     assert len(lines) == 1 and "block.0.0, block.1.0 have int4-g64, int8-g64, but must share one format" in lines[0]
     assert "is not supported; supported are text models" in list_refusals(named("gpt2"), VLLM, formats)[0]
+
+
+def test_encoders_are_offered_what_onnx_runtime_runs_fast():
+    assert ONNX.formats_for(named("bert", "encoder")) == ("int2-g64", "int4-g64", "int8-channel")
+    assert ONNX.formats_for(named("bert", "sequence_classification")) == ("int2-g64", "int4-g64", "int8-channel")
+    assert ONNX.formats_for(named("opt")) == ONNX.default_formats
+    assert VLLM.formats_for(named("bert", "encoder")) == VLLM.default_formats

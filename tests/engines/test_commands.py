@@ -9,6 +9,7 @@ from engines_models.tiny_models import save_model
 from cptquant.cli.main import main
 from cptquant.core.bench import BenchRecord
 from cptquant.core.engine_export import ExportRecord
+from cptquant.core.errors import EngineError
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -53,13 +54,28 @@ def test_quantize_checks_the_file_in_the_engine(run_folder):
 
 
 def test_export_prints_what_was_found(cptquant, run_folder):
+    (run_folder / "report.html").unlink()
     outcome = cptquant("export", run_folder)
     assert outcome.code == 0
     assert "float activations: KL(ours ‖ engine)" in outcome.out and "allowed 0.001" in outcome.out
     assert "quantized matrices exact" in outcome.out and "measured" in outcome.out
+    page = (run_folder / "report.html").read_text()
+    assert "In the engine" in page and "float activations</td>" in page and "onnxruntime " in page
 
 
-def test_a_changed_tensor_is_named(cptquant, copied):
+def test_a_truncated_data_file_is_written_again(cptquant, copied):
+    data = copied / "checkpoint/model.onnx.data"
+    before = data.read_bytes()
+    data.write_bytes(before[:-4000])
+    outcome = cptquant("generate", copied, "--prompt", "The cat", "--engine", "onnx")
+    assert outcome.code == 2 and f"write it again with: cptquant export {copied} --target onnx" in outcome.err
+    outcome = cptquant("export", copied)
+    assert outcome.code == 0 and f"made anew: {data} has" in outcome.err
+    assert data.read_bytes() == before
+
+
+def test_a_changed_tensor_is_named(cptquant, copied, monkeypatch):
+    monkeypatch.setattr("cptquant.stages.quantize.list_damage", lambda *_: [])  # as if the record knew the change
     (copied / "export/onnx/export.json").unlink()
     data = copied / "checkpoint/model.onnx.data"
     content = bytearray(data.read_bytes())
@@ -89,7 +105,7 @@ def test_generate_continues_and_refuses(cptquant, run_folder):
     long = cptquant("generate", run_folder, "--prompt", "The cat", "--engine", "onnx", "--tokens", 100)
     assert long.code == 2 and "do not fit the context of 64; lower --tokens" in long.err
     other = cptquant("generate", run_folder, "--prompt", "The cat", "--engine", "llamacpp", "--tokens", 5)
-    assert other.code == 2 and "holds no files for llamacpp; write them with: cptquant export" in other.err
+    assert other.code == 2 and "holds no files for llamacpp; its plan was made for --target onnx" in other.err
 
 
 def test_bench_compares_engines(cptquant, copied):
@@ -114,10 +130,60 @@ def test_bench_refuses_nonsense(cptquant, copied):
     )
     missing = cptquant("bench", copied, "--engines", "llamacpp")
     assert missing.code == 2 and "--target gguf" in missing.err
+    none = cptquant("bench", copied, "--engines", "")
+    assert none.code == 2 and "--engines names no engine; choose of: transformers, onnx, llamacpp" in none.err
+    assert not (copied / "bench.json").exists()
     shape = cptquant("bench", "--synthetic", "gpt-9", "--output", copied / "x")
     assert (
         shape.code == 2
         and "--synthetic 'gpt-9' is unknown; choose one of: llama-0.3b, opt-125m, bert-base" in shape.err
+    )
+
+
+def test_a_bench_without_a_figure_keeps_the_old_one(cptquant, copied, monkeypatch):
+    (copied / "bench.json").write_text("earlier figures")
+    monkeypatch.setattr("cptquant.stages.bench._measure", refuse_to_run)
+    outcome = cptquant("bench", copied, "--engines", "onnx", "--rounds", 1, "--seconds", 0.02)
+    assert outcome.code == 2
+    assert "no engine could be measured, and no bench.json was written; onnx: the engine is broken" in outcome.err
+    assert (copied / "bench.json").read_text() == "earlier figures"
+
+
+def refuse_to_run(*_):
+    raise EngineError("the engine is broken")
+
+
+@pytest.mark.parametrize("command", [("export",), ("bench",), ("generate", "--prompt", "x", "--engine", "onnx")])
+def test_a_run_that_does_not_exist(cptquant, tmp_path, command):
+    name, *flags = command
+    missing = cptquant(name, tmp_path / "nowhere", *flags)
+    assert missing.code == 2
+    assert f"{tmp_path}/nowhere does not exist; make a run with: cptquant quantize MODEL --budget" in missing.err
+    assert not (tmp_path / "nowhere").exists()
+    empty = cptquant(name, tmp_path, *flags)
+    assert empty.code == 2 and f"{tmp_path} holds no cptquant run; make one with: cptquant quantize" in empty.err
+    model = save_model("opt", tmp_path / "model")
+    assert cptquant("inspect", model, "--output", tmp_path / "run").code == 0
+    early = cptquant(name, tmp_path / "run", *flags)
+    assert early.code == 2 and "nothing was quantized in it yet; finish it with: cptquant quantize" in early.err
+
+
+def test_export_refuses_a_context_and_keeps_nothing(cptquant, copied):
+    settings = (copied / "settings.json").read_bytes()
+    for context, message in (
+        (99999, "--context 99999 is outside the model's range of 1 to 64"),
+        (0, "Input should be greater than or equal to 1"),
+    ):
+        outcome = cptquant("export", copied, "--context", context)
+        assert outcome.code == 2 and message in outcome.err
+        assert (copied / "settings.json").read_bytes() == settings
+    assert cptquant("export", copied).code == 0
+    assert cptquant("export", copied, "--target", "vllm").code == 2
+    assert (copied / "settings.json").read_bytes() == settings
+    unknown = cptquant("export", copied, "--target", "tpu")
+    assert unknown.code == 2 and "--target 'tpu' is unknown" in unknown.err
+    assert "--engine 'tpu' is unknown; choose one of: transformers" in (
+        cptquant("generate", copied, "--prompt", "x", "--engine", "tpu").err
     )
 
 

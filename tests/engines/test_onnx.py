@@ -7,7 +7,7 @@ import pytest
 import torch
 from engines_models.tiny_models import MODELS, quantize, save_model
 
-from cptquant.core.errors import EngineError, ModelError
+from cptquant.core.errors import BudgetError, EngineError, ModelError
 from cptquant.models.load import load_model
 from cptquant.models.stream import ModelStream
 from cptquant.models.text import TokenSet
@@ -196,7 +196,7 @@ def test_what_the_graph_does_not_know_is_refused(tmp_path):
 
     model = load_model(save_model("opt", tmp_path / "model"))
     formats, weights = quantize(model, ["int8-g32"])
-    with pytest.raises(ModelError, match=r"^--context 65 is longer than the 64 positions of "):
+    with pytest.raises(BudgetError, match=r"^--context 65 is outside the model's range of 1 to 64 tokens"):
         export_onnx(model, formats, weights, tmp_path / "files", context=65)
     model.module.config.activation_function = "mish"
     with pytest.raises(ModelError, match=r"does not know the activation 'mish' of OPTForCausalLM; it knows relu, silu"):

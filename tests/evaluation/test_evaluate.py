@@ -11,10 +11,10 @@ from oracles import plain_evaluation as oracle
 from small_models import block_formats, quantized_sites, random_tokens
 
 from cptquant.core.errors import DataError, ModelError
-from cptquant.core.evaluation import Measurement
+from cptquant.core.evaluation import DAMAGE_NAMES, Measurement
 from cptquant.core.formats import QuantFormat
 from cptquant.evaluation import lockstep
-from cptquant.evaluation.evaluate import DAMAGE_NAMES, evaluate
+from cptquant.evaluation.evaluate import evaluate
 from cptquant.evaluation.perplexity import token_bytes
 from cptquant.evaluation.scored_text import evaluation_settings
 from cptquant.models.checkpoint_weights import MemoryWeights

@@ -24,6 +24,12 @@ def law(grid: Observations) -> LawFit:
     return fit_law(grid, FORMS["dcpt"], QUICK)
 
 
+@pytest.fixture(scope="session")
+def chinchilla(grid: Observations) -> LawFit:
+    """A law without a mixture ratio."""
+    return fit_law(grid, FORMS["chinchilla"], QUICK)
+
+
 @pytest.fixture
 def published() -> Path:
     if not SHARED.is_dir():

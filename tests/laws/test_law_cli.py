@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from laws.outcomes import refused
 
 from cptquant.core.laws import LawFit
 from cptquant.laws.cross_domain import VARIANTS
@@ -30,14 +31,6 @@ def folder(law: LawFit, tmp_path: Path) -> Path:
     (tmp_path / "law").mkdir()
     law.save(tmp_path / "law/law.json")
     return tmp_path / "law"
-
-
-def refused(outcome, *fragments: str) -> None:
-    assert outcome.code == 2, (outcome.out, outcome.err)
-    last = outcome.err.splitlines()[-1]
-    assert last.startswith("error: ") and outcome.err.count("error: ") == 1
-    for fragment in fragments:
-        assert fragment in last, last
 
 
 def test_fit_writes_a_law_and_a_page(cptquant: Callable, runs: Path, tmp_path: Path) -> None:
@@ -196,6 +189,20 @@ def rows_with(row: str, header: str = HEADER) -> str:
         (rows_with("1e9,0,0.5,2,2"), ("--fix", "alpha"), ("--fix 'alpha' is not readable; write NAME=VALUE",)),
         (rows_with("1e9,0,0.5,2,2"), ("--fix", "alpha=x"), ("--fix alpha=x: 'x' is not a number",)),
         (HEADER + "\n1e9,0,.5,2,2\n", (), ("every row has D = 0 (before training)",)),
+        (rows_with("1e9,10e9,0.5,2,250"), (), ("domain_nll = 250 is too large", "at most 14", "is it a perplexity?")),
+        ("N,N_billions,D,r,domain_nll\n1e9,1,1e9,.5,2\n", (), ("has both N and N_billions; keep one",)),
+        ("N_millions,N_billions,D,r,domain_nll\n1e3,1,1e9,.5,2\n", (), ("both N_millions and N_billions; keep one",)),
+        ("domain,N,D,r,domain_nll\na,1e9,1e9,.5,2\n,1e9,2e9,.5,2\n", (), ("line 3: domain is empty; name the domain",)),
+        (rows_with("1e9,10e9,0.5,2,2"), ("--column", "domain_nll=TYPO"),
+         ("--column domain_nll=TYPO", "has no column 'TYPO'; it has N, D, r, general_nll, domain_nll")),
+        (rows_with("1e9,10e9,0.5,2,2"), ("--column", "foo=r"),
+         ("--column foo=r: 'foo' is unknown; choose one of: N, D, r, U, general_nll",)),
+        (rows_with("1e9,10e9,0.5,2,2"), ("--column", "domain_nll=general_nll"),
+         ("general_nll of", "cannot be both general_nll and domain_nll; tell each its own column")),
+        (rows_with("1e9,10e9,0.5,2,2"), ("--column", "N=D"), ("cannot be both N and D",)),
+        (rows_with("1e9,10e9,0.5,2,2"), ("--U-unit", "billions"), ("--U-unit billions", "has no column U; leave")),
+        (rows_with("1e9,10e9,0.5,2.5,1.8"), (), ("column general_nll is 2.5 in all 19 rows", "leave the column out")),
+        (rows_with("1e9,10e9,0.5,2,2"), ("--drop-highest", "19"), ("--drop-highest 19 leaves no rows", "has 19 with")),
     ],
 )  # fmt: skip
 def test_bad_tables(cptquant: Callable, tmp_path: Path, text: str, flags: tuple, fragments: tuple) -> None:

@@ -1,5 +1,6 @@
 """The table of observations: exact round trips, and one clear message for each way it can be wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,80 @@ def test_the_shipped_table_says_where_it_comes_from():
     comments = [line for line in lines if line.startswith("#")]
     assert "runs/ptq_grid.sh" in comments[0] and "torch" in comments[1]
     assert format_rows(read_observations(SHIPPED)) == "\n".join(lines[len(comments) + 1 :]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("tokens_seen", "0", "tokens_seen is 0, expected 1 to 1e+17; remove or correct the row"),
+        ("tokens_seen", "-3", "tokens_seen is -3, expected 1 to 1e+17"),
+        ("method_ratio", "-1", "method_ratio is -1, expected 1e-09 to 1000"),
+        ("method_ratio", "0", "method_ratio is 0, expected 1e-09 to 1000"),
+        ("kl_nats", "1e300", "kl_nats is 1e+300, expected 0 to 1000"),
+        ("kl_stderr_nats", "-1", "kl_stderr_nats is -1, expected 0 to 1000"),
+        ("rise_stderr_nats", "-1", "rise_stderr_nats is -1, expected 0 to 1000"),
+        ("output_error", "-5", "output_error is -5, expected 0 to 1e+06"),
+        ("code_bits", "-3", "code_bits is -3, expected 1 to 32"),
+        ("tokens", "-3", "tokens is -3, expected 1 to 1e+15"),
+        ("tokens", "8.5", "tokens is 8.5, expected a whole number; correct the row"),
+        ("taylor_kl_nats", "1e300", "taylor_kl_nats is 1e+300, expected 0 to 1e+06"),
+        ("random_curvature", "1e300", "random_curvature is 1e+300, expected 1e-09 to 1e+09"),
+        ("random_growth", "1e300", "random_growth is 1e+300, expected -100 to 100"),
+        ("slope", "1e300", "slope is 1e+300, expected -1000 to 1000"),
+        ("curvature", "-1e300", "curvature is -1e+300, expected -1e+06 to 1e+06"),
+        ("sqnr_db", "1e300", "sqnr_db is 1e+300, expected -300 to 300"),
+        ("parameters", "0.1", "parameters is 0.1, expected 1 to 1e+14"),
+        ("rtn_kl_nats", "-1", "rtn_kl_nats is -1, expected -0.001 to 1000"),
+        ("rtn_rise_nats", "1e300", "rtn_rise_nats is 1e+300, expected -1000 to 1000"),
+        ("family", " ", "family is empty; name the family"),
+        ("model", "", "model is empty; name the model"),
+        ("method", "", "method is ''; choose one of: rtn, gptq"),
+        ("method", "awq", "method is 'awq'; choose one of: rtn, gptq"),
+        ("plan", "p0,extra", "has 28 cells, the header has 27; one row a line"),
+        ("plan", '"a\nb"', "has 3 cells, the header has 27; one row a line"),
+    ],
+)
+def test_values_no_measurement_has(tmp_path: Path, column: str, value: str, message: str):
+    with pytest.raises(DataError, match=rf"t\.csv, line 2:? {re.escape(message)}"):
+        read_observations(changed(tmp_path / "t.csv", column, value))
+
+
+def test_a_column_told_twice(tmp_path: Path):
+    (tmp_path / "t.csv").write_text(",".join([*COLUMNS, "kl_nats"]) + "\n")
+    with pytest.raises(DataError, match=r"t\.csv has two columns called 'kl_nats'; rename one"):
+        read_observations(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("comments", [(), ("made up",)])
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path, comments: tuple):
+    rows, path = planted_table(families=1, plans=2), tmp_path / "t.csv"
+    write_observations(path, rows, comments)
+    plain = read_observations(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_observations(path) == plain
+
+
+def test_a_measurement_is_held_once(tmp_path: Path):
+    rows, path = planted_table(families=2, plans=2, noise=0.1), tmp_path / "t.csv"
+    assert append_observations(path, rows[:5]) == 5
+    once = path.read_text()
+    assert append_observations(path, rows[:5]) == 0
+    assert path.read_text() == once
+    assert append_observations(path, rows) == len(rows) - 5
+    again = [rows[0].model_copy(update={"kl_nats": 2 * rows[0].kl_nats})]
+    assert append_observations(path, again) == 1  # measured anew with another result: another row
+
+
+def test_tokens_seen_that_contradict_the_table(tmp_path: Path):
+    def seen(tokens: float | None):
+        row = planted_table(families=1, plans=1)[0]
+        return [row.model_copy(update={"features": row.features.model_copy(update={"tokens_seen": tokens})})]
+
+    path = tmp_path / "t.csv"
+    append_observations(path, seen(None))
+    with pytest.raises(DataError, match=r"holds m0, p0, rtn already, with tokens_seen empty, not 1e\+09; correct that"):
+        append_observations(path, seen(1e9))
+    write_observations(path, seen(1e9))
+    with pytest.raises(DataError, match=r"already, with tokens_seen 1e\+09, not 2e\+09; correct that column"):
+        append_observations(path, seen(2e9))
+    assert append_observations(path, seen(1e9)) == append_observations(path, seen(None)) == 0

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from cptquant.core.artifact import digest_json
 from cptquant.core.evaluation import EvaluationReport, Measurement
+from cptquant.core.forecast import Interval
 from cptquant.core.formats import QuantFormat
+from cptquant.core.frontier import BudgetPoint, DamageCalibration, Frontier, FrontierVertex, MeasuredLoss
 from cptquant.core.layout import KeptTensor, ModelLayout, Role, Site, Task
 from cptquant.core.manifest import CheckpointRecord, Manifest, SiteOutcome, SiteRecord
 from cptquant.core.plan import Plan, SolverStatus
@@ -257,6 +259,47 @@ class FakeRun:
     def _depth(self, block: int) -> float:
         """High at both ends, as the paper claims."""
         return 0.35 + 1.3 * abs(math.cos(math.pi * (block + 0.5) / self.block_count)) ** 2
+
+
+def frontier(*, calibrated: bool = True, inside: bool = True) -> Frontier:
+    """Five vertices of 1 to 5 MB, the last without damage, and two measured points of three."""
+    calibration = DamageCalibration(
+        center=0.0, mean=(-0.7, 1.0), covariance=(0.1, 0.0, 0.1), scatter=0.1, degrees=4.0, quantile=2.13,
+        damages=(0.03, 0.5), points=2, prior="made",
+    )  # fmt: skip
+
+    def predict(damage: float) -> Interval | None:
+        return calibration.predict(damage) if calibrated else None
+
+    damages = (1.0, 1 / 8, 1 / 27, 1 / 64, 0.0)
+    vertices = tuple(
+        FrontierVertex(
+            size_bytes=1_000_000 * i, site_bytes=800_000 * i, bits_per_weight=2.0 * i, bits_per_weight_sites=1.9 * i,
+            damage=damage, gain_per_byte=damage / 1e6, predicted=predict(damage),
+            extrapolated=not calibrated or calibration.extrapolates(damage), changes={f"block.{i}": "int4-g64"},
+            plan_digest=str(i),
+        )
+        for i, damage in enumerate(damages, start=1)
+    )  # fmt: skip
+    points = tuple(
+        BudgetPoint(
+            budget=f"{2 * i + 1}bpw", plan_file=f"frontier/plan-{2 * i + 1}bpw.json", plan_digest=str(i),
+            size_bytes=1_500_000 * i, site_bytes=1_200_000 * i, bits_per_weight=2.0 * i + 1,
+            bits_per_weight_sites=1.9 * i + 1, damage=damage, predicted=predict(damage),
+            measured=None if i == 2 else MeasuredLoss(value=damage / 2, stderr=damage / 50, n=16320),
+            check=None if i == 2 or not calibrated else Interval(
+                value=damage / 2, low=damage / 3, high=damage if inside else damage / 2.5
+            ),
+        )
+        for i, damage in enumerate((0.5, 0.1, 0.03), start=1)
+    )  # fmt: skip
+    return Frontier(
+        model="made<b>", target="transformers", scope="file", sensitivity_method="tdmpq",
+        damage_unit="loss_nats_per_token", measure="kl_nats_per_token", quantizer="gptq", text="made text",
+        formats=("int2-g64", "int4-g64", "float16"), parameters=4_000_000, block_weights=3_000_000, vertices=vertices,
+        points=points, calibration=calibration if calibrated else None,
+        provenance=_provenance(1.0, "cptquant frontier made"),
+    )  # fmt: skip
 
 
 def _provenance(seconds: float, command: str) -> Provenance:

@@ -6,8 +6,12 @@ from typing import Literal
 
 from cptquant.allocation.allocate import solve_problem, source_digests
 from cptquant.allocation.choices import build_problem
+from cptquant.allocation.hull import trace_hull
 from cptquant.allocation.knapsack import Knapsack
+from cptquant.allocation.problem import Problem
+from cptquant.core.artifact import digest_json
 from cptquant.core.formats import QuantFormat
+from cptquant.core.frontier import DamageCalibration, FrontierVertex
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
@@ -62,3 +66,47 @@ def trace_frontier(
         if not traced or point.predicted_damage < traced[-1].predicted_damage:
             traced.append(point)
     return tuple(traced)
+
+
+def trace_vertices(
+    problem: Problem, target: Target, calibration: DamageCalibration | None = None
+) -> tuple[FrontierVertex, ...]:
+    """Every vertex of the frontier with exact bytes; between two of them, `allocate` finds the plan of a budget.
+
+    Args:
+        problem: from `build_problem`, with a table. calibration: turns damage into a predicted loss.
+
+    Raises:
+        ValueError: the problem has no table.
+    """
+    layout = problem.layout
+    weights = sum(site.weight_count for site in layout.block_sites)
+    hull = trace_hull(problem)
+    chosen = {name: fmt.name for name, fmt in problem.formats(hull[0].choice).items()}
+    # what a choice does not change: sites outside the scope, and all that is no site
+    outside_bytes = target.plan_bytes(layout, problem.formats(hull[0].choice)) - hull[0].counted_bytes
+    vertices: list[FrontierVertex] = []
+    for vertex in hull:
+        changes = dict(chosen) if not vertices else {}
+        for index in vertex.changed if vertices else ():
+            group = problem.groups[index]
+            formats = group.options[vertex.choice[index]].formats
+            changes |= {site.name: fmt.name for site, fmt in zip(group.sites, formats, strict=True)}
+        chosen |= changes
+        size_bytes = vertex.counted_bytes + outside_bytes
+        site_bytes = sum(problem.groups[i].options[vertex.choice[i]].size_bytes for i in problem.block_groups)
+        vertices.append(
+            FrontierVertex(
+                size_bytes=size_bytes,
+                site_bytes=site_bytes,
+                bits_per_weight=8 * size_bytes / layout.parameters,
+                bits_per_weight_sites=8 * site_bytes / weights,
+                damage=vertex.damage,
+                gain_per_byte=vertex.gain_per_byte,
+                predicted=None if calibration is None else calibration.predict(vertex.damage),
+                extrapolated=calibration is None or calibration.extrapolates(vertex.damage),
+                changes=changes,
+                plan_digest=digest_json(chosen),
+            )
+        )
+    return tuple(vertices)

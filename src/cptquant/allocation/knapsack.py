@@ -41,7 +41,7 @@ class Knapsack:
                 "--allocator knapsack minimises the damages of a sensitivity table and none was given; "
                 "make one with: cptquant measure RUN --sensitivity METHOD, or choose --allocator uniform"
             )
-        sizes, damages = _arrays(problem)
+        sizes, damages = option_arrays(problem)
         chosen, excess, candidates = solve_knapsack(
             sizes, damages, problem.limit_bytes - problem.fixed_bytes, self.limits
         )
@@ -87,7 +87,8 @@ def _scaled(damage: FloatArray) -> FloatArray:
     return damage / _unit(damage)
 
 
-def _arrays(problem: Problem) -> tuple[IntArray, FloatArray]:
+def option_arrays(problem: Problem) -> tuple[IntArray, FloatArray]:
+    """Bytes and damage of every option, (groups, width); +inf damage where a group has fewer options."""
     width = max(len(group.options) for group in problem.groups)
     sizes = np.zeros((len(problem.groups), width), dtype=np.int64)
     damages = np.full((len(problem.groups), width), np.inf)

@@ -49,7 +49,9 @@ def check_reach(problem: Problem, budget: Budget, target: Target) -> None:
     layout, limit = problem.layout, budget.limit_bytes(problem.layout)
     low, high = problem.smallest_bytes, problem.bytes_at_16_bit
     if not problem.groups:
-        raise BudgetError(f"--budget {spell_budget(budget)}: {layout.source} has no site in the scope of this budget")
+        raise BudgetError(
+            f"{budget.flag} {spell_budget(budget)}: {layout.source} has no site in the scope of this budget"
+        )
     if low <= limit <= high:
         return
     counted = "the whole file" if budget.scope == "file" else "the blocks' linear sites"
@@ -58,16 +60,16 @@ def check_reach(problem: Problem, budget: Budget, target: Target) -> None:
         f"({low:,} bytes) to {_spell(layout, budget, high, math.floor)} ({high:,} bytes)"
     )
     if limit < low:
-        advice = "raise --budget, or offer narrower --formats"
+        advice = f"raise {budget.flag}, or offer narrower --formats"
         if budget.scope == "file":
             fixed = problem.fixed_bytes + sum(
                 group.options[0].size_bytes for group in problem.groups if len(group.options) == 1
             )
             advice += f"; {fixed:,} bytes are tensors that stay in 16 bits whatever the plan"
-        raise BudgetError(f"--budget {spell_budget(budget)} allows {limit:,} bytes, too few; {span}; {advice}")
+        raise BudgetError(f"{budget.flag} {spell_budget(budget)} allows {limit:,} bytes, too few; {span}; {advice}")
     raise BudgetError(
-        f"--budget {spell_budget(budget)} allows {limit:,} bytes, more than every weight in 16 bits takes, "
-        f"so nothing would be quantized; {span}; lower --budget"
+        f"{budget.flag} {spell_budget(budget)} allows {limit:,} bytes, more than every weight in 16 bits takes, "
+        f"so nothing would be quantized; {span}; lower {budget.flag}"
     )
 
 

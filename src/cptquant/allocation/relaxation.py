@@ -71,7 +71,7 @@ def undominated_options(
 
 def solve_relaxation(options: Options, limit_bytes: int) -> Relaxation:
     """Take hull steps, steepest first, while they fit. The limit must allow every group its smallest option."""
-    group, target, step_bytes, slope = _hull_steps(options)
+    group, target, step_bytes, slope = hull_steps(options)
     order = np.argsort(-slope, kind="stable")
     room = limit_bytes - int(options.size_bytes[:, 0].sum())
     used = np.cumsum(step_bytes[order])
@@ -83,7 +83,7 @@ def solve_relaxation(options: Options, limit_bytes: int) -> Relaxation:
     return Relaxation(base, slack, multiplier)
 
 
-def _hull_steps(options: Options) -> tuple[IntArray, IntArray, IntArray, FloatArray]:
+def hull_steps(options: Options) -> tuple[IntArray, IntArray, IntArray, FloatArray]:
     """All steps along the lower hulls: group, column reached, bytes, damage avoided per byte."""
     sizes, damages = options.size_bytes, options.damage
     groups, width = sizes.shape

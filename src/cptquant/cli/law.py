@@ -40,7 +40,7 @@ Draws = Annotated[int, typer.Option("--draws", min=20, help="Bootstrap refits ov
 Penalty = Annotated[
     float,
     typer.Option(
-        "--penalty", min=0.0, help="Strength of the penalty on losses that rise with N, D or share; e.g. 1000."
+        "--penalty", min=0.0, max=1e9, help="Strength of the penalty on losses that rise with N, D or share; e.g. 1000."
     ),
 ]
 Fixed = Annotated[
@@ -99,15 +99,20 @@ def fit(
 ) -> None:  # fmt: skip
     """Fit a law to runs; writes law.json and report.html."""
     from cptquant.cli.law_flags import given_flags, parse_fixed, parse_reading, refuse_unused
-    from cptquant.cli.terminal import print_json, print_text
+    from cptquant.cli.terminal import print_json, print_text, warn
     from cptquant.laws.fit_law import FitOptions
+    from cptquant.laws.ptq_forms import absent_forms
     from cptquant.reports.law_tables import law_table, ptq_law_table
-    from cptquant.stages.law import LAW_FILE, REPORT_FILE, FitRequest, fit_ptq_stage, fit_stage
+    from cptquant.stages.law import LAW_FILE, REPORT_FILE, FitRequest, check_kind, fit_ptq_stage, fit_stage
 
+    if kind != "ptq":
+        check_kind(kind)
     refuse_unused(kind, given_flags(ctx))
     output = Path("laws") / kind if output is None else output
     if kind == "ptq":
         ptq = fit_ptq_stage(runs, output)
+        for sentence in absent_forms(ptq.laws):
+            warn(sentence)
         if as_json:
             print_json(ptq)
         else:
@@ -221,7 +226,7 @@ def optimum(
         domain_tokens=domain_tokens,
         flops=flops,
     )
-    page = plot or (law.parent if law.suffix == ".json" else law) / "optimum.html"
+    page = plot or (law.parent if law.is_file() else law) / "optimum.html"
     answer, sentences = optimum_stage(fitted, request, page)
     for sentence in [*sentences, *doubts(fitted)]:
         warn(sentence)
@@ -299,7 +304,7 @@ def compare(
     from dataclasses import asdict
 
     from cptquant.cli.law_flags import parse_fixed, parse_forms, parse_holdout, parse_reading
-    from cptquant.cli.terminal import print_text, print_values
+    from cptquant.cli.terminal import null_if_undefined, print_text, print_values
     from cptquant.laws.compare import compare_forms
     from cptquant.laws.fit_law import FitOptions
     from cptquant.laws.observations import read_observations
@@ -310,7 +315,7 @@ def compare(
     errors = compare_forms(data, parse_forms(forms), parse_holdout(holdout), chosen)
     rows = [asdict(error) for error in errors]
     if as_json:
-        print_values(rows)
+        print_values([{name: null_if_undefined(value) for name, value in row.items()} for row in rows])
     else:
         print_text(comparison_table(rows))
 
@@ -344,22 +349,25 @@ def simulate(
     from cptquant.cli.terminal import print_text, print_values
     from cptquant.core.artifact import write_whole
     from cptquant.core.errors import UserError
-    from cptquant.laws.simulate import Simulation, to_csv
+    from cptquant.laws.simulate import Simulation, check_losses, to_csv
     from cptquant.laws.simulate import simulate as make_runs
+    from cptquant.laws.simulate_domains import features_csv, simulate_domains
 
     if domains is None:
         if features_output is not None:
             raise UserError(
                 f"--features-output {features_output} goes with --domains; add --domains 6, or leave it out"
             )
-        runs, features_path = make_runs(Simulation(noise, run_noise, forgetting, seed)), None
+        runs, features, features_path = make_runs(Simulation(noise, run_noise, forgetting, seed)), {}, None
     else:
-        from cptquant.laws.simulate_domains import features_csv, simulate_domains
-
         if run_noise or forgetting:
             raise UserError("--domains takes --noise and --seed, not --run-noise or --forgetting; leave them out")
         runs, features = simulate_domains(domains, noise=noise, seed=seed)
         features_path = features_output or output.with_name(f"{output.stem}-features.csv")
+        if features_path.resolve() == output.resolve():
+            raise UserError(f"--features-output {features_path} is --output too; give the features a file of their own")
+    check_losses(runs)
+    if features_path is not None:
         write_whole(features_path, features_csv(features).encode())
     write_whole(output, to_csv(runs).encode())
     count = len(set(runs.run.tolist()))

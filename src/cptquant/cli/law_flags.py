@@ -69,6 +69,8 @@ def refuse_unused(kind: str, flags: Sequence[str]) -> None:
         unused = [flag for flag in flags if flag in ("--features", "--variant")]
         if unused:
             raise UserError(f"{unused[0]} goes with law fit cross-domain, not {kind}; leave {unused[0]} out")
+    elif "--drop-highest" in flags:
+        raise UserError("law fit cross-domain leaves no rows out; leave --drop-highest out")
 
 
 def _pairs(flag: str, texts: Sequence[str] | None) -> dict[str, str]:

@@ -14,8 +14,11 @@ import typer
 from cptquant.cli import (
     allocate,
     bench,
+    diff,
     evaluate,
+    explain,
     export,
+    frontier,
     generate,
     inspect,
     law,
@@ -24,6 +27,7 @@ from cptquant.cli import (
     quantize,
     report,
     targets,
+    what_if,
 )
 from cptquant.core.errors import CptquantError
 
@@ -55,6 +59,7 @@ def _root(
 
 
 for command in (quantize.quantize, inspect.inspect, measure.measure, allocate.allocate, predict.predict,
+                frontier.frontier, explain.explain, what_if.what_if, diff.diff,
                 evaluate.evaluate, report.report, targets.targets, export.export, bench.bench,
                 generate.generate):  # fmt: skip
     app.command()(command)

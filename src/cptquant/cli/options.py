@@ -12,6 +12,11 @@ Model = Annotated[
     ),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of an earlier stage.", show_default=False)]
+PlanPath = Annotated[
+    Path,
+    typer.Argument(metavar="PLAN", help="Run folder, or a plan file in one (plan.json, frontier/plan-*.json).",
+                   show_default=False),
+]  # fmt: skip
 ModelOrRun = Annotated[
     str,
     typer.Argument(
@@ -35,15 +40,19 @@ Memory = Annotated[
     str | None,
     typer.Option(
         "--memory",
-        help="Limit on run-time memory instead of --budget: weights, keys and values of --context tokens, and the "
-        "engine must fit, e.g. 2GB.",
+        help="Limit on the engine's peak memory instead of --budget, for --target gguf and onnx: weights, keys and "
+        "values of --context tokens, and the engine must fit, e.g. 2GB.",
         show_default=False,
     ),
 ]
 Context = Annotated[
     int | None,
     typer.Option(
-        "--context", help="Tokens that must fit with --memory.  [default: all the model has]", show_default=False
+        "--context",
+        min=1,
+        help="Tokens the engine's cache must hold: counted by --memory, written into the files of --target onnx.  "
+        "[default: the model's, at most 4096]",
+        show_default=False,
     ),
 ]
 Sensitivity = Annotated[

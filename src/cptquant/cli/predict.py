@@ -28,8 +28,10 @@ _Form = Annotated[
 ]  # fmt: skip
 _TokensSeen = Annotated[
     float | None,
-    typer.Option("--tokens-seen", min=1, help="Training tokens of MODEL; the form error needs them.",
-                 show_default=False),
+    typer.Option(
+        "--tokens-seen", min=1, max=1e17, help="Training tokens of MODEL; the form error needs them.",
+        show_default=False,
+    ),
 ]  # fmt: skip
 
 

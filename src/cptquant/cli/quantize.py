@@ -33,8 +33,10 @@ _Record = Annotated[
 ]  # fmt: skip
 _TokensSeen = Annotated[
     float | None,
-    typer.Option("--tokens-seen", min=1, help="Training tokens of MODEL, for --record; the form error needs them.",
-                 show_default=False),
+    typer.Option(
+        "--tokens-seen", min=1, max=1e17, help="Training tokens of MODEL, for --record; the form error needs them.",
+        show_default=False,
+    ),
 ]  # fmt: skip
 
 
@@ -89,12 +91,14 @@ def quantize(
     if dry_run:
         _print_estimate(model, changes, as_json)
         return
-    from cptquant.cli.terminal import print_json, print_text, warn, watch
+    from cptquant.cli.terminal import print_json, print_text, warn, warn_of_memory, watch
     from cptquant.pipeline import quantize_model, quantize_run
     from cptquant.reports.forecast_tables import beside_rows
     from cptquant.reports.tables import render_text, result_table
-    from cptquant.stages.predict import record_run
+    from cptquant.stages.predict import check_record, record_run
 
+    if record is not None:
+        check_record(record, output)
     with watch(quiet=as_json) as progress:
         if _is_run(model):
             result = quantize_run(Path(model), progress, **changes)
@@ -103,6 +107,7 @@ def quantize(
     if record is not None:
         added = record_run(result.folder, record, tokens_seen=tokens_seen)
         warn(f"{record}: {added} rows added" + ("" if added else "; this run's rows are there already"))
+    warn_of_memory(result.exported)
     if as_json:
         print_json(result.evaluation)
     else:

@@ -1,6 +1,7 @@
 """What a person sees: a progress bar with remaining time on standard error, tables and JSON on standard output."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pydantic import BaseModel
 
 from cptquant.core.artifact import Artifact
+from cptquant.core.engine_export import ExportRecord
 from cptquant.core.progress import Progress, ignore_progress
 
 
@@ -27,9 +29,27 @@ def _dump(record: object) -> object:
     raise TypeError(f"{type(record).__name__} is not JSON")
 
 
+def null_if_undefined(value: object) -> object:
+    """None in place of a float that JSON cannot hold, e.g. the standard error of one value."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def warn(sentence: str) -> None:
     """A sentence a person should read, on standard error."""
     print(f"note: {sentence}", file=sys.stderr)
+
+
+def warn_of_memory(record: ExportRecord | None) -> None:
+    """Say on standard error where the engine's measured peak is above `--memory`."""
+    memory = None if record is None else record.memory
+    if memory is None or not memory.excess_bytes or memory.measured_bytes is None or memory.limit_bytes is None:
+        return
+    print(
+        f"warning: the engine's peak memory, {memory.measured_bytes:,} bytes at {memory.context:,} tokens, is "
+        f"{memory.excess_bytes:,} above --memory ({memory.limit_bytes:,}); lower --memory by as much "
+        "and quantize again",
+        file=sys.stderr,
+    )
 
 
 def print_text(text: str) -> None:

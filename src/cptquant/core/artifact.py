@@ -75,9 +75,11 @@ class Artifact(Frozen):
             return cls.model_validate_json(json.dumps(raw))
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "(top level)"
+            where = f"field {'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+            ours = first["type"] == "value_error"  # a validator's own sentence, which names what it received
+            received = "" if ours else f", received {_shorten(first.get('input'))}"
             raise ArtifactError(
-                f"{path}: field {where}: {first['msg']}, received {_shorten(first.get('input'))}; "
+                f"{path}: {where}{first['msg'].removeprefix('Value error, ')}{received}; "
                 f"mend the field or make the file anew with: {cls.MADE_BY}"
             ) from None
 

@@ -23,12 +23,14 @@ class Budget:
         scope: "file" counts every tensor written (embeddings, head, norms, scales included) against all parameters;
             "sites" counts the blocks' linear sites only (scales included), the form papers use, and leaves
             embedding and head in 16 bits.
+        text: as a person wrote it. flag: where; `--memory` makes a budget too.
     """
 
     value: float
     unit: Literal["bpw", "%", "bytes"]
     scope: Literal["file", "sites"] = "file"
     text: str = ""
+    flag: str = "--budget"
 
     @classmethod
     def parse(cls, text: str) -> "Budget":

@@ -7,7 +7,8 @@
         ├── FormatError           an unreadable or illegal quantization format
         ├── BudgetError           an unreadable or unreachable budget
         ├── ArtifactError         layout.json, sensitivity.json, plan.json, ... unreadable or of another version
-        ├── EngineError           an inference engine is missing, too old, or refuses its file
+        ├── EngineError           an inference engine is too old, refuses its file, or differs from our own model
+        │   └── MissingEngineError  it is not installed: what does not need it goes on, and says so
         └── OutputError           the output folder: not empty, not writable, disk full
 
 A message says what was wrong, the value received, what is allowed and what to do, with the flag's spelling.
@@ -48,6 +49,10 @@ class ArtifactError(UserError):
 
 class EngineError(UserError):
     """An inference engine is missing, too old, refuses its file, or differs from our own model."""
+
+
+class MissingEngineError(EngineError):
+    """An inference engine is not installed, and nobody said where it is."""
 
 
 class OutputError(UserError):

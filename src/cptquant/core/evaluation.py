@@ -3,6 +3,15 @@
 from typing import ClassVar, Literal
 
 from cptquant.core.artifact import Artifact, Frozen
+from cptquant.core.layout import Task
+
+DAMAGE_NAMES: dict[Task, str] = {
+    "causal_lm": "kl_nats_per_token",
+    "masked_lm": "kl_nats_per_token",
+    "sequence_classification": "kl_nats_per_example",
+    "encoder": "embedding_cosine_distance",
+}
+"""For each task the measurement that says how far a model is from the original; 0 is equal, lower is better."""
 
 Subject = Literal["original", "quantized", "uniform", "random"]
 

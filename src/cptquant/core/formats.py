@@ -194,8 +194,15 @@ class QuantFormat(BaseModel):
         slim = _SLIM_NAME.fullmatch(name)
         match = _NAME.fullmatch(name)
         if slim is not None:
-            fields = {"code_bits": int(slim["bits"]), "granularity": int(slim["group"]), "storage": "segments"}
-            return cls._checked(name, fields | {"sorted_columns": slim["sorted"] is not None})
+            return cls._checked(
+                name,
+                {
+                    "code_bits": int(slim["bits"]),
+                    "granularity": int(slim["group"]),
+                    "storage": "segments",
+                    "sorted_columns": slim["sorted"] is not None,
+                },
+            )
         if match is None:
             raise FormatError(
                 f"format {name!r} is not readable; write int<2..8>-g<group size>, int<2..8>-channel or "

@@ -3,11 +3,18 @@
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import FiniteFloat, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from cptquant.core.artifact import Artifact, Frozen
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Scattered = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+"""A standard deviation of ln L; above, exp(ln L) has no meaning left."""
+Widening = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+"""sqrt(G/(G - p)) is at most 4 for the laws there are."""
 
 
 class FitStatus(StrEnum):
@@ -113,7 +120,7 @@ class LossFit(Frozen):
     """
 
     target: str
-    corpus: str
+    corpus: Literal["", "domain", "general"]
     form: str
     equation: str
     statuses: tuple[FitStatus, ...]
@@ -124,13 +131,13 @@ class LossFit(Frozen):
     best_objectives: tuple[float, ...]
     r2: float
     mae_nats: float
-    run_std: NonNegativeFloat
-    row_std: NonNegativeFloat
+    run_std: Scattered
+    row_std: Scattered
     draws: tuple[tuple[float, ...], ...]
-    widening: PositiveFloat
+    widening: Widening
     ranges: dict[str, ObservedRange]
     requirements: tuple[RequirementCheck, ...] = ()
-    base: tuple[tuple[PositiveFloat, PositiveFloat], ...] = ()
+    base: tuple[tuple[Positive, Positive], ...] = ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -144,9 +151,8 @@ class LossFit(Frozen):
                 f"a draw of {self.target} has {wrong[0]} numbers, the law has {len(self.parameters)} parameters"
             )
         numbers = [*self.values.values(), *(number for draw in self.draws for number in draw)]
-        numbers += [self.run_std, self.row_std, self.widening]
         if not all(math.isfinite(number) for number in numbers):
-            raise ValueError(f"a parameter, a draw or a scatter of {self.target} is not a finite number")
+            raise ValueError(f"a parameter or a draw of {self.target} is not a finite number")
         return self
 
     @property
@@ -169,13 +175,18 @@ class LawFit(Artifact):
     kind: str
     fits: dict[str, LossFit]
     settings: dict[str, str | int | float | bool | None] = {}
-    features: dict[str, tuple[PositiveFloat, PositiveFloat, NonNegativeFloat]] = {}
+    features: dict[str, tuple[Positive, Positive, NonNegative]] = {}
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _holds_something(self) -> Self:
         if not self.fits:
             raise ValueError("the file holds no law of any loss")
+        for name, fit in self.fits.items():
+            if name not in ("general_nll", "domain_nll", "nll"):
+                raise ValueError(f"{name!r} is no loss; expected general_nll, domain_nll or nll")
+            if fit.target != name:
+                raise ValueError(f"the law of {name} says that its target is {fit.target!r}")
         if self.kind == "cross-domain" and not ("domain_nll" in self.fits and self.features):
             raise ValueError("a cross-domain law needs the fit of domain_nll and the features of its domains")
         return self

@@ -75,6 +75,7 @@ class ModelLayout(Artifact):
         shared_head: (embedding site, head site) if the two are one tensor in the original, else None.
         kept: everything that is no site.
         key_value_width: numbers a token leaves in the cache of one block (keys and values of all key-value heads).
+        attention_heads: of queries, in one block.
         rotary_factors: entries of a table of rotary frequencies that an engine needs in the file (Llama 3's scaling).
     """
 
@@ -99,6 +100,7 @@ class ModelLayout(Artifact):
     shared_head: tuple[str, str] | None = None
     kept: tuple[KeptTensor, ...] = ()
     key_value_width: int | None = None
+    attention_heads: int | None = None
     rotary_factors: int = 0
 
     @cached_property

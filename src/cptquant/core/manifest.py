@@ -75,7 +75,7 @@ class CheckpointRecord(Artifact):
 
     Attributes:
         tensor_bytes: bytes of all tensors, equal to the plan's `size_bytes`. header_bytes: safetensors headers on top.
-        files: weight file name -> sha256.
+        files: name of a file in checkpoint/ -> sha256, config and tokenizer too. file_sizes: the same names -> bytes.
     """
 
     SCHEMA: ClassVar[str] = "cptquant.checkpoint"
@@ -84,3 +84,4 @@ class CheckpointRecord(Artifact):
     tensor_bytes: int
     header_bytes: int
     files: dict[str, str]
+    file_sizes: dict[str, int] = {}

@@ -4,10 +4,10 @@ from typing import ClassVar
 
 from cptquant.core.artifact import Artifact
 from cptquant.core.budget import Budget
+from cptquant.core.engine_memory import memory_budget
 from cptquant.core.errors import FormatError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
-from cptquant.core.memory import memory_budget
 from cptquant.core.targets import find_target
 
 BASELINES = ("uniform", "random")
@@ -50,17 +50,26 @@ class RunSettings(Artifact):
     trust_remote_code: bool = False
     predict: bool | None = None
 
-    @property
-    def quant_formats(self) -> tuple[QuantFormat, ...]:
-        """Parsed `formats`, or the target's default ones.
+    def formats_for(self, layout: ModelLayout) -> tuple[QuantFormat, ...]:
+        """Parsed `formats`, or the target's default ones for this model.
 
         Raises:
             FormatError: a format is unreadable, the list is empty, or the target is unknown.
         """
-        names = find_target(self.target).default_formats if self.formats is None else self.formats
-        if not names:
-            raise FormatError("--formats names no format; give a comma-separated list such as int3-g64,int4-g64")
+        self.check_formats()
+        names = find_target(self.target).formats_for(layout) if self.formats is None else self.formats
         return tuple(QuantFormat.parse(name) for name in names)
+
+    def check_formats(self) -> None:
+        """Refuse `formats` that cannot be read, before a model is looked at.
+
+        Raises:
+            FormatError: with the format, or that there is none.
+        """
+        if self.formats is not None and not self.formats:
+            raise FormatError("--formats names no format; give a comma-separated list such as int3-g64,int4-g64")
+        for name in self.formats or ():
+            QuantFormat.parse(name)
 
     @property
     def parsed_budget(self) -> Budget:

@@ -1,15 +1,23 @@
-"""llama.cpp through llama-cpp-python: runs what `exporters/gguf` writes."""
+"""llama.cpp through llama-cpp-python: runs what `exporters/gguf` writes.
 
-import importlib.metadata
+Weights are kept as they stand in the file. A cache of 16 bits, llama.cpp's own default, unless floats are asked for.
+"""
+
+import importlib
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cptquant.core.errors import EngineError
+from cptquant.core.errors import EngineError, MissingEngineError
+from cptquant.engines.llamacpp_python import INSTALL, OLDEST
 
-OLDEST = (0, 3, 9)
+_BATCH_TOKENS = 512
+_LEAST_TOKENS = 32
+"""llama.cpp's buffers are made for at least so many."""
 
 
 class LlamaCppEngine:
@@ -17,25 +25,36 @@ class LlamaCppEngine:
 
     Args:
         model_file: the .gguf. threads: of the computation. context: room of the cache; by default the model's.
+        float_cache: keys and values in float32, so that the cache rounds nothing.
+
+    Attributes:
+        load_seconds: of the model alone; its metadata is read before, to know what to open it for.
 
     Raises:
         EngineError: the package is missing or too old, the file is damaged, the context is longer than the model's.
     """
 
-    def __init__(self, model_file: Path, *, threads: int = 1, context: int | None = None) -> None:
+    def __init__(
+        self, model_file: Path, *, threads: int = 1, context: int | None = None, float_cache: bool = False
+    ) -> None:
         library = import_llama_cpp()
         self.version = f"llama-cpp-python {library.__version__}"
-        facts = self._facts(library, model_file)
-        longest, architecture = facts["context"], facts["architecture"]
+        longest, architecture = _read_facts(library, model_file)
         if context is not None and context > longest:
             raise EngineError(f"--context {context} is longer than the {longest} positions of {model_file}")
         self.context = context or longest
         self.task = "encoder" if "bert" in architecture else "causal_lm"
+        room = max(self.context, _LEAST_TOKENS)
+        batch = room if self.task == "encoder" else min(_BATCH_TOKENS, room)  # an encoder takes a text at once
+        cache_type = library.GGML_TYPE_F32 if float_cache else library.GGML_TYPE_F16
+        self._library = library
+        began = time.perf_counter()
         self._model: Any = _open(
-            library, model_file, n_ctx=self.context, n_threads=threads, n_threads_batch=threads,
-            logits_all=self.task == "causal_lm", embedding=self.task == "encoder", n_batch=min(512, self.context),
-            n_ubatch=min(512, self.context),
+            library, model_file, n_ctx=room, n_threads=threads, n_threads_batch=threads, n_gpu_layers=0,
+            logits_all=self.task == "causal_lm", embedding=self.task == "encoder", n_batch=batch, n_ubatch=batch,
+            type_k=cache_type, type_v=cache_type,
         )  # fmt: skip
+        self.load_seconds = time.perf_counter() - began
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -54,17 +73,45 @@ class LlamaCppEngine:
         return np.ctypeslib.as_array(model._ctx.get_logits_ith(-1), shape=(count,)).reshape(1, -1).copy()
 
     def encode(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Hidden states of a bare encoder for one sequence; padding is cut off."""
-        raise EngineError("encoders in llama.cpp are compared by their pooled embeddings only")
+        """Embeddings (batch, width) of an encoder's texts, pooled as the file says (ours say: mean); padding is cut."""
+        rows = [self._embed([int(token) for token in row[keep > 0]]) for row, keep in zip(ids, mask, strict=True)]
+        return np.stack(rows)
 
-    @staticmethod
-    def _facts(library: Any, model_file: Path) -> dict[str, Any]:
-        opened = _open(library, model_file, vocab_only=True)
-        metadata: dict[str, str] = opened.metadata
-        architecture = metadata.get("general.architecture", "")
-        context = int(metadata.get(f"{architecture}.context_length", "0"))
-        opened.close()
-        return {"architecture": architecture, "context": context}
+    def _embed(self, ids: list[int]) -> NDArray[np.float32]:
+        model = self._model
+        if len(ids) > self.context:
+            raise EngineError(f"{len(ids)} tokens do not fit the context of {self.context}")
+        model._batch.reset()
+        model._batch.add_sequence(ids, 0, True)
+        model._ctx.kv_cache_clear()
+        model._ctx.decode(model._batch)
+        found = self._library.llama_get_embeddings_seq(model._ctx.ctx, 0)
+        if not found:
+            raise EngineError("the file names no pooling, so that llama.cpp gives no embedding of a text")
+        return np.array(found[: model.n_embd()], np.float32)
+
+
+def tokenize(model_file: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts by the file's own tokenizer, with what it says belongs at the ends.
+
+    Raises:
+        EngineError: as `LlamaCppEngine`.
+    """
+    library = import_llama_cpp()
+    opened = _open(library, model_file, vocab_only=True)
+    found = [opened.tokenize(text.encode(), add_bos=True, special=False) for text in texts]
+    opened.close()
+    return found
+
+
+def _read_facts(library: Any, model_file: Path) -> tuple[int, str]:
+    """(longest context, architecture) as the file says."""
+    opened = _open(library, model_file, vocab_only=True)
+    metadata: dict[str, str] = opened.metadata
+    architecture = metadata.get("general.architecture", "")
+    context = int(metadata.get(f"{architecture}.context_length", "0"))
+    opened.close()
+    return context, architecture
 
 
 def _open(library: Any, model_file: Path, **arguments: Any) -> Any:
@@ -74,9 +121,10 @@ def _open(library: Any, model_file: Path, **arguments: Any) -> Any:
     try:
         return library.Llama(model_path=str(model_file), verbose=False, **arguments)
     except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise EngineError(
-            f"llama.cpp cannot load {model_file} ({str(error).strip().splitlines()[0][:200]}); is the file whole? "
-            "Write it again with: cptquant export RUN --target gguf"
+            f"llama.cpp cannot load {model_file} ({type(error).__name__}: {reason}); is the file whole? Write it again "
+            "with: cptquant export RUN --target gguf"
         ) from error
 
 
@@ -101,17 +149,13 @@ def import_llama_cpp() -> Any:
     """The package.
 
     Raises:
-        EngineError: missing, or too old.
+        MissingEngineError: not installed in this interpreter. EngineError: too old.
     """
     try:
-        import llama_cpp  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise EngineError(
-            "llama-cpp-python is not installed; build it with: pip install cptquant[llamacpp] (about 20 minutes on 2 "
-            "cores, needs a C++ compiler)"
-        ) from None
-    version = tuple(int(part) for part in importlib.metadata.version("llama-cpp-python").split(".")[:3])
-    if version < OLDEST:
+        library: Any = importlib.import_module("llama_cpp")  # by name: not among what the checkers see installed
+    except ImportError as error:
+        raise MissingEngineError(f"llama-cpp-python cannot be imported ({error}); {INSTALL}") from None
+    if tuple(int(part) for part in library.__version__.split(".")[:3]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        raise EngineError(f"llama-cpp-python {llama_cpp.__version__} is too old, {oldest} is needed; upgrade it")
-    return llama_cpp
+        raise EngineError(f"llama-cpp-python {library.__version__} is too old, {oldest} is needed; upgrade it")
+    return library

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cptquant.core.errors import EngineError
+from cptquant.core.errors import EngineError, MissingEngineError
 
 OLDEST = (1, 23)
 """2-bit MatMulNBits and GatherBlockQuantized on packed bytes need at least this version."""
@@ -104,12 +104,12 @@ def import_runtime() -> Any:
     """The package.
 
     Raises:
-        EngineError: missing, or too old.
+        MissingEngineError: not installed. EngineError: too old.
     """
     try:
         import onnxruntime
     except ImportError:
-        raise EngineError("ONNX Runtime is not installed; install it with: pip install cptquant[onnx]") from None
+        raise MissingEngineError("ONNX Runtime is not installed; install it with: pip install cptquant[onnx]") from None
     version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
     if version < OLDEST:
         oldest = ".".join(map(str, OLDEST))
@@ -121,4 +121,4 @@ def import_runtime() -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -2,16 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from cptquant.core.errors import EngineError
+from cptquant.core.errors import EngineError, MissingEngineError
+from cptquant.engines.llamacpp_python import PYTHON_VARIABLE, find_llamacpp
 
-LLAMACPP_PYTHON = "CPTQUANT_LLAMACPP_PYTHON"
-"""Another interpreter that has numpy and llama-cpp-python (`exporters.llamacpp.engine`)."""
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""Large pages for large allocations, where glibc and the kernel have them: decoding reads every weight once a token,
+and ONNX Runtime did that 1.3 times faster on a virtual machine, where looking up a page is dear. For every engine."""
 
 
 def run_engine(
@@ -20,33 +23,40 @@ def run_engine(
     """Carry out one request of `engines.worker`.
 
     Args:
-        engine: name. model: file or folder. do: "outputs", "speed", "generate", "fill" or "load".
+        engine: name. model: file or folder. do: "outputs", "speed", "generate", "fill", "tokenize" or "bandwidth".
 
     Raises:
-        EngineError: the engine is missing, too old, refuses the file, or its process ends without an answer.
+        MissingEngineError: the engine is not installed. EngineError: it is too old, refuses the file, fails while it
+        runs, or its process ends without an answer.
     """
-    with tempfile.TemporaryDirectory() as work:
+    python, environment = sys.executable, {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment["GLIBC_TUNABLES"] = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), _HUGE_PAGES)))
+    if engine == "llamacpp":
+        python = find_llamacpp().python
+        if PYTHON_VARIABLE in os.environ:  # an environment of its own, given this package's path
+            environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    with tempfile.TemporaryDirectory(prefix="cptquant-") as work:
         asked, answer = Path(work) / "request.json", Path(work) / "result.json"
         content = {"engine": engine, "model": str(model), "do": do, "threads": threads, "context": context, **request}
         asked.write_text(json.dumps(content))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        python = sys.executable
-        if (
-            engine == "llamacpp" and LLAMACPP_PYTHON in os.environ
-        ):  # an environment of its own, given this package's path
-            python = os.environ[LLAMACPP_PYTHON]
-            environment["PYTHONPATH"] = str(Path(__file__).parents[2])
         done = subprocess.run(
             [python, "-m", "cptquant.engines.worker", str(asked), str(answer)],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if not answer.is_file():
-            lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-            raise EngineError(
-                f"the {engine} engine ended with code {done.returncode} on {model} "
-                f"({lines[-1] if lines else 'no message'}); is the file whole? Export it again"
-            )
+            loaded = answer.with_suffix(".loaded").exists()
+            raise EngineError(_spell_end(engine, model, done, doing=do if loaded else ""))
         result: dict[str, Any] = json.loads(answer.read_text())
     if "error" in result:
-        raise EngineError(result["error"])
+        raise (MissingEngineError if result["missing"] else EngineError)(result["error"])
     return result
+
+
+def _spell_end(engine: str, model: Path, done: subprocess.CompletedProcess[str], *, doing: str) -> str:
+    """A process that ended without an answer: how, in what, and its last words; only loading blames the file."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    code = done.returncode
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    where = f"after loading {model}, in its request {doing!r}" if doing else f"while loading {model}"
+    remedy = "" if doing else "; is the file whole? Write it again with: cptquant export RUN"
+    return f"the {engine} engine {how} {where} ({lines[-1][:300] if lines else 'no message'}){remedy}"

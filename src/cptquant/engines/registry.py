@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from cptquant.core.errors import EngineError
 
-ENGINE_NAMES = ("transformers", "transformers-bf16", "onnx", "llamacpp")
+ENGINE_NAMES = ("transformers", "transformers-bf16", "onnx", "llamacpp", "torch")
 TARGET_ENGINES = {
     "onnx": "onnx",
     "gguf": "llamacpp",
     "transformers": "transformers",
     "transformers-fused": "transformers",
     "vllm": "transformers",
+    "torch": "torch",
 }
 """Target -> the engine that runs its files."""
 
@@ -43,11 +44,14 @@ class Engine(Protocol):
 Opening = Callable[[Path, int | None], Engine]
 
 
-def open_engine(name: str, threads: int) -> Opening:
+def open_engine(name: str, threads: int, *, float_cache: bool = False) -> Opening:
     """Load an engine's library and return what opens a model file with it: (file, context) -> engine.
 
+    Args:
+        float_cache: keys and values in float32 where the engine would round them (llama.cpp alone does).
+
     Raises:
-        EngineError: no such engine, or it is missing or too old.
+        MissingEngineError: it is not installed. EngineError: no such engine, or too old.
     """
     arguments: dict[str, Any] = {"threads": threads}
     if name == "onnx":
@@ -59,10 +63,14 @@ def open_engine(name: str, threads: int) -> Opening:
         from cptquant.engines.llama_cpp import LlamaCppEngine, import_llama_cpp
 
         import_llama_cpp()
-        return lambda file, context: LlamaCppEngine(file, context=context, **arguments)
+        return lambda file, context: LlamaCppEngine(file, context=context, float_cache=float_cache, **arguments)
     if name in ("transformers", "transformers-bf16"):
         from cptquant.engines.transformers import TransformersEngine
 
         dtype = "bfloat16" if name.endswith("bf16") else "float32"
         return lambda file, context: TransformersEngine(file, context=context, dtype=dtype, **arguments)
+    if name == "torch":
+        from cptquant.engines.transformers import SegmentsEngine
+
+        return lambda file, context: SegmentsEngine(file, context=context, **arguments)
     raise EngineError(f"--engine {name!r} is unknown; choose one of: {', '.join(ENGINE_NAMES)}")

@@ -35,9 +35,10 @@ def measure_speed(
             batch, mask = ids.reshape(1, -1), np.ones((1, length), np.int64)
             figures[f"encode_{length}_ms"] = 1e3 * _best(lambda b=batch, m=mask: engine.encode(b, m), seconds)
     if engine.task == "causal_lm":
-        count = min(decode_tokens, engine.context - _DECODE_CONTEXT)
-        ids = rng.integers(3, vocabulary, _DECODE_CONTEXT + count).astype(np.int64)
-        figures["decode_tokens_per_second"] = count / _best_decode(engine, ids, seconds)
+        before = min(_DECODE_CONTEXT, engine.context // 2)
+        count = min(decode_tokens, engine.context - before)
+        ids = rng.integers(3, vocabulary, before + count).astype(np.int64)
+        figures["decode_tokens_per_second"] = count / _best_decode(engine, ids, before, seconds)
     return figures
 
 
@@ -46,13 +47,13 @@ def _prefill(engine: Any, ids: Any) -> None:
     engine.extend(ids)
 
 
-def _best_decode(engine: Any, ids: Any, seconds: float) -> float:
+def _best_decode(engine: Any, ids: Any, before: int, seconds: float) -> float:
     def prepare() -> None:
         engine.reset()
-        engine.extend(ids[:_DECODE_CONTEXT])
+        engine.extend(ids[:before])
 
     def decode() -> None:
-        for index in range(_DECODE_CONTEXT, len(ids)):
+        for index in range(before, len(ids)):
             engine.extend(ids[index : index + 1])
 
     return _best(decode, seconds, prepare)

@@ -40,12 +40,13 @@ def comparison_sequences(layout: ModelLayout, available: int, length: int) -> in
 
 
 def compare_engine(
-    model: LoadedModel, weights: WeightSource, text: ScoredText, ways: list[EngineOutputs]
+    model: LoadedModel, weights: WeightSource | None, text: ScoredText, ways: list[EngineOutputs]
 ) -> list[EngineComparison]:
     """KL(ours ‖ engine) and top-1 agreement, or the cosine of pooled embeddings, for each way of running it.
 
-    Ours is the original with `weights` in place, in float32, as `evaluate` runs it.
+    Ours is the original with `weights` in place, in float32, as `evaluate` runs it; without any, the original itself.
     """
+    of = "original" if weights is None else "quantized"
     streams: Mapping[str, ModelStream] = {"ours": ModelStream(model, text.tokens, weights=weights)}
     run_blocks(streams)
     sums = {way.arithmetic: torch.zeros(2, len(text.scored), dtype=torch.float64) for way in ways}
@@ -54,7 +55,8 @@ def compare_engine(
         for way in ways:
             theirs = torch.stack([way.read(index) for index in range(piece.rows.start, piece.rows.stop)])
             sums[way.arithmetic][:, piece.rows] += _distances(model.layout, text, piece, ours, theirs)
-    return [_summarize(model.layout, text, way, sums[way.arithmetic]) for way in ways]
+    found = [_summarize(model.layout, text, way, sums[way.arithmetic]) for way in ways]
+    return [comparison.model_copy(update={"weights": of}) for comparison in found]
 
 
 def _distances(layout: ModelLayout, text: ScoredText, piece: Piece, ours: Tensor, theirs: Tensor) -> Tensor:

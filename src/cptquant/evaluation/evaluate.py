@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from cptquant.core.errors import ModelError
 from cptquant.core.evaluation import Measurement
-from cptquant.core.layout import Task
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.evaluation.classification import classification_measurements
 from cptquant.evaluation.divergence import divergence_measurements
@@ -17,14 +16,6 @@ from cptquant.evaluation.sizes import folder_weight_bytes, measure_sizes
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, WeightSource
 from cptquant.models.text import TokenSet
-
-DAMAGE_NAMES: dict[Task, str] = {
-    "causal_lm": "kl_nats_per_token",
-    "masked_lm": "kl_nats_per_token",
-    "sequence_classification": "kl_nats_per_example",
-    "encoder": "embedding_cosine_distance",
-}
-"""For each task the measurement that says how far a model is from the original; 0 is equal, lower is better."""
 
 
 def evaluate(

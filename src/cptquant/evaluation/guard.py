@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from cptquant.core.evaluation import Measurement
+from cptquant.core.evaluation import DAMAGE_NAMES, Measurement
 from cptquant.core.layout import Task
-from cptquant.evaluation.evaluate import DAMAGE_NAMES
 
 
 def choose(measurements: Sequence[Measurement], task: Task) -> tuple[str, str]:

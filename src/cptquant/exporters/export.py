@@ -19,7 +19,7 @@ from cptquant.models.load import LoadedModel
 from cptquant.packing.shards import ShardFolder
 
 ReadBack = Iterator[tuple[str, Tensor]]
-"""(site, dequantized float32 (out_features, in_features)) of every quantized site, from the files."""
+"""(site, dequantized float32 (out_features, in_features)) of at least every quantized site, from the files."""
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,63 @@ class Exporter:
 
     Attributes:
         entry: the file in the folder that an engine is given; "" for the folder itself.
-        check: refuses a model before anything is quantized. write: makes the folder; bytes equal the plan's.
+        check: refuses a model and a context before anything is quantized.
+        write: makes the folder for a context; bytes equal the plan's.
         read_back: the quantized matrices as the files hold them.
-        package: extra package it needs, also the extra's name if `extra` is empty.
+        fixes_context: the files hold at most the context they were written for; others take any that the model has.
+        package: what an extra of cptquant of the same name installs; "" if nothing is needed.
     """
 
     entry: str
-    check: Callable[[LoadedModel], None]
-    write: Callable[[LoadedModel, Plan, ShardFolder, Path], WrittenCheckpoint]
+    check: Callable[[LoadedModel, int], None]
+    write: Callable[[LoadedModel, Plan, ShardFolder, Path, int], WrittenCheckpoint]
     read_back: Callable[[Path, LoadedModel, Plan], ReadBack]
+    fixes_context: bool = False
     package: str = ""
-    extra: str = ""
 
 
-def _check_onnx(model: LoadedModel) -> None:
+def _check_compressed_tensors(model: LoadedModel, context: int) -> None:
+    check_exportable(model)
+
+
+def _write_compressed_tensors(
+    model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path, context: int
+) -> WrittenCheckpoint:
+    return write_checkpoint(model, plan, shards, folder)
+
+
+def _check_gguf(model: LoadedModel, context: int) -> None:
+    check_gguf_exportable(model)
+
+
+def _write_gguf(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path, context: int) -> WrittenCheckpoint:
+    return write_gguf(model, plan, shards, folder)
+
+
+def _check_segments(model: LoadedModel, context: int) -> None:
+    check_segments_exportable(model)
+
+
+def _write_segments(
+    model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path, context: int
+) -> WrittenCheckpoint:
+    return write_segments(model, plan, shards, folder)
+
+
+def _read_segments(folder: Path, model: LoadedModel, plan: Plan) -> ReadBack:
+    return read_segments(folder, model)
+
+
+def _check_onnx(model: LoadedModel, context: int) -> None:
     from cptquant.exporters.onnx.export import check_onnx_exportable
 
-    check_onnx_exportable(model)
+    check_onnx_exportable(model, context)
 
 
-def _write_onnx(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path) -> WrittenCheckpoint:
+def _write_onnx(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path, context: int) -> WrittenCheckpoint:
     from cptquant.exporters.onnx.export import write_onnx
 
-    return write_onnx(model, plan, shards, folder)
+    return write_onnx(model, plan, shards, folder, context)
 
 
 def _read_onnx(folder: Path, model: LoadedModel, plan: Plan) -> ReadBack:
@@ -73,23 +107,21 @@ def _read_checkpoint(folder: Path, model: LoadedModel, plan: Plan) -> ReadBack:
 
 def _read_gguf(folder: Path, model: LoadedModel, plan: Plan) -> ReadBack:
     weights = GgufWeights(folder / FILE_NAME, model)
-    for name, fmt in plan.quant_formats.items():
-        found = None if fmt.is_float else weights.weight(name)
+    for name in plan.quant_formats:  # those in 16 bits too: their rows move and scale as the others'
+        found = weights.weight(name)
         if found is not None:
             yield name, found
 
 
-_COMPRESSED_TENSORS = Exporter("", check_exportable, write_checkpoint, _read_checkpoint)
+_COMPRESSED_TENSORS = Exporter("", _check_compressed_tensors, _write_compressed_tensors, _read_checkpoint)
 
 EXPORTERS: dict[str, Exporter] = {
     "transformers": _COMPRESSED_TENSORS,
     "transformers-fused": _COMPRESSED_TENSORS,
     "vllm": _COMPRESSED_TENSORS,
-    "gguf": Exporter(FILE_NAME, check_gguf_exportable, write_gguf, _read_gguf, package="gguf"),
-    "torch": Exporter(
-        "", check_segments_exportable, write_segments, lambda folder, model, _: read_segments(folder, model)
-    ),
-    "onnx": Exporter("model.onnx", _check_onnx, _write_onnx, _read_onnx, package="onnx", extra="onnx"),
+    "gguf": Exporter(FILE_NAME, _check_gguf, _write_gguf, _read_gguf),
+    "torch": Exporter("", _check_segments, _write_segments, _read_segments),
+    "onnx": Exporter("model.onnx", _check_onnx, _write_onnx, _read_onnx, fixes_context=True, package="onnx"),
 }
 
 
@@ -103,7 +135,7 @@ def find_exporter(target: str) -> Exporter:
     if exporter.package and find_spec(exporter.package) is None:
         raise UserError(
             f"--target {target} needs the package {exporter.package}, which is not installed; install it with: pip "
-            f"install 'cptquant[{exporter.extra}]'"
+            f"install 'cptquant[{exporter.package}]'"
         )
     return exporter
 

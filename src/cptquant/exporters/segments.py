@@ -17,6 +17,7 @@ from torch import Tensor
 from cptquant.core.artifact import output_error
 from cptquant.core.errors import CptquantError, ModelError
 from cptquant.core.plan import Plan
+from cptquant.core.targets.torch_segments import METHOD
 from cptquant.exporters.compressed_tensors import (
     WrittenCheckpoint,
     copy_companions,
@@ -25,7 +26,7 @@ from cptquant.exporters.compressed_tensors import (
 )
 from cptquant.models.folding import Folding, find_folding
 from cptquant.models.load import LoadedModel
-from cptquant.models.segmented import METHOD, SCHEMA_VERSION, WEIGHTS_NAME, SegmentedFolder
+from cptquant.models.segmented import SCHEMA_VERSION, WEIGHTS_NAME, SegmentedFolder
 from cptquant.packing.quantized_weight import decode, encode
 from cptquant.packing.segments import SegmentedWeight
 from cptquant.packing.shards import ShardFolder

@@ -75,6 +75,11 @@ def problem_of(observations: Observations, form: Form, loss: str, options: FitOp
     Raises:
         DataError: see `fit_law`.
     """
+    if options.drop_highest >= len(observations):
+        raise DataError(
+            f"--drop-highest {options.drop_highest} leaves no rows: {observations.source} has {len(observations)} with "
+            "D > 0; drop fewer"
+        )
     data = drop_highest(observations, loss, options.drop_highest) if options.drop_highest else observations
     require_columns(data, form, options.fixed)
     points = data.points(loss)

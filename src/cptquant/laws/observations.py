@@ -176,9 +176,7 @@ class _Table:
         if ratio is None and "nll" not in losses:
             raise self._missing("r")
         unique = self._counts("U", zero_allowed=False) if self._find_count("U") else None
-        domain = (
-            self._texts(self._column("domain")) if self._column("domain") in self.header else ("",) * len(self.rows)
-        )
+        domain = self._domains()
         runs = self._runs(size, ratio, domain)
         trained = tokens > 0
         if not trained.any():
@@ -196,6 +194,10 @@ class _Table:
                 raise DataError(
                     f"--column {name}={column}: {self.path} has no column {column!r}; it has {', '.join(self.header)}"
                 )
+        if "U" in self.reading.units and self._find_count("U") is None:
+            raise DataError(
+                f"--U-unit {self.reading.units['U']}: {self.path} has no column {self._column('U')}; leave the flag out"
+            )
         used: dict[str, str] = {}
         for name in QUANTITIES:
             column = self._column(name)
@@ -281,6 +283,16 @@ class _Table:
 
     def _texts(self, column: str) -> tuple[str, ...]:
         return tuple(cells[column] for _, cells in self.rows)
+
+    def _domains(self) -> tuple[str, ...]:
+        column = self._column("domain")
+        if column not in self.header:
+            return ("",) * len(self.rows)
+        names = self._texts(column)
+        if not all(names):
+            line = self.rows[names.index("")][0]
+            raise DataError(f"{self.path} line {line}: {column} is empty; name the domain, or leave the column out")
+        return names
 
     def _ratios(self) -> Array:
         column = self._column("r")

@@ -20,7 +20,15 @@ from cptquant.core.laws import Interval, LawFit, LossFit, Optimum, OptimumStatus
 from cptquant.laws.bootstrap import interval
 from cptquant.laws.forms import BILLION, Array, Form
 from cptquant.laws.methods import find_form
-from cptquant.laws.predict import LARGEST, LEAST, fitted_theta, make_points, share_of, spell_power
+from cptquant.laws.predict import (
+    LARGEST,
+    LEAST,
+    fitted_theta,
+    make_points,
+    refuse_features,
+    share_of,
+    spell_power,
+)
 
 FLOPS_PER_PARAMETER_TOKEN = 6.0
 _COARSE, _FINE, _ROUNDS = 401, 41, 4
@@ -173,7 +181,8 @@ def best_size_for_flops(
         sizes = closed_form_size(target.form, target.theta, share, budget)
     else:
         sizes, at_edge = _search_size(target, budget, ratio)
-    _check_run(target, flops, ratio, float(sizes[0]), float(budget / sizes[0]))
+    size = float(sizes[0])
+    _check_run(target, flops, ratio, size, budget / size if size > 0 else float("inf"))
     sizes = np.clip(sizes, 1.0, budget)  # of a wild draw: at least one parameter and one token
     tokens = budget / sizes
     losses: dict[str, Interval] = {}
@@ -202,7 +211,8 @@ def closed_form_size(
     values = {name: form.natural(theta)[:, place] for name, place in form.index.items()}
     amplitude = values["B"] * (max(share, 1e-100) ** values["eta"] if form.name == "dcpt" else 1.0)
     alpha, beta = values["alpha"], values["beta"]
-    factor = (alpha * values["A"] / (beta * amplitude)) ** (1 / (alpha + beta))
+    with np.errstate(divide="ignore", over="ignore"):  # B = 0: the larger the better, refused by the caller
+        factor = (alpha * values["A"] / (beta * amplitude)) ** (1 / (alpha + beta))
     return BILLION * factor * (budget / BILLION**2) ** (beta / (alpha + beta))
 
 
@@ -233,6 +243,7 @@ def _fit(law: LawFit, name: str) -> LossFit:
 
 def _require(law: LawFit, letters: tuple[str, ...], use: str) -> None:
     """Refuse to optimise along what the law does not depend on."""
+    refuse_features(law, "law optimum")
     named = {"N": "size N", "D": "tokens D", "r": "mixture ratio r"}
     for letter in letters:
         for fit in law.fits.values():

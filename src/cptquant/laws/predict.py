@@ -30,31 +30,79 @@ def check_law(law: LawFit, path: Path) -> None:
     Raises:
         ArtifactError: with the parameter and its range.
     """
-    advice = f"mend the file or make it anew with: {LawFit.MADE_BY}"
+    features = np.array(next(iter(law.features.values()), (1.0, 0.1, 0.0)))
     for name, fit in law.fits.items():
         try:
             form = find_form(fit.form)
+            _check_ranges(fit, form)
+            _check_parameters(fit, form)
+            _check_losses(fit, form, features)
         except UserError as error:
-            raise ArtifactError(f"{path}, {name}: {error}; {advice}") from None
-        found, expected = [parameter.name for parameter in fit.parameters], list(form.index)
-        if found != expected:
             raise ArtifactError(
-                f"{path}, {name}: law {fit.form} has the parameters {', '.join(expected)}, the file has "
-                f"{', '.join(found)}; {advice}"
+                f"{path}, {name}: {error}; mend the file or make it anew with: {LawFit.MADE_BY}"
+            ) from None
+
+
+def _check_ranges(fit: LossFit, form: Form) -> None:
+    corpus = "" if not form.ratios else "general" if fit.target == "general_nll" else "domain"
+    if fit.corpus != corpus:
+        raise UserError(f"corpus is {fit.corpus!r}, expected {corpus!r} for {fit.target} and law {form.name}")
+    for letter in form.needs:
+        if letter == "K":
+            continue
+        if letter not in fit.ranges:
+            raise UserError(f"the range of {letter} is missing")
+        low, high = (0.0, 1.0) if letter == "r" else (LEAST[letter], LARGEST[letter])
+        found = fit.ranges[letter]
+        if not low <= found.low <= found.high <= high:
+            raise UserError(
+                f"the range of {letter} is {found.low:g} to {found.high:g}, expected low to high within {low:g} to "
+                f"{high:g}"
             )
-        absent = [letter for letter in form.needs if letter in ("N", "D", "r", "U") and letter not in fit.ranges]
-        if absent:
-            raise ArtifactError(f"{path}, {name}: the range of {absent[0]} is missing; {advice}")
-        vectors = np.array([[parameter.value for parameter in fit.parameters], *fit.draws])
-        for place, parameter in enumerate(form.parameters):
-            low = 0.0 if parameter.relative or parameter.removable else parameter.low * (1 - 1e-6)
-            low = parameter.low if parameter.signed else low
-            wrong = ~((vectors[:, place] >= low) & (vectors[:, place] <= parameter.high * (1 + 1e-6)))
-            if wrong.any():
-                raise ArtifactError(
-                    f"{path}, {name}: {parameter.name} = {vectors[wrong.argmax(), place]:g} lies outside "
-                    f"{low:g} to {parameter.high:g}; {advice}"
-                )
+
+
+def _check_parameters(fit: LossFit, form: Form) -> None:
+    found, expected = [parameter.name for parameter in fit.parameters], list(form.index)
+    if found != expected:
+        raise UserError(f"law {fit.form} has the parameters {', '.join(expected)}, the file has {', '.join(found)}")
+    vectors = np.array([[parameter.value for parameter in fit.parameters], *fit.draws])
+    for place, parameter in enumerate(form.parameters):
+        low = 0.0 if parameter.relative or parameter.removable else parameter.low
+        slack = 0.0 if parameter.signed else 1e-6
+        values = vectors[:, place]
+        wrong = ~((values >= low * (1 - slack)) & (values <= parameter.high * (1 + slack)))
+        if wrong.any():
+            raise UserError(f"{parameter.name} = {values[wrong.argmax()]:g} lies outside {low:g} to {parameter.high:g}")
+
+
+def _check_losses(fit: LossFit, form: Form, features: Array) -> None:
+    """Numbers that are allowed one by one can still leave no term, or none that is finite."""
+    _, theta, draws = fitted_theta(fit)
+    ends = [1.0 if letter not in fit.ranges else fit.ranges[letter].high for letter in ("N", "D", "r", "U")]
+    points = make_points(fit, ends[0], ends[1], ends[2] / 2, features, ends[3])
+    with np.errstate(all="ignore"):
+        if not np.isfinite(form.log_loss(np.concatenate([theta[None], draws]), points)[0]).all():
+            raise UserError("the parameters or a draw give no finite loss")
+
+
+def refuse_features(law: LawFit, command: str, *, unique: bool = False) -> None:
+    """Refuse a law that needs what a command does not take: features of a domain, or (unless `unique`) distinct tokens.
+
+    Raises:
+        UserError: with the command that can.
+    """
+    for fit in law.fits.values():
+        needs = find_form(fit.form).needs
+        if "K" in needs:
+            raise UserError(
+                f"{command} cannot use a cross-domain law, whose losses depend on a domain's early features; use: "
+                "cptquant law transfer LAW --features early.csv"
+            )
+        if "U" in needs and not unique:
+            raise UserError(
+                f"{command} cannot use law {fit.form}, whose losses depend on the distinct tokens U; fit another, e.g. "
+                "cptquant law fit chinchilla RUNS.csv"
+            )
 
 
 def share_of(fit: LossFit, ratio: Array) -> Array:
@@ -111,6 +159,7 @@ def predict_law(
     Raises:
         UserError: a quantity the law needs is not given, or is implausible.
     """
+    refuse_features(law, "law predict", unique=True)
     fits = list(law.fits.values())
     needs = {letter for fit in fits for letter in find_form(fit.form).needs}
     given = {"N": size, "D": tokens, "r": ratio, "U": unique}
@@ -118,6 +167,9 @@ def predict_law(
         if letter in needs and given[letter] is None:
             raise UserError(f"law {law.kind} needs --{letter}; give its value, N in parameters and D in tokens")
     check_quantities(size, tokens, ratio, unique)
+    for letter, noun in (("r", "mixture ratio"), ("U", "distinct tokens")):
+        if given[letter] is not None and letter not in needs:
+            raise UserError(f"law {law.kind} has no {noun}; leave --{letter} out")
     found: dict[str, Interval | None] = {"general_nll": None, "domain_nll": None} if "r" in needs else {}
     for name, fit in law.fits.items():
         points = make_points(fit, size or BILLION, tokens or BILLION, 1.0 if ratio is None else ratio, None, unique)

@@ -64,7 +64,8 @@ class Problem:
         for name, value in self.fixed.items():
             place = self.form.index[name]
             removed = value == 0 and self.form.parameters[place].removable
-            if not removed and not low[place] <= value <= high[place]:
+            least, most = low[place] - 1e-9 * abs(low[place]), high[place] * (1 + 1e-9)  # the logarithm and back
+            if not removed and not least <= value <= most:
                 zero = ", or 0 to leave its term out" if self.form.parameters[place].removable else ""
                 raise UserError(
                     f"--fix {name}={value:g}: {name} of law {self.form.name} must lie between {low[place]:.4g} and "

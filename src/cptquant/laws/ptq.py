@@ -8,7 +8,9 @@ predictions are worth in `ptq_scores.py`.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
+
+from pydantic import model_validator
 
 from cptquant.core.artifact import Artifact, digest_file
 from cptquant.core.errors import DataError
@@ -49,6 +51,19 @@ class PtqLawFit(Artifact):
     families: tuple[str, ...]
     rows: int
     source: str
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.form not in self.laws:
+            raise ValueError(f"its form {self.form!r} is none of its laws ({', '.join(self.laws) or 'it has none'})")
+        for name, law in self.laws.items():
+            if name not in FORMS or law.form != name:
+                raise ValueError(f"the law {name!r} is of form {law.form!r}; known forms: {', '.join(FORMS)}")
+            if name not in self.bands:
+                raise ValueError(f"the law {name!r} has no bands, from which its intervals come")
+            if law.lacking():
+                raise ValueError(f"the law {name!r} lacks {law.lacking()}")
+        return self
 
     def predict(self, features: PlanFeatures, form: str | None = None) -> PtqPrediction:
         """Predict one plan under one method.

@@ -9,11 +9,12 @@ first-order part besides, which does not vanish where the text's gradient does n
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import FiniteFloat
 
 from cptquant.core.artifact import Frozen
 from cptquant.core.errors import DataError
@@ -86,11 +87,22 @@ def term_values(form: str, features: PlanFeatures) -> list[float]:
     return values
 
 
+def absent_forms(fitted: Collection[str]) -> list[str]:
+    """A sentence for each form that a table could not be fitted by, because rows lack a feature."""
+    columns = {"ln_tokens_seen": "tokens_seen", "ln_half_over_taylor": "half_kl_nats"}
+    return [
+        f"form {form} was not fitted: its columns ({', '.join(columns[term] for term in terms if term in columns)}) "
+        "are empty in some rows"
+        for form, terms in FORMS.items()
+        if form not in fitted
+    ]
+
+
 class RiseLine(Frozen):
     """Rise of the NLL = per_kl * KL + per_slope * slope, for one method."""
 
-    per_kl: float
-    per_slope: float
+    per_kl: FiniteFloat
+    per_slope: FiniteFloat
 
 
 class PtqCoefficients(Frozen):
@@ -102,11 +114,20 @@ class PtqCoefficients(Frozen):
     """
 
     form: str
-    intercepts: dict[str, float]
-    coefficients: dict[str, float]
+    intercepts: dict[str, FiniteFloat]
+    coefficients: dict[str, FiniteFloat]
     rise: dict[str, RiseLine]
-    low: dict[str, float]
-    high: dict[str, float]
+    low: dict[str, FiniteFloat]
+    high: dict[str, FiniteFloat]
+
+    def lacking(self) -> str:
+        """The first entry without which no plan can be predicted, e.g. `nll in low`; empty where nothing lacks."""
+        for name in FORMS[self.form]:
+            for where, held in (("coefficients", self.coefficients), ("low", self.low), ("high", self.high)):
+                if name not in held:
+                    return f"{name} in {where}"
+        absent = [method for method in self.intercepts if method not in self.rise]
+        return f"{absent[0]} in rise" if absent else ""
 
     def kl_nats(self, features: PlanFeatures) -> float:
         """Point prediction of KL(original ‖ quantized), nats per token; 0 for a plan that changes nothing.

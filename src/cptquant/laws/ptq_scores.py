@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import FiniteFloat, model_validator
 
 from cptquant.core.artifact import Frozen
 from cptquant.core.forecast import PlanFeatures
@@ -52,8 +54,15 @@ class Bands(Frozen):
         log_kl: of ln KL. rise_scale: of the rise, in units of KL + 0.05 sqrt(KL).
     """
 
-    log_kl: tuple[float, ...]
-    rise_scale: tuple[float, ...]
+    log_kl: tuple[FiniteFloat, ...]
+    rise_scale: tuple[FiniteFloat, ...]
+
+    @model_validator(mode="after")
+    def _one_for_each_bin(self) -> Self:
+        for name, widths in (("log_kl", self.log_kl), ("rise_scale", self.rise_scale)):
+            if len(widths) != len(EDGES_NATS) + 1:
+                raise ValueError(f"{name} has {len(widths)} widths, expected {len(EDGES_NATS) + 1}")
+        return self
 
     def kl_interval(self, kl_nats: float) -> tuple[float, float]:
         """Low and high, nats per token."""

@@ -50,12 +50,18 @@ COLUMNS = (*_OWN, *_FEATURES, *_TARGETS)
 _OPTIONAL = {"tokens_seen", "half_kl_nats", "slope", "curvature", "rtn_kl_nats", "rtn_rise_nats"}
 _POSITIVE = ("parameters", "nll_nats", "bits_per_weight", "taylor_kl_nats", "random_curvature", "kl_nats")
 _LARGEST_NATS = 1e3
+_ROUNDING_NATS = -1e-3
+"""A KL measured in float32 can end a little below zero."""
 _RANGES = {
+    "parameters": (1.0, 1e14), "sqnr_db": (-300.0, 300.0), "taylor_kl_nats": (0.0, 1e6),
+    "random_curvature": (1e-9, 1e9), "random_growth": (-1e2, 1e2), "slope": (-_LARGEST_NATS, _LARGEST_NATS),
+    "curvature": (-1e6, 1e6), "rtn_rise_nats": (-_LARGEST_NATS, _LARGEST_NATS),
     "tokens_seen": (1.0, 1e17), "code_bits": (1.0, 32.0), "bits_per_weight": (0.1, 64.0), "group_columns": (1.0, 1e7),
-    "output_error": (0.0, 1e6), "method_ratio": (1e-9, 1e3), "rtn_kl_nats": (0.0, _LARGEST_NATS),
-    "half_kl_nats": (0.0, _LARGEST_NATS), "kl_nats": (0.0, _LARGEST_NATS), "kl_stderr_nats": (0.0, _LARGEST_NATS),
-    "rise_nats": (-_LARGEST_NATS, _LARGEST_NATS), "rise_stderr_nats": (0.0, _LARGEST_NATS),
-    "nll_nats": (0.0, _LARGEST_NATS), "original_nll_nats": (0.0, _LARGEST_NATS), "tokens": (1.0, 1e15),
+    "output_error": (0.0, 1e6), "method_ratio": (1e-9, 1e3), "rtn_kl_nats": (_ROUNDING_NATS, _LARGEST_NATS),
+    "half_kl_nats": (_ROUNDING_NATS, _LARGEST_NATS), "kl_nats": (0.0, _LARGEST_NATS),
+    "kl_stderr_nats": (0.0, _LARGEST_NATS), "rise_nats": (-_LARGEST_NATS, _LARGEST_NATS),
+    "rise_stderr_nats": (0.0, _LARGEST_NATS), "nll_nats": (0.0, _LARGEST_NATS),
+    "original_nll_nats": (0.0, _LARGEST_NATS), "tokens": (1.0, 1e15),
 }  # fmt: skip
 _METHODS = ("rtn", "gptq")
 
@@ -76,6 +82,9 @@ def read_observations(path: Path) -> tuple[PtqObservation, ...]:
     if not numbered:
         raise DataError(f"{path} holds no rows; its header must name the columns {', '.join(COLUMNS)}")
     header = next(csv.reader([numbered[0][1]]))
+    doubled = [name for name in header if header.count(name) > 1]
+    if doubled:
+        raise DataError(f"{path} has two columns called {doubled[0]!r}; rename one")
     missing = [name for name in COLUMNS if name not in header]
     if missing:
         raise DataError(
@@ -109,6 +118,8 @@ def _observation(row: dict[str, str], where: str) -> PtqObservation:
         value = values[name]
         if value is not None and not low <= value <= high:
             raise DataError(f"{where}: {name} is {value:g}, expected {low:g} to {high:g}; remove or correct the row")
+    if values["tokens"] != int(values["tokens"] or 0):
+        raise DataError(f"{where}: tokens is {values['tokens']:g}, expected a whole number; correct the row")
     features = {name: values[name] for name in _FEATURES if name != "method"}
     targets: dict[str, object] = {name: values[name] for name in _TARGETS if name != "tokens"}
     try:
@@ -169,15 +180,23 @@ def append_observations(path: Path, observations: Sequence[PtqObservation]) -> i
     """Add rows to a table, which is made with its header if it does not exist.
 
     Returns:
-        Rows added. A row that is there already, whatever its `tokens_seen`, is not added again.
+        Rows added. A row that is there already is not added again.
 
     Raises:
-        DataError: the file is no such table. OutputError: not writable.
+        DataError: the file is no such table, or holds a row already with another `tokens_seen`. OutputError: not
+            writable.
     """
     if not path.exists():
         write_observations(path, observations)
         return len(observations)
-    known = {_identity(row) for row in read_observations(path)}
+    known = {_identity(row): row.features.tokens_seen for row in read_observations(path)}
+    for row in observations:
+        told, held = row.features.tokens_seen, known.get(_identity(row), row.features.tokens_seen)
+        if told is not None and _spell(held) != _spell(told):
+            raise DataError(
+                f"{path} holds {row.model}, {row.plan}, {row.features.method} already, with tokens_seen "
+                f"{_spell(held) or 'empty'}, not {_spell(told)}; correct that column in the file"
+            )
     fresh = [row for row in observations if _identity(row) not in known]
     try:
         with path.open("a", encoding="utf-8") as file:

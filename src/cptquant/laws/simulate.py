@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cptquant.core.errors import UserError
 from cptquant.laws.dcpt import L3
 from cptquant.laws.forms import BILLION, Array, Points
-from cptquant.laws.observations import Observations
+from cptquant.laws.observations import LARGEST_NLL, Observations
 
 SIZES = (0.5e9, 1.8e9, 4e9)
 RATIOS = (0.0, 0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1.0)
@@ -65,6 +66,21 @@ def planted_losses(size: Array, tokens: Array, ratio: Array, forgetting: float =
     rise = 1 / (1 + np.exp(-1.5 * (np.log(tokens / BILLION) - np.log(4.0))))
     unprotected = 1 / (1 + np.exp(-(ratio - 0.85) / 0.06))
     return general + forgetting * unprotected * rise, domain
+
+
+def check_losses(observations: Observations) -> None:
+    """Refuse runs whose losses no law could be fitted to.
+
+    Raises:
+        UserError: the noise is too large.
+    """
+    for name, losses in observations.losses.items():
+        if not np.all((losses > 0) & (losses <= LARGEST_NLL)):
+            raise UserError(
+                f"--noise, --run-noise or --forgetting is too large: {name} would lie between {losses.min():g} and "
+                f"{losses.max():g} nats per token, expected above 0 and at most {LARGEST_NLL:g}; choose smaller ones, "
+                "e.g. --noise 0.003"
+            )
 
 
 def to_csv(observations: Observations) -> str:

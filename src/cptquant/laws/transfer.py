@@ -68,6 +68,9 @@ def read_features(path: Path) -> Features:
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     cells = [[cell.strip() for cell in next(csv.reader([line]))] for line in lines]
     header = cells[0] if cells else []
+    doubled = [name for name in header if header.count(name) > 1]
+    if doubled:
+        raise DataError(f"--features {path} has two columns called {doubled[0]!r}; rename one")
     lacking = [name for name in _WANTED if name not in header]
     if lacking:
         raise DataError(f"--features {path} has no column {lacking[0]}; expected {', '.join(_WANTED)}[, middle_nll]")
@@ -76,6 +79,8 @@ def read_features(path: Path) -> Features:
         if len(row) != len(header):
             raise DataError(f"--features {path}: {','.join(row)!r} has {len(row)} cells, the header has {len(header)}")
         named = dict(zip(header, row, strict=True))
+        if not named["domain"]:
+            raise DataError(f"--features {path}: a row has no domain ({','.join(row)!r}); name it")
         if named["domain"] in features:
             raise DataError(f"--features {path} has two rows of domain {named['domain']!r}; keep one")
         features[named["domain"]] = _features_of(path, named)

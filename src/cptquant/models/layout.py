@@ -89,6 +89,7 @@ def build_layout(
         shared_head=shared_head,
         kept=tuple(_kept(skeleton, sites)),
         key_value_width=_key_value_width(text_config),
+        attention_heads=_attention_heads(text_config),
         rotary_factors=_rotary_factors(text_config),
     )
     return layout, blocks.path
@@ -299,6 +300,11 @@ def _key_value_width(text_config: PretrainedConfig) -> int | None:
     heads = getattr(text_config, "num_key_value_heads", None) or getattr(text_config, "num_attention_heads", None)
     width = _head_width(text_config)
     return 2 * heads * width if isinstance(heads, int) and width is not None else None
+
+
+def _attention_heads(text_config: PretrainedConfig) -> int | None:
+    heads = getattr(text_config, "num_attention_heads", None)
+    return heads if isinstance(heads, int) and heads > 0 else None
 
 
 def _rotary_factors(text_config: PretrainedConfig) -> int:

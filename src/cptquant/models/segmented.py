@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cptquant.core.artifact import read_json
-from cptquant.core.errors import ModelError
+from cptquant.core.errors import FormatError, ModelError
 from cptquant.core.formats import QuantFormat
+from cptquant.core.targets.torch_segments import METHOD
 from cptquant.packing.quantized_weight import decode, encode
 from cptquant.packing.segments import SegmentedWeight, encode_segments, group_size, one_bit_offset
 
-METHOD = "cptquant-segments"
 WEIGHTS_NAME = "segments"
 """Files are not called model.safetensors: transformers ignores a quantization method it does not know, and would fill
 the missing weights with random numbers."""
@@ -125,8 +125,14 @@ class SegmentedFolder:
                 f"{folder} has version {record.get('schema_version')} of the schema, this cptquant reads "
                 f"{SCHEMA_VERSION}; write it again with: {MADE_BY}"
             )
-        self.formats = {name: QuantFormat.parse(text) for name, text in record["formats"].items()}
-        self.folded = frozenset(record["folded"])
+        try:
+            self.formats = {name: QuantFormat.parse(text) for name, text in record["formats"].items()}
+            self.folded = frozenset(record["folded"])
+        except (KeyError, TypeError, AttributeError, FormatError) as error:
+            raise ModelError(
+                f"{folder}/config.json: quantization_config is damaged ({type(error).__name__}: {error}); write it "
+                f"again with: {MADE_BY}"
+            ) from None
         self._files: dict[str, Path] = {}
         for path in sorted(self.folder.glob(f"{WEIGHTS_NAME}*.safetensors")):
             try:
@@ -162,7 +168,7 @@ def load_segmented(folder: str | Path, *, dtype: torch.dtype = torch.float32) ->
         ModelError: not such a folder, or tensors that do not fit its config. ArtifactError: damaged tensors.
     """
     source = SegmentedFolder(folder)
-    config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    config: Any = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
     del config.quantization_config
     model_class = getattr(transformers, config.architectures[0])
     model = cast(nn.Module, model_class._from_config(config, dtype=dtype)).eval().requires_grad_(False)

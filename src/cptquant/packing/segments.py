@@ -26,6 +26,8 @@ between mean and level."""
 LOWEST_MEAN, HIGHEST_MEAN = -MEAN_STEPS, MEAN_STEPS - 1
 SMALLEST_ONE_BIT_SCALE = 2.0**-14
 """Smallest normal float16."""
+LARGEST_ONE_BIT_SCALE = 64512.0
+"""Largest float16 with 5 bits of mantissa."""
 _SCALE_BITS, _SIGN_BIT, _LOW_BITS = 0x7FE0, 0x8000, 0x1F
 _SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -248,8 +250,8 @@ def _unpack_widths(packed: Tensor, groups: int, fmt: QuantFormat) -> Tensor:
 def round_one_bit_scale(
     scale: Tensor,  # float32, positive
 ) -> Tensor:
-    """The scale as a one-bit group stores it: float16 with 5 bits of mantissa, at least 2^-14; float32."""
-    mantissa, exponent = torch.frexp(scale.clamp(min=SMALLEST_ONE_BIT_SCALE))
+    """The scale as a one-bit group stores it: float16 with 5 bits of mantissa, from 2^-14 to 64,512; float32."""
+    mantissa, exponent = torch.frexp(scale.clamp(SMALLEST_ONE_BIT_SCALE, LARGEST_ONE_BIT_SCALE))
     return torch.ldexp((mantissa * 64).round(), exponent - 6)
 
 

@@ -1,14 +1,20 @@
 """Quantized weights on disk, one file per block, so that a killed run goes on from the last finished block."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cptquant.core.artifact import output_error
+from cptquant.core.errors import ArtifactError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteRecord
 from cptquant.packing.quantized_weight import StoredWeight, decode, encode
@@ -19,7 +25,8 @@ class ShardFolder:
 
     Each piece is a safetensors file with the tensors of one block (or of the sites outside the blocks) under the names
     they will have in the checkpoint, and the sites' records in its metadata. A piece appears under its name only when
-    complete. Reading is lazy: one site's tensors at a time.
+    complete, and carries a digest of its content: one that was cut short or altered since is removed when the folder
+    is opened, so that it is made again, and named in `damaged`. Reading is lazy: one site's tensors at a time.
 
     Args:
         folder: made if missing. Its name should contain the digest of everything the pieces depend on.
@@ -35,19 +42,20 @@ class ShardFolder:
             raise output_error(folder, error) from None
         self._piece_of: dict[str, Path] = {}
         self._records: dict[str, list[SiteRecord]] = {}
+        self.damaged: list[str] = []
         for path in sorted(folder.glob("*.safetensors")):
             self._register(path)
 
     def _register(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-        except (SafetensorError, OSError):
-            path.unlink()  # cannot happen to a renamed file short of disk damage; the piece is made again
+        state = path.stat()
+        content = _read_whole(path, state.st_ino, state.st_size, state.st_mtime_ns)
+        if content is None:
+            path.unlink()
+            self.damaged.append(f"{path} was cut short or changed after it was written")
             return
-        self._records[path.stem] = [SiteRecord.model_validate_json(text) for text in json.loads(metadata["records"])]
-        for site in json.loads(metadata["sites"]):
-            self._piece_of[site] = path
+        sites, records = content
+        self._records[path.stem] = [SiteRecord.model_validate_json(text) for text in records]
+        self._piece_of.update(dict.fromkeys(sites, path))
 
     def save(self, label: str, weights: Mapping[str, StoredWeight], records: Sequence[SiteRecord]) -> None:
         """Write one piece.
@@ -70,6 +78,7 @@ class ShardFolder:
             "records": json.dumps([record.model_dump_json() for record in records]),
             "sites": json.dumps(list(weights)),
         }
+        metadata["sha256"] = _digest(metadata, ((name, tensors[name]) for name in sorted(tensors)))
         try:
             save_file(tensors, partial, metadata=metadata)
             partial.replace(path)
@@ -107,13 +116,13 @@ class ShardFolder:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor under its checkpoint name."""
         for path in sorted(set(self._piece_of.values())):
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 for name in file.keys():
                     yield name, file.get_tensor(name)
 
     def _decode(self, site: str) -> StoredWeight:
         prefix = site + "."
-        with safe_open(self._piece_of[site], framework="pt") as file:
+        with _opened(self._piece_of[site]) as file:
             names = [name for name in file.keys() if name.startswith(prefix)]
             tensors = {name[len(prefix) :]: file.get_tensor(name) for name in names if "." not in name[len(prefix) :]}
         return decode(tensors, self._formats[site], self._shapes[site])
@@ -133,3 +142,43 @@ class _Piece(Mapping[str, StoredWeight]):
 
     def __len__(self) -> int:
         return len(self._sites)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A piece that was whole when its folder was opened."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path} was cut short or removed while it was in use ({error}); run the same command again: finished "
+            "blocks are kept, this one is made anew"
+        ) from None
+
+
+@lru_cache(maxsize=4096)
+def _read_whole(
+    path: Path, inode: int, size_bytes: int, changed_ns: int
+) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """(sites, records) of a piece whose content has its digest, else None; read once a process while unchanged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            wanted = metadata.pop("sha256", None)
+            if wanted is None or wanted != _digest(
+                metadata, ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+            ):
+                return None
+            return tuple(json.loads(metadata["sites"])), tuple(json.loads(metadata["records"]))
+    except (SafetensorError, OSError):
+        return None
+
+
+def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over metadata, names, dtypes, shapes and bytes."""
+    found = sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -12,10 +12,10 @@ reversed): H itself is never inverted and factored again, which is cheaper and l
 halving the columns recursively instead of in fixed blocks, so that nearly all arithmetic is matrix products; the
 result is the same.
 
-Damping is relative to the mean diagonal of the live inputs and is added to a copy; where it does not
-make the Hessian positive definite it is raised tenfold until it does and the outcome says so, never replaced by plain
-rounding. Inputs that were zero on all calibration text keep their weights, rounded (the paper sets them to 0, which
-costs more if the input ever is not zero). Scales are 16-bit before anything is rounded, and may be negative (grid.py).
+Damping is relative to the mean diagonal of the live inputs and is added to a copy; where it does not make the Hessian
+positive definite it is raised tenfold until it does and the outcome says so, never replaced by plain rounding. Inputs
+that were zero on all calibration text keep their weights, rounded (the paper sets them to 0, which costs more if the
+input ever is not zero). Scales are 16-bit before anything is rounded, and may be negative (grid.py).
 """
 
 from collections.abc import Sequence

@@ -16,6 +16,7 @@ from cptquant.core.manifest import CheckpointRecord
 from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
 from cptquant.reports import forecast_tables, headline, provenance_rows, sections
+from cptquant.reports.engine_section import engine_sections
 from cptquant.reports.quantities import TASK_NAMES, spell_bytes, spell_count, spell_exact_bytes, spell_name
 from cptquant.reports.run_folder import RunRecord, read_run
 
@@ -65,6 +66,7 @@ def render(record: RunRecord) -> str:
         "beside": [[(cell, "") for cell in row] for row in _beside(record)],
         "beside_columns": forecast_tables.BESIDE_COLUMNS,
         "comparison": sections.comparison_section(record),
+        "engines": engine_sections(record),
         "errors": sections.error_section(record),
         "measurements": sections.measurement_rows(evaluation) if evaluation else [],
         "plan_rows": sections.plan_rows(record),

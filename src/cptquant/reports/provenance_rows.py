@@ -33,6 +33,7 @@ def stage_files(record: RunRecord) -> dict[str, Artifact]:
     for name, manifest in (record.manifests or {}).items():
         files["manifest.json" if name == "quantized" else f"manifest-{name}.json"] = manifest
     files["checkpoint.json"] = record.checkpoint
+    files |= {f"export/{export.target}/export.json": export for export in record.exports}
     files["evaluation.json"] = record.evaluation
     return {name: artifact for name, artifact in files.items() if artifact is not None}
 

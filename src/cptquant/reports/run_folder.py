@@ -1,15 +1,16 @@
 """What stands in a run folder: every artifact that is there, and a sentence for each stage that is not."""
 
-import json
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from cptquant.core.artifact import Artifact, digest_json
+from cptquant.core.engine_export import ExportRecord
 from cptquant.core.errors import ArtifactError
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.forecast import PtqForecast
+from cptquant.core.frontier import Frontier
 from cptquant.core.layout import ModelLayout
 from cptquant.core.manifest import CheckpointRecord, Manifest
 from cptquant.core.plan import Plan
@@ -20,7 +21,7 @@ A = TypeVar("A", bound=Artifact)
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One plan of a sweep over budgets: bytes of all tensors, and the damage its table predicts."""
+    """One vertex of frontier.json: bytes of all tensors, and the damage its table predicts."""
 
     size_bytes: float
     predicted_damage: float
@@ -34,6 +35,7 @@ class RunRecord:
         tables: sensitivity tables, the one that the plan was made from first.
         plan: what the allocator proposed. baselines: plan-NAME.json by name.
         manifests: "quantized" and baselines by name. forecast: what was expected before quantizing.
+        exports: export/TARGET/export.json of every target.
         stale: one sentence for each file that was made from something other than what stands beside it.
     """
 
@@ -47,6 +49,7 @@ class RunRecord:
     evaluation: EvaluationReport | None = None
     forecast: PtqForecast | None = None
     frontier: tuple[FrontierPoint, ...] = ()
+    exports: tuple[ExportRecord, ...] = ()
     stale: tuple[str, ...] = ()
 
     @property
@@ -104,6 +107,7 @@ def read_run(folder: Path) -> RunRecord:
         evaluation=_read(folder / "evaluation.json", EvaluationReport),
         forecast=_read(folder / "forecast.json", PtqForecast),
         frontier=_read_frontier(folder / "frontier.json"),
+        exports=tuple(ExportRecord.load(path) for path in sorted(folder.glob("export/*/export.json"))),
     )
     return _with_stale(record)
 
@@ -137,25 +141,10 @@ def _check_sites(layout: ModelLayout, artifact: Artifact, file_name: str, names:
 
 
 def _read_frontier(path: Path) -> tuple[FrontierPoint, ...]:
-    """A list of {size_bytes, predicted_damage}, or an object that holds it under `points`."""
-    if not path.exists():
-        return ()
-    made_by = "cptquant allocate RUN --budget BUDGET"
-    try:
-        value: object = json.loads(path.read_text(encoding="utf-8"))
-        rows = cast(dict[str, object], value)["points"] if isinstance(value, dict) else value
-        if not isinstance(rows, list):
-            raise TypeError(f"a list of points was expected, found {type(rows).__name__}")
-        points = [
-            FrontierPoint(float(row["size_bytes"]), float(row["predicted_damage"]))
-            for row in cast(list[dict[str, float]], rows)
-        ]
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise ArtifactError(
-            f"{path} is no list of {{size_bytes, predicted_damage}} ({type(error).__name__}: {error}); "
-            f"remove it or make it anew with: {made_by}"
-        ) from None
-    return tuple(sorted(points, key=lambda point: point.size_bytes))
+    """The vertices that hurt; the last ones, at 16 bits, have no place on a logarithmic axis."""
+    found = _read(path, Frontier)
+    vertices = () if found is None else found.vertices
+    return tuple(FrontierPoint(vertex.size_bytes, vertex.damage) for vertex in vertices if vertex.damage > 0)
 
 
 def _with_stale(record: RunRecord) -> RunRecord:
@@ -173,4 +162,11 @@ def _with_stale(record: RunRecord) -> RunRecord:
         known = evaluation.inputs.get("plan quantized", "")
         if known not in ("", digest_json(dict(written.formats))):
             sentences.append("evaluation.json was made from another plan than the one beside it.")
+    for export in record.exports:
+        if written is None:
+            break
+        known = export.inputs.get("plan", "")
+        there = written.model_copy(update={"target": export.target, "size_bytes": export.tensor_bytes})
+        if known not in ("", there.digest()):  # as `export` makes the plan of another target
+            sentences.append(f"export/{export.target}/export.json was made from another plan than the one beside it.")
     return replace(record, stale=tuple(sentences))

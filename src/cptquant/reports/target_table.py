@@ -16,6 +16,7 @@ def describe_target(target: Target) -> dict[str, object]:
         "target": target.name,
         "description": target.description,
         "formats": {name: _bits_per_weight(name) for name in target.default_formats},
+        "encoder_formats": {name: _bits_per_weight(name) for name in target.encoder_formats},
         "divisibility": target.divisibility,
         "share_a_format": target.tied,
         "kept": target.kept,
@@ -30,7 +31,8 @@ def target_table(targets: Iterable[Target]) -> str:
             title=f"--target {target.name}: {target.description}",
             columns=("Rule", "What"),
             rows=[
-                ["default formats (bits per weight)", _spell_formats(target)],
+                ["default formats (bits per weight)", _spell_formats(target.default_formats)],
+                *([["... of encoders", _spell_formats(target.encoder_formats)]] if target.encoder_formats else []),
                 ["row lengths", target.divisibility],
                 ["share a format", target.tied],
                 ["never quantized", target.kept],
@@ -43,8 +45,8 @@ def target_table(targets: Iterable[Target]) -> str:
     return render_text(*tables)
 
 
-def _spell_formats(target: Target) -> str:
-    return ", ".join(f"{name} ({_bits_per_weight(name):g})" for name in target.default_formats)
+def _spell_formats(names: Iterable[str]) -> str:
+    return ", ".join(f"{name} ({_bits_per_weight(name):g})" for name in names)
 
 
 def _bits_per_weight(name: str) -> float:

@@ -3,11 +3,13 @@
 from cptquant.allocation.allocate import allocate
 from cptquant.allocation.methods import find_allocator
 from cptquant.core.budget import Budget
+from cptquant.core.engine_memory import find_context, fit_budget, parse_memory
 from cptquant.core.errors import ArtifactError, BudgetError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
+from cptquant.core.settings import RunSettings
 from cptquant.core.targets import candidate_formats, find_target, list_refusals
 from cptquant.stages.run import Run
 
@@ -26,7 +28,7 @@ def site_formats(run: Run, layout: ModelLayout) -> dict[str, tuple[QuantFormat, 
     Raises:
         UserError: the target allows none of `--formats` anywhere.
     """
-    target, formats = find_target(run.settings.target), run.settings.quant_formats
+    target, formats = find_target(run.settings.target), run.settings.formats_for(layout)
     candidates = {site.name: candidate_formats(site, layout, target, formats) for site in layout.sites}
     if all(fmt.is_float for row in candidates.values() for fmt in row):
         refusals = {target.refusal(site, fmt) for site in layout.block_sites for fmt in formats}
@@ -44,18 +46,31 @@ def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None
         "budget": settings.budget_for(layout).text,
         "allocator": settings.allocator,
         "target": settings.target,
-        "formats": ",".join(map(str, settings.quant_formats)),
+        "formats": ",".join(map(str, settings.formats_for(layout))),
         "seed": str(settings.seed),
     }
-    return run.stage(
-        "plan.json",
-        Plan,
-        inputs,
-        lambda: allocate(
-            layout, table, settings.budget_for(layout), find_target(settings.target),
-            find_allocator(settings.allocator), formats=settings.quant_formats, seed=settings.seed,
-        ),
-    )  # fmt: skip
+    return run.stage("plan.json", Plan, inputs, lambda: _allocate_within(settings, layout, table))
+
+
+def _allocate_within(settings: RunSettings, layout: ModelLayout, table: SensitivityTable | None) -> Plan:
+    """Allocate under the budget; under `--memory`, under smaller ones until the plan's predicted memory fits.
+
+    Raises:
+        BudgetError: unreachable.
+    """
+    budget, target = settings.budget_for(layout), find_target(settings.target)
+    while True:
+        plan = allocate(
+            layout, table, budget, target, find_allocator(settings.allocator), formats=settings.formats_for(layout),
+            seed=settings.seed,
+        )  # fmt: skip
+        if settings.memory is None:
+            return plan
+        context, limit = find_context(layout, settings.context), parse_memory(settings.memory)
+        smaller = fit_budget(layout, budget, plan, context, limit)
+        if smaller is None:
+            return plan
+        budget = smaller
 
 
 def baseline_plans(run: Run, layout: ModelLayout, plan: Plan) -> dict[str, Plan]:
@@ -79,7 +94,7 @@ def _baseline_plan(run: Run, layout: ModelLayout, plan: Plan, allocator: str) ->
     budget = Budget(limit_bytes, "bytes", plan.budget_scope, f"{limit_bytes} bytes ({plan.budget_scope}), as the plan")
     formats = {name for name in plan.formats.values() if not QuantFormat.parse(name).is_float}
     offered = tuple(
-        dict.fromkeys((*run.settings.quant_formats, *(QuantFormat.parse(name) for name in sorted(formats))))
+        dict.fromkeys((*run.settings.formats_for(layout), *(QuantFormat.parse(name) for name in sorted(formats))))
     )
     inputs = {"plan": plan.digest(), "formats": ",".join(map(str, offered)), "seed": str(run.settings.seed)}
     return run.stage(

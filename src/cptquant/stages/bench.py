@@ -1,18 +1,18 @@
 """bench.json: every engine in a process of its own, all of them once a round, round after round."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cptquant.core.bench import BASELINE, BenchRecord, BenchVariant, spread
-from cptquant.core.engine_export import ExportRecord
-from cptquant.core.engine_memory import held_bytes_per_token
-from cptquant.core.errors import ArtifactError, EngineError, UserError
+from cptquant.core.engine_memory import find_context, held_bytes_per_token
+from cptquant.core.errors import EngineError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.progress import Progress
 from cptquant.engines.process import run_engine
+from cptquant.stages.written import engine_record
 
 ENGINES = ("transformers", "onnx", "llamacpp")
 ENGINE_TARGETS = {"onnx": "onnx", "llamacpp": "gguf"}
@@ -31,38 +31,51 @@ class BenchMethod:
 
 @dataclass(frozen=True)
 class Contender:
-    """One engine with one file; `bytes_per_token` None for encoders."""
+    """One engine with one file.
+
+    Attributes:
+        bytes_per_token: of weights; None for encoders. context: longest that the file holds; None where the model says.
+    """
 
     name: str
     engine: str
     file: Path
     file_bytes: int
     bytes_per_token: int | None
+    context: int | None = None
 
 
 def run_contenders(folder: Path, layout: ModelLayout, original: Path, engines: Sequence[str]) -> list[Contender]:
     """What there is to compare in a run folder: the baselines, and each engine's file.
 
     Raises:
-        UserError: an unknown engine. ArtifactError: an engine's file was not written yet, with the command.
+        UserError: no engine, or an unknown one. ArtifactError: an engine's files were not written yet, are of other
+        weights than the run's, or damaged; with the command.
     """
+    check_engines(engines)
     contenders: list[Contender] = []
     for engine in engines:
         if engine == "transformers":
             contenders += baselines(layout, original)
             continue
-        if engine not in ENGINE_TARGETS:
-            raise UserError(f"--engines {engine!r} is unknown; choose of: {', '.join(ENGINES)}")
-        target = ENGINE_TARGETS[engine]
-        record_file = folder / "export" / target / "export.json"
-        if not record_file.is_file():
-            raise ArtifactError(
-                f"{folder} holds no files for {engine}; write them with: cptquant export {folder} --target {target}"
-            )
-        record = ExportRecord.load(record_file)
+        record = engine_record(folder, ENGINE_TARGETS[engine], engine)
         formats = {site.site: QuantFormat.parse(site.format) for site in record.round_trip}
-        contenders.append(engine_contender(engine, layout, folder / record.entry, formats, record.file_bytes))
+        made = engine_contender(engine, layout, folder / record.entry, formats, record.file_bytes)
+        contenders.append(replace(made, context=record.context))
     return contenders
+
+
+def check_engines(engines: Sequence[str]) -> None:
+    """Refuse names that are no engine, before anything is written or measured.
+
+    Raises:
+        UserError: none at all, or an unknown one.
+    """
+    if not engines:
+        raise UserError(f"--engines names no engine; choose of: {', '.join(ENGINES)}")
+    for engine in engines:
+        if engine not in ENGINES:
+            raise UserError(f"--engines {engine!r} is unknown; choose of: {', '.join(ENGINES)}")
 
 
 def baselines(layout: ModelLayout, original: Path) -> list[Contender]:
@@ -92,6 +105,9 @@ def bench_stage(
     """Measure all contenders, interleaved: a change in what else the machine does touches all of them alike.
 
     An engine that is missing keeps its line in the table, with the reason.
+
+    Raises:
+        EngineError: not one engine could be measured.
     """
     answers: list[list[dict[str, Any]]] = [[] for _ in contenders]
     problems = ["" for _ in contenders]
@@ -106,6 +122,9 @@ def bench_stage(
                 except EngineError as error:
                     problems[index] = str(error)
             progress("bench", turn * len(contenders) + index + 1, how.rounds * len(contenders))
+    if not any(answers):
+        reasons = "; ".join(f"{found.name}: {problem}" for found, problem in zip(contenders, problems, strict=True))
+        raise EngineError(f"no engine could be measured, and no bench.json was written; {reasons}")
     base = next((i for i, contender in enumerate(contenders) if contender.name == BASELINE), None)
     reference = [] if base is None else answers[base]
     variants = [
@@ -119,7 +138,7 @@ def bench_stage(
 
 
 def _measure(contender: Contender, layout: ModelLayout, how: BenchMethod) -> dict[str, Any]:
-    longest = layout.max_positions or 4096
+    longest = contender.context or find_context(layout, None)
     arguments = {
         "prefill": [length for length in _PREFILL if length <= longest],
         "decode_tokens": _DECODE_TOKENS,

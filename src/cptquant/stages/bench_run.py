@@ -7,7 +7,6 @@ from pathlib import Path
 
 from cptquant.core.artifact import output_error, write_whole
 from cptquant.core.bench import BenchRecord
-from cptquant.core.errors import UserError
 from cptquant.core.layout import ModelLayout
 from cptquant.core.progress import Progress
 from cptquant.core.provenance import Stopwatch
@@ -16,15 +15,16 @@ from cptquant.models.source import find_model
 from cptquant.reports.bench_table import bench_page
 from cptquant.stages.bench import (
     ENGINE_TARGETS,
-    ENGINES,
     BenchMethod,
     Contender,
     baselines,
     bench_stage,
+    check_engines,
     engine_contender,
     run_contenders,
 )
 from cptquant.stages.synthetic import load_synthetic, make_model, write_for_target
+from cptquant.stages.written import check_run
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ def bench_folder(folder: Path, engines: Sequence[str], *, how: BenchMethod, prog
         ArtifactError: no run, or files of an engine that were not written. UserError: an unknown engine.
     """
     watch = Stopwatch()
+    check_engines(engines)
+    check_run(folder)
     settings = RunSettings.load(folder / "settings.json")
     layout = ModelLayout.load(folder / "layout.json")
     original = find_model(settings.model, trust_remote_code=settings.trust_remote_code).path
@@ -67,9 +69,7 @@ def bench_synthetic(
     Raises:
         UserError: an unknown shape or engine, or a budget that cannot be met.
     """
-    unknown = [name for name in engines if name not in ENGINES]
-    if unknown:
-        raise UserError(f"--engines {unknown[0]!r} is unknown; choose of: {', '.join(ENGINES)}")
+    check_engines(engines)
     watch = Stopwatch()
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -1,34 +1,48 @@
 """What can be known to be wrong before any compute is spent. Loads no framework."""
 
+import contextlib
 from pathlib import Path
 
 from cptquant.allocation.methods import find_allocator
-from cptquant.core.errors import DataError, ModelError, UserError
+from cptquant.core.engine_memory import parse_memory
+from cptquant.core.errors import DataError, MissingEngineError, ModelError, UserError
 from cptquant.core.layout import ModelLayout
 from cptquant.core.settings import BASELINES, RunSettings
 from cptquant.core.targets import find_target
+from cptquant.engines.llamacpp_python import find_llamacpp
 
 SENSITIVITY_METHODS = ("cmpq", "pmpq", "tdmpq", "ablation")
 QUANTIZERS = ("gptq", "rtn")
 
 
-def check_choices(settings: RunSettings) -> None:
-    """Check names, formats, budget and the existence of text files.
+TEXTS = ("calibration", "eval_text")
+
+
+def check_choices(settings: RunSettings, texts: tuple[str, ...] = TEXTS) -> None:
+    """Check names, formats, limits and the existence of text files.
+
+    Args:
+        texts: fields that name text files to look for; others are ignored.
 
     Raises:
         UserError: the first thing that is wrong, with what is allowed and the flag.
     """
+    if settings.budget is not None and settings.memory is not None:
+        raise UserError("--budget and --memory were both given; --memory already decides the bytes of the weights")
     if settings.budget is not None:
         _ = settings.parsed_budget
-    _ = settings.quant_formats
+    if settings.memory is not None:
+        parse_memory(settings.memory)
     find_target(settings.target)
+    settings.check_formats()
     find_allocator(settings.allocator)
     _check_name("--sensitivity", settings.sensitivity, SENSITIVITY_METHODS)
     _check_name("--quantizer", settings.quantizer, QUANTIZERS)
     for name in settings.baselines or ():
         _check_name("--baselines", name, BASELINES)
-    for flag, text in (("--calibration", settings.calibration), ("--eval-text", settings.eval_text)):
-        if text is not None and not Path(text).exists():
+    for field in TEXTS:
+        flag, text = f"--{field.replace('_', '-')}", getattr(settings, field)
+        if field in texts and text is not None and not Path(text).exists():
             raise DataError(f"{flag} {text!r} does not exist; give a .txt, a .jsonl or a saved `datasets` folder")
 
 
@@ -36,11 +50,15 @@ def check_target(layout: ModelLayout, name: str) -> None:
     """Refuse a model that the target's engine cannot run, as soon as its layout is known.
 
     Raises:
-        ModelError: with what the engine can run.
+        ModelError: with what the engine can run. EngineError: an engine was named that is not there or too old; none at
+        all is no error.
     """
     refusal = find_target(name).refuse_model(layout)
     if refusal is not None:
         raise ModelError(refusal)
+    if name == "gguf":
+        with contextlib.suppress(MissingEngineError):
+            find_llamacpp()
 
 
 def _check_name(flag: str, name: str, allowed: tuple[str, ...]) -> None:

@@ -54,8 +54,8 @@ def estimate_run(settings: RunSettings) -> RunEstimate:
     layout = read_layout(settings.model, trust_remote_code=settings.trust_remote_code)
     budget, target = settings.budget_for(layout), find_target(settings.target)
     check_target(layout, settings.target)
-    check_budget(layout, budget, target, settings.quant_formats)
-    reach = find_reach(layout, budget, target, settings.quant_formats)
+    check_budget(layout, budget, target, settings.formats_for(layout))
+    reach = find_reach(layout, budget, target, settings.formats_for(layout))
     limit = budget.limit_bytes(layout)
     speed = _measure_flops_per_second()
     with coarse_products():
@@ -70,7 +70,7 @@ def estimate_run(settings: RunSettings) -> RunEstimate:
         limit_bytes=limit,
         smallest_bytes=reach.smallest_bytes,
         largest_bytes=reach.bytes_at_16_bit,
-        uniform_bytes={fmt.name: _uniform_bytes(layout, settings, fmt) for fmt in settings.quant_formats},
+        uniform_bytes={fmt.name: _uniform_bytes(layout, settings, fmt) for fmt in settings.formats_for(layout)},
         stage_seconds=seconds,
         wall_seconds=sum(seconds.values()),
         peak_memory_bytes=_peak_bytes(layout, settings, variants),
@@ -150,7 +150,7 @@ def _measure_seconds(
     layout: ModelLayout, settings: RunSettings, cost: _Counts, speed: float, coarse_speed: float
 ) -> float:
     length = min(settings.sequence_length, layout.max_positions or settings.sequence_length)
-    calibration, formats = settings.calibration_sequences * length, len(settings.quant_formats)
+    calibration, formats = settings.calibration_sequences * length, len(settings.formats_for(layout))
     rounding = formats * _ROUNDING_SECONDS_PER_WEIGHT * (cost.block_weights + cost.outer_weights)
     method, both = Tdmpq(), cost.block_pass + cost.outer_pass
     if settings.sensitivity == "tdmpq":
@@ -184,7 +184,7 @@ def _peak_bytes(layout: ModelLayout, settings: RunSettings, variants: int) -> in
     outer_codes = max((site.weight_count for site in layout.sites if site.block_index is None), default=0)
     width = 4 * layout.hidden_size * length
     logits = 0 if layout.task == "encoder" else min(4 * length * layout.vocabulary_size, 80 << 20)
-    changes = min(len(settings.quant_formats) * block, 224 << 20)
+    changes = min(len(settings.formats_for(layout)) * block, 224 << 20)
     inputs = min(32 * layout.block_count * width // 2, 256 << 20)
     measure = 4 * block + changes + inputs + 2 * outer_codes + 3 * logits
     quantize = 3 * block + 8 * widest + 2 * settings.calibration_sequences * width + _STACK_BYTES

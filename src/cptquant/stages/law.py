@@ -73,9 +73,18 @@ def fit_stage(request: FitRequest) -> LawFit:
     Raises:
         UserError: the kind is unknown.
     """
-    if request.kind not in FITTERS:
-        raise UserError(f"law {request.kind!r} is unknown; choose one of: {', '.join(FITTERS)}, ptq")
+    check_kind(request.kind)
     return FITTERS[request.kind](request)
+
+
+def check_kind(kind: str) -> None:
+    """Refuse a kind of law that `fit_stage` does not know.
+
+    Raises:
+        UserError: with those it knows.
+    """
+    if kind not in FITTERS:
+        raise UserError(f"law {kind!r} is unknown; choose one of: {', '.join(FITTERS)}, ptq")
 
 
 def fit_ptq_stage(data: Path, output: Path) -> PtqLawFit:
@@ -109,7 +118,7 @@ def load_law(folder: Path) -> LawFit:
     Raises:
         ArtifactError: missing, damaged or of another version.
     """
-    path = folder if folder.suffix == ".json" else folder / LAW_FILE
+    path = folder if folder.suffix == ".json" and not folder.is_dir() else folder / LAW_FILE
     law = LawFit.load(path)
     check_law(law, path)
     return law

@@ -73,7 +73,7 @@ def _refuse_unused(use: str, request: OptimumRequest) -> None:
     given = {"--N": request.size, "--D": request.tokens, "--r": request.ratio, "--general-base": request.general_base}
     unused = [flag for flag, value in given.items() if value is not None and flag not in _USED[use]]
     if unused:
-        raise UserError(f"{use} takes {' and '.join(_USED[use])}, not {unused[0]}; leave {unused[0]} out")
+        raise UserError(f"{use} takes {', '.join(_USED[use])}, not {unused[0]}; leave {unused[0]} out")
 
 
 def _need(value: float | None, flag: str, use: str) -> float:

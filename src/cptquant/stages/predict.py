@@ -7,9 +7,9 @@ from pathlib import Path
 from cptquant.allocation.allocate import allocate
 from cptquant.allocation.methods import find_allocator
 from cptquant.allocation.reach import check_budget
-from cptquant.core.artifact import digest_json
+from cptquant.core.artifact import check_writable, digest_json
 from cptquant.core.budget import Budget
-from cptquant.core.errors import FormatError, UserError
+from cptquant.core.errors import FormatError, OutputError, UserError
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.forecast import ForecastRow, PtqForecast
 from cptquant.core.formats import QuantFormat
@@ -21,7 +21,7 @@ from cptquant.core.sensitivity import Damage, SensitivityTable
 from cptquant.core.targets import candidate_formats, find_target
 from cptquant.laws.ptq import PtqLawFit, load_ptq_law
 from cptquant.laws.ptq_features import METHODS, Method, ModelNoise, plan_features
-from cptquant.laws.ptq_table import SHIPPED_LAW, PtqObservation, append_observations
+from cptquant.laws.ptq_table import SHIPPED_LAW, PtqObservation, append_observations, read_observations
 from cptquant.models.load import load_model
 from cptquant.models.text import load_tokens
 from cptquant.sensitivity.model_noise import MOMENT_SEQUENCES, measure_landscapes, measure_model_noise
@@ -249,6 +249,25 @@ def _known_taylor(run: Run, plans: Mapping[str, Formats]) -> dict[str, dict[str,
     if any(fmt not in table.damages.get(site, {}) for site, fmt in wanted):
         return None
     return {name: {fmt: damage.value for fmt, damage in row.items()} for name, row in table.damages.items()}
+
+
+def check_record(table: Path, output: Path | None) -> None:
+    """Refuse a table that a run could not be added to, before the run is made.
+
+    Args:
+        output: folder that the run will make, in which the table may lie.
+
+    Raises:
+        DataError: the file is another table, or damaged. UserError: it could not be written.
+    """
+    if table.is_file():
+        read_observations(table)
+    if output is not None and table.parent.resolve() == output.resolve():
+        return
+    try:
+        check_writable(table)
+    except OutputError as error:
+        raise UserError(str(error).replace("--output", "--record")) from None
 
 
 def record_run(folder: Path, table: Path, *, tokens_seen: float | None = None) -> int:

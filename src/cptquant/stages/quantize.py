@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cptquant.core.artifact import digest_file, digest_json
+from cptquant.core.artifact import digest_json
+from cptquant.core.engine_memory import find_context
 from cptquant.core.layout import ModelLayout
 from cptquant.core.manifest import CheckpointRecord, Manifest
 from cptquant.core.plan import Plan
+from cptquant.core.written_files import digest_folder, list_damage, size_folder
 from cptquant.exporters.export import find_exporter
 from cptquant.models.arithmetic import describe_arithmetic
 from cptquant.packing.shards import ShardFolder
@@ -24,14 +26,19 @@ class Variant:
     shards: ShardFolder
 
 
-def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quantized") -> ShardFolder:
+def quantize_stage(
+    run: Run, layout: ModelLayout, plan: Plan, name: str = "quantized", *, manifest: str | None = None
+) -> ShardFolder:
     """plan.json -> quantized pieces under work/ (one file a block, with records) and manifest.json.
 
     Resumes after a kill from the last finished block, with the same bits out. Pieces live under a digest of everything
     they depend on, so equal plans share them.
+
+    Args:
+        name: for progress, and of the manifest. manifest: its file where the name does not say it.
     """
     check_plan(plan, layout)
-    find_exporter(plan.target).check(run.model)
+    find_exporter(plan.target).check(run.model, find_context(layout, run.settings.context))
     quantizer = find_quantizer(run.settings.quantizer)
     inputs = {
         "plan": digest_json(plan.formats),
@@ -42,6 +49,8 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
     }
     shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
     shards = ShardFolder(run.folder / "work" / digest_json(inputs)[:16], plan.quant_formats, shapes)
+    for sentence in shards.damaged:
+        run.progress(f"made anew: {sentence}", 1, 1)
 
     labels = [block_label(index) for index in range(layout.block_count)]
 
@@ -66,7 +75,7 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
             parameters=layout.parameters,
         )
 
-    file_name = "manifest.json" if name == "quantized" else f"manifest-{name}.json"
+    file_name = manifest or ("manifest.json" if name == "quantized" else f"manifest-{name}.json")
     if not shards.labels.issuperset([*labels, block_label(None)]):  # pieces were removed after the manifest was made
         (run.folder / file_name).unlink(missing_ok=True)
     run.stage(file_name, Manifest, inputs, make)
@@ -74,21 +83,30 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
 
 
 def write_stage(run: Run, variant: Variant) -> Path:
-    """checkpoint/: the chosen weights in a folder stock transformers loads; skipped if it already holds them."""
-    folder, stamp = run.folder / "checkpoint", run.folder / "checkpoint.json"
+    """checkpoint/: the chosen weights as the target's engine loads them; skipped if it already holds them, whole.
+
+    Every file that was written is compared by size and sha256 (about 1 GB/s); where one is missing, cut short or
+    altered, the folder is written again from the pieces.
+    """
+    folder, exporter = run.folder / "checkpoint", find_exporter(variant.plan.target)
     inputs = {"plan": variant.plan.digest(), "pieces": variant.shards.folder.name}
-    if not folder.is_dir():
-        stamp.unlink(missing_ok=True)
+    context = find_context(run.model.layout, run.settings.context)
+    if exporter.fixes_context:
+        inputs["context"] = str(context)
 
     def make() -> CheckpointRecord:
-        written = find_exporter(variant.plan.target).write(run.model, variant.plan, variant.shards, folder)
+        written = exporter.write(run.model, variant.plan, variant.shards, folder, context)
         return CheckpointRecord(
             tensor_bytes=written.tensor_bytes,
             header_bytes=written.header_bytes,
-            files={file.name: digest_file(file) for file in written.files},
+            files=digest_folder(folder),
+            file_sizes=size_folder(folder),
         )
 
-    run.stage(stamp.name, CheckpointRecord, inputs, make)
+    run.stage(
+        "checkpoint.json", CheckpointRecord, inputs, make,
+        damage=lambda found: list_damage(folder, found.files, found.file_sizes),
+    )  # fmt: skip
     return folder
 
 

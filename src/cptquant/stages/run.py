@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cptquant.core.artifact import Artifact, output_error
+from cptquant.core.engine_memory import find_context
 from cptquant.core.errors import OutputError
+from cptquant.core.layout import ModelLayout
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.provenance import Stopwatch
 from cptquant.core.settings import RunSettings
+from cptquant.stages.check import check_choices
 
 if TYPE_CHECKING:
     from cptquant.models.corpus import Split
@@ -31,8 +34,14 @@ class Run:
     progress: Progress = field(default=ignore_progress)
 
     @classmethod
-    def start(cls, folder: Path, settings: RunSettings, progress: Progress = ignore_progress) -> "Run":
+    def start(
+        cls, folder: Path, settings: RunSettings, progress: Progress = ignore_progress, *, keep: bool = True
+    ) -> "Run":
         """Open a folder for a model: a new or empty one, or one that already holds a run of the same model.
+
+        Args:
+            keep: write the settings over those of the run that is there; otherwise `keep_settings` does, once they
+                have been looked at further.
 
         Raises:
             OutputError: not empty and no run, a run of another model, or not writable.
@@ -55,21 +64,37 @@ class Run:
             raise output_error(folder, error) from None
         if not os.access(folder, os.W_OK):
             raise OutputError(f"--output {folder} is not writable; choose another folder")
-        settings.save(path)
-        return cls(folder, settings, progress)
+        run = cls(folder, settings, progress)
+        if keep or not path.exists():
+            run.keep_settings()
+        return run
 
     @classmethod
     def resume(cls, folder: Path, progress: Progress = ignore_progress, **changes: object) -> "Run":
-        """Open a run folder for a later stage, with flags that override its settings.
+        """Open a run folder for a later stage, with flags that override its settings and are kept.
 
         Raises:
-            ArtifactError: the folder holds no run.
+            ArtifactError: the folder holds no run. UserError: a flag's value; the settings then stay as they were.
         """
+        run = cls.look(folder, progress, **changes)
+        if changes:
+            run.keep_settings()
+        return run
+
+    @classmethod
+    def look(cls, folder: Path, progress: Progress = ignore_progress, **changes: object) -> "Run":
+        """As `resume`, without keeping the flags: `keep_settings` does, once they have been looked at further."""
         settings = RunSettings.load(folder / "settings.json")
         if changes:
-            settings = settings.model_copy(update=changes)
-            settings.save(folder / "settings.json")
+            settings = settings.model_copy(update={**_replaced(changes), **changes})
+            check_choices(settings, texts=tuple(changes))
+            if (folder / "layout.json").is_file():
+                find_context(ModelLayout.load(folder / "layout.json"), settings.context)
         return cls(folder, settings, progress)
+
+    def keep_settings(self) -> None:
+        """Write settings.json, from which later stages start."""
+        self.settings.save(self.folder / "settings.json")
 
     @cached_property
     def model(self) -> "LoadedModel":
@@ -109,13 +134,30 @@ class Run:
             seed=self.settings.seed,
         )  # fmt: skip
 
-    def stage(self, name: str, kind: type[A], inputs: dict[str, str], make: Callable[[], A]) -> A:
-        """The artifact of that name: as found if made from the same inputs, else made and saved."""
+    def stage(
+        self,
+        name: str,
+        kind: type[A],
+        inputs: dict[str, str],
+        make: Callable[[], A],
+        *,
+        damage: Callable[[A], list[str]] | None = None,
+    ) -> A:
+        """The artifact of that name: as found if made from the same inputs, else made and saved.
+
+        Args:
+            damage: what is wrong with the files that the artifact describes; if anything, it is made anew, and the
+                progress says why.
+        """
         path = self.folder / name
         if path.exists():
             found = kind.load(path)
             if found.inputs == inputs:
-                return found
+                wrong = [] if damage is None else damage(found)
+                if not wrong:
+                    return found
+                for sentence in wrong:
+                    self.progress(f"made anew: {sentence}", 1, 1)
         watch = Stopwatch()
         made = make()
         provenance = watch.provenance(seed=self.settings.seed, threads=_threads())
@@ -130,6 +172,11 @@ class Run:
             ArtifactError: missing or damaged; names the command that makes it.
         """
         return kind.load(self.folder / name)
+
+
+def _replaced(changes: dict[str, object]) -> dict[str, object]:
+    """A new limit takes the place of the other kind of limit that stood before."""
+    return {old: None for new, old in (("budget", "memory"), ("memory", "budget")) if changes.get(new) is not None}
 
 
 def _threads() -> int | None:

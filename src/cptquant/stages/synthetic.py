@@ -9,6 +9,7 @@ import torch
 from cptquant.allocation.allocate import allocate
 from cptquant.allocation.random_fill import RandomFill
 from cptquant.core.budget import Budget
+from cptquant.core.engine_memory import find_context
 from cptquant.core.errors import UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
@@ -77,8 +78,9 @@ def write_for_target(
     """
     layout: ModelLayout = model.layout
     target, exporter = find_target(target_name), find_exporter(target_name)
-    exporter.check(model)
-    offered = tuple(QuantFormat.parse(name) for name in formats or target.default_formats)
+    context = find_context(layout, None)
+    exporter.check(model, context)
+    offered = tuple(QuantFormat.parse(name) for name in formats or target.formats_for(layout))
     plan = allocate(layout, None, Budget.parse(budget), target, RandomFill(), formats=offered)
     shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
     shards = ShardFolder(folder / "work", plan.quant_formats, shapes)
@@ -87,7 +89,7 @@ def write_for_target(
         shards.save("outer" if index is None else f"block-{index:04d}", weights, records)
 
     quantize_sites(model, plan, Rtn(clip_search=False), None, save)
-    written = exporter.write(model, plan, shards, folder / "files")
+    written = exporter.write(model, plan, shards, folder / "files", context)
     shutil.rmtree(folder / "work")
     return written.folder / exporter.entry if exporter.entry else written.folder, plan
 

@@ -15,6 +15,7 @@ class Target(ABC):
     Attributes:
         name: spelling of `--target`. description: one line for people.
         default_formats: candidates beside 16 bits where the person names none.
+        encoder_formats: the same for models that do not decode, where the engine runs others faster; empty: no others.
         architectures: `model_type`s that the engine runs; empty means whatever transformers runs.
         divisibility, tied, kept: the rules in words, for people; `refusal`, `ties`, `kept_bytes` are what counts.
     """
@@ -26,6 +27,11 @@ class Target(ABC):
     divisibility: str
     tied: str
     kept: str
+    encoder_formats: tuple[str, ...] = ()
+
+    def formats_for(self, layout: ModelLayout) -> tuple[str, ...]:
+        """Candidates beside 16 bits for this model where the person names none."""
+        return self.encoder_formats if self.encoder_formats and layout.task != "causal_lm" else self.default_formats
 
     @abstractmethod
     def refusal(self, site: Site, fmt: QuantFormat) -> str | None:

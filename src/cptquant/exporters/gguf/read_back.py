@@ -8,14 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cptquant.core.errors import ArtifactError, CptquantError
-from cptquant.core.export import TensorCheck
+from cptquant.core.errors import ArtifactError
 from cptquant.core.layout import ModelLayout, Site
-from cptquant.core.plan import Plan
 from cptquant.core.targets.gguf_names import find_place, is_omitted
 from cptquant.exporters.gguf.tensors import RowOrders
 from cptquant.models.load import LoadedModel
-from cptquant.models.stream import WeightSource, read_weight
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
@@ -84,33 +81,3 @@ class GgufWeights:
         if order is not None:
             values = torch.empty_like(values).index_copy_(0, order, values)
         return values / self._rows.factor(place)
-
-
-def check_tensors(path: Path, model: LoadedModel, plan: Plan, source: WeightSource) -> tuple[TensorCheck, ...]:
-    """Every site of the file against our own weights.
-
-    Args:
-        source: our dequantized weights, e.g. the pieces of the run.
-
-    Raises:
-        CptquantError: naming the sites that differ (a fault of ours). ArtifactError: an unreadable file.
-    """
-    weights = GgufWeights(path, model)
-    checks: list[TensorCheck] = []
-    for site in model.layout.sites:
-        tensor = weights.tensor_of(site)
-        read = weights.weight(site.name)
-        if tensor is None or read is None:
-            continue
-        ours = source.weight(site.name)
-        if ours is None:
-            fmt = plan.quant_formats[site.name]
-            dtype = torch.float16 if fmt.storage == "float16" else torch.bfloat16
-            ours = read_weight(model.module.get_submodule(site.name), site).detach().to(dtype).float()
-        difference = float((read - ours).abs().max())
-        checks.append(TensorCheck(site=site.name, tensor=tensor, largest_difference=difference))
-    wrong = [check for check in checks if check.largest_difference != 0]
-    if wrong:
-        named = ", ".join(f"{check.site} ({check.tensor}, by {check.largest_difference:.3g})" for check in wrong[:5])
-        raise CptquantError(f"{path.name}: {len(wrong)} tensors differ from our own weights: {named}")
-    return tuple(checks)

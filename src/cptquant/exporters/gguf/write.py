@@ -54,15 +54,12 @@ def write_gguf(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path
         path = partial / FILE_NAME
         write_file(path, model, tensors)
         check_file(path, tensors, plan.size_bytes)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise output_error(folder, error) from None
-    except CptquantError:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
     written = folder / FILE_NAME
     tensor_bytes = sum(tensor.size_bytes for tensor in tensors)
     return WrittenCheckpoint(folder, tensor_bytes, written.stat().st_size - tensor_bytes, (written,))

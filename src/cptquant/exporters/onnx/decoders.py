@@ -8,13 +8,12 @@ angles; the cache may be one buffer that input and output share.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from onnx import TensorProto
 
-from cptquant.core.errors import ModelError
+from cptquant.exporters.onnx.check import rotary_angles
 from cptquant.exporters.onnx.graph import CONTRIB
 from cptquant.exporters.onnx.parts import Norm, Parts
 
@@ -53,11 +52,6 @@ class Decoder:
 
     def use_rotary(self, inverse_frequencies: torch.Tensor, scaling: float) -> None:
         """Cosines and sines for all positions up to the context, computed when the engine loads the model."""
-        if inverse_frequencies.numel() % 8:
-            raise ModelError(
-                f"{self.parts.layout.architecture} turns {2 * inverse_frequencies.numel()} entries of each head by "
-                "their position; ONNX Runtime needs a multiple of 16"
-            )
         graph = self.graph
         frequencies = graph.constant(inverse_frequencies.float().reshape(1, -1).numpy())
         places = graph.constant(np.arange(self.context, dtype=np.float32).reshape(-1, 1))
@@ -135,8 +129,7 @@ def build_llama(parts: Parts, context: int) -> Decoder:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     cache = Cache(config.num_hidden_layers, heads, kv_heads, head_size, head_size)
     decoder = Decoder(parts, cache, context)
-    _refuse_windows(parts, context)
-    decoder.use_rotary(*_rotary(parts))
+    decoder.use_rotary(*rotary_angles(config, parts.layout.architecture))
     epsilon = config.rms_norm_eps
     layers = [f"model.layers.{index}" for index in range(config.num_hidden_layers)]
     firsts = [Norm(f"{layer}.input_layernorm", epsilon, centered=False) for layer in layers]
@@ -157,9 +150,6 @@ def build_llama(parts: Parts, context: int) -> Decoder:
 def build_gpt2(parts: Parts, context: int) -> Decoder:
     """GPT-2, from its own Conv1D weights."""
     config = parts.config
-    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if getattr(config, name, False):
-            raise ModelError(f"--target onnx cannot hold GPT-2 with {name} = true; use --target transformers")
     heads, root = config.n_head, "transformer"
     decoder = Decoder(parts, Cache(config.n_layer, heads, heads, config.n_embd // heads), context)
     graph, epsilon = parts.graph, config.layer_norm_epsilon
@@ -184,7 +174,7 @@ def build_gpt_neox(parts: Parts, context: int) -> Decoder:
     config, root, graph = parts.config, "gpt_neox", parts.graph
     heads = config.num_attention_heads
     head_size = config.hidden_size // heads
-    frequencies, scaling = _rotary(parts)
+    frequencies, scaling = rotary_angles(config, parts.layout.architecture)
     cache = Cache(config.num_hidden_layers, heads, heads, head_size, 2 * frequencies.numel())
     decoder = Decoder(parts, cache, context)
     decoder.use_rotary(frequencies, scaling)
@@ -254,36 +244,3 @@ def _gated(parts: Parts, normed: str, path: str) -> str:
         sizes = graph.constant(np.array([width, width], np.int64))
         gate, up = graph.nodes("Split", [both, sizes], 2, axis=-1)
     return graph.node("Mul", parts.activate(gate, parts.config.hidden_act), up)
-
-
-def _rotary(parts: Parts) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies and scaling of the angles, by transformers' own functions."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config: Any = parts.config
-    settings = dict(getattr(config, "rope_parameters", None) or {})
-    kind = settings.get("rope_type", "default")
-    if kind == "default":
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        size = int(size * settings.get("partial_rotary_factor", 1.0))
-        powers = torch.arange(0, size, 2, dtype=torch.int64).float() / size
-        return 1.0 / (settings["rope_theta"] ** powers), 1.0
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ModelError(
-            f"--target onnx does not know rotary positions of type {kind!r}; it knows default, linear, llama3 and yarn"
-        )
-    return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-
-
-def _refuse_windows(parts: Parts, context: int) -> None:
-    window = getattr(parts.config, "sliding_window", None)
-    if (
-        window is not None
-        and context > window
-        and "sliding_attention" in (getattr(parts.config, "layer_types", None) or ["sliding_attention"])
-    ):
-        raise ModelError(
-            f"{parts.layout.architecture} attends to the last {window} tokens only, and the context is {context}; "
-            f"--target onnx holds full attention: pass --context {window}"
-        )

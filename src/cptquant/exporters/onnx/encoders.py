@@ -7,7 +7,6 @@ Inputs: `input_ids`, `attention_mask` (1 for real tokens), `token_type_ids`, eac
 import numpy as np
 from onnx import TensorProto
 
-from cptquant.core.errors import ModelError
 from cptquant.exporters.onnx.graph import CONTRIB
 from cptquant.exporters.onnx.parts import Norm, Parts
 
@@ -15,11 +14,6 @@ from cptquant.exporters.onnx.parts import Norm, Parts
 def build_bert(parts: Parts) -> None:
     """BERT with learned absolute positions."""
     config, graph = parts.config, parts.graph
-    if getattr(config, "position_embedding_type", "absolute") != "absolute":
-        raise ModelError(
-            f"--target onnx knows BERT with absolute positions, not {config.position_embedding_type!r}; use --target "
-            "transformers"
-        )
     root = "" if parts.layout.task == "encoder" else "bert."
     hidden, mask = _embeddings(parts, root)
     lengths = graph.node("Cast", mask, to=TensorProto.INT32)

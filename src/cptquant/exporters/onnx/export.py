@@ -9,52 +9,39 @@ import onnx
 import torch
 
 from cptquant.core.artifact import output_error
-from cptquant.core.errors import CptquantError, ModelError
+from cptquant.core.engine_memory import find_context
+from cptquant.core.errors import CptquantError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.plan import Plan
-from cptquant.core.targets import find_target
 from cptquant.exporters.compressed_tensors import WrittenCheckpoint
+from cptquant.exporters.onnx.check import check_onnx_exportable
 from cptquant.exporters.onnx.decoders import DECODERS
 from cptquant.exporters.onnx.encoders import build_bert
 from cptquant.exporters.onnx.graph import GraphBuilder, with_float_activations
 from cptquant.exporters.onnx.parts import Parts
+from cptquant.exporters.onnx.read_back import load_graph
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import QuantizedSource
 from cptquant.packing.shards import ShardFolder
 
 MODEL_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
-DEFAULT_CONTEXT = 4096
 _COMPANIONS = ("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
 
-def check_onnx_exportable(model: LoadedModel) -> None:
-    """Refuse, before anything is quantized, a model that has no graph here.
-
-    Raises:
-        ModelError: architecture or task, with the ones that are possible.
-    """
-    refusal = find_target("onnx").refuse_model(model.layout)
-    if refusal is not None:
-        raise ModelError(refusal)
-
-
-def write_onnx(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path) -> WrittenCheckpoint:
+def write_onnx(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path, context: int) -> WrittenCheckpoint:
     """Write `model.onnx`, `model.onnx.data`, the config and the tokenizer.
+
+    Args:
+        context: longest sequence, a decoder's cache included.
 
     Returns:
         Sizes; `tensor_bytes` equals `plan.size_bytes`, which is checked. The "header" is model.onnx and padding.
 
     Raises:
-        ModelError: an architecture or activation that cannot be written. OutputError: disk full or not writable;
-        nothing appears under the final name. CptquantError: other bytes than the plan's (a fault of ours).
+        ModelError: as `check_onnx_exportable`. OutputError: disk full or not writable. CptquantError: other bytes than
+        the plan's (a fault of ours). In all cases what stood under the final name stays.
     """
-    written = export_onnx(model, plan.quant_formats, shards, folder)
-    if written.tensor_bytes != plan.size_bytes:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise CptquantError(
-            f"{MODEL_NAME} has {written.tensor_bytes} bytes of tensors, the plan says {plan.size_bytes}"
-        )
-    return written
+    return export_onnx(model, plan.quant_formats, shards, folder, context=context, tensor_bytes=plan.size_bytes)
 
 
 def export_onnx(
@@ -64,46 +51,60 @@ def export_onnx(
     folder: Path,
     *,
     context: int | None = None,
+    tensor_bytes: int | None = None,
 ) -> WrittenCheckpoint:
-    """As `write_onnx`, from any source of codes and with a longest sequence of one's own.
+    """As `write_onnx`, from any source of codes.
 
     Args:
-        context: longest sequence, a decoder's cache included; by default the model's, at most `DEFAULT_CONTEXT`.
+        context: by default the model's positions, at most 4,096. tensor_bytes: what the tensors must take, if known.
 
     Raises:
-        ModelError: also a context longer than the model's. FormatError: a format that the engine does not hold.
+        ModelError, BudgetError: also a context longer than the model's. FormatError: a format that the engine does not
+        hold.
     """
-    check_onnx_exportable(model)
-    layout = model.layout
-    longest = layout.max_positions or DEFAULT_CONTEXT
-    context = min(longest, DEFAULT_CONTEXT) if context is None else context
-    if context > longest:
-        raise ModelError(f"--context {context} is longer than the {longest} positions of {layout.source}")
+    context = find_context(model.layout, context)
+    check_onnx_exportable(model, context)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         _copy_companions(model.path, partial)
-        with open(partial / DATA_NAME, "wb") as data:
-            storage = torch.float16 if layout.storage_dtype == "float16" else torch.bfloat16
-            graph = GraphBuilder(data, DATA_NAME, storage)
-            parts = Parts(graph, model.module.config, layout, model.module.state_dict(), dict(formats), source)
-            metadata = _build(parts, context)
-        onnx.save_model(graph.model(metadata), partial / MODEL_NAME)
+        written_bytes = _write_model(model, formats, source, partial, context)
+        if tensor_bytes is not None and written_bytes != tensor_bytes:
+            raise CptquantError(f"{MODEL_NAME} has {written_bytes} bytes of tensors, the plan says {tensor_bytes}")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise output_error(folder, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     files = (folder / MODEL_NAME, folder / DATA_NAME)
     total = sum(file.stat().st_size for file in files)
-    return WrittenCheckpoint(folder, graph.tensor_bytes, total - graph.tensor_bytes, files)
+    return WrittenCheckpoint(folder, written_bytes, total - written_bytes, files)
+
+
+def _write_model(
+    model: LoadedModel, formats: Mapping[str, QuantFormat], source: QuantizedSource, folder: Path, context: int
+) -> int:
+    """The graph and its tensors; returns the tensors' bytes."""
+    layout = model.layout
+    with open(folder / DATA_NAME, "wb") as data:
+        storage = torch.float16 if layout.storage_dtype == "float16" else torch.bfloat16
+        graph = GraphBuilder(data, DATA_NAME, storage)
+        parts = Parts(graph, model.module.config, layout, model.module.state_dict(), dict(formats), source)
+        metadata = _build(parts, context)
+    onnx.save_model(graph.model(metadata), folder / MODEL_NAME)
+    return graph.tensor_bytes
 
 
 def write_float_twin(model_file: Path) -> Path:
-    """A second model file on the same tensors that computes with float activations: slow, for checking."""
+    """A second model file on the same tensors that computes with float activations: slow, for checking.
+
+    Raises:
+        ArtifactError: the model file is cut short or no ONNX file.
+    """
     twin = model_file.with_name("check-float.onnx")
-    onnx.save_model(with_float_activations(onnx.load_model(model_file, load_external_data=False)), twin)
+    onnx.save_model(with_float_activations(load_graph(model_file)), twin)
     return twin
 
 

@@ -156,11 +156,7 @@ class Parts:
         return total, normed
 
     def activate(self, x: str, name: str) -> str:
-        """An activation by its Hugging Face name.
-
-        Raises:
-            ModelError: one that is not known here.
-        """
+        """An activation by its Hugging Face name, one of `check.ACTIVATIONS`."""
         if name == "relu":
             return self.graph.node("Relu", x)
         if name in ("silu", "swish"):
@@ -171,10 +167,7 @@ class Parts:
             return self.graph.node("FastGelu", x, domain=CONTRIB)
         if name == "tanh":
             return self.graph.node("Tanh", x)
-        raise ModelError(
-            f"--target onnx does not know the activation {name!r} of {self.layout.architecture}; it knows relu, silu, "
-            "gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, tanh; use --target transformers"
-        )
+        raise AssertionError(f"{name} is not among the activations that were checked")
 
     def _format(self, site: str) -> QuantFormat | None:
         """The integer format of a site; None in 16 bits, and for linear maps that are no site."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from cptquant.core.errors import ArtifactError
@@ -21,6 +22,25 @@ _DTYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.UINT8: torch.uint8,
     onnx.TensorProto.INT8: torch.int8,
 }
+
+
+_REMEDY = "write it again with: cptquant export RUN --target onnx"
+
+
+def load_graph(model_file: Path) -> onnx.ModelProto:
+    """The graph without its tensors' contents.
+
+    Raises:
+        ArtifactError: missing, cut short, or no ONNX file.
+    """
+    try:
+        model = onnx.load_model(model_file, load_external_data=False)
+    except (OSError, DecodeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ArtifactError(f"{model_file} is missing, cut short or no ONNX file ({reason}); {_REMEDY}") from None
+    if not model.graph.node:
+        raise ArtifactError(f"{model_file} holds no graph: it is cut short or no ONNX file; {_REMEDY}")
+    return model
 
 
 def read_sites(
@@ -60,7 +80,7 @@ def _locate(file: "_TensorFile", site: Site, layout: ModelLayout) -> tuple[str, 
         if site.name in members:
             before = sum(layout.site_by_name[member].out_features for member in members[: members.index(site.name)])
             return holder, slice(before, before + site.out_features)
-    raise ArtifactError(f"{file.path} holds no codes of {site.name}; export again")
+    raise ArtifactError(f"{file.path} holds no codes of {site.name}; {_REMEDY}")
 
 
 def _weight(file: "_TensorFile", holder: str, fmt: QuantFormat, in_features: int) -> QuantizedWeight:
@@ -79,22 +99,27 @@ def _heads(file: "_TensorFile") -> int:
     for node in file.nodes:
         if node.op_type == "GroupQueryAttention":
             return next(attribute.i for attribute in node.attribute if attribute.name == "num_heads")
-    raise ArtifactError(f"{file.path} has no attention; export again")
+    raise ArtifactError(f"{file.path} has no attention; {_REMEDY}")
 
 
 class _TensorFile:
     def __init__(self, model_file: Path) -> None:
         self.path = model_file
-        graph = onnx.load_model(model_file, load_external_data=False).graph
+        graph = load_graph(model_file).graph
         self.nodes = graph.node
         self.tensors = {tensor.name: tensor for tensor in graph.initializer}
 
     def read(self, name: str) -> Tensor:
         """One tensor from the data file."""
-        proto = self.tensors[name]
+        proto = self.tensors.get(name)
+        if proto is None:
+            raise ArtifactError(f"{self.path} holds no tensor {name}; {_REMEDY}")
         where = {entry.key: entry.value for entry in proto.external_data}
         path = self.path.with_name(where["location"])
-        content = np.fromfile(path, np.uint8, int(where["length"]), offset=int(where["offset"]))
+        try:
+            content = np.fromfile(path, np.uint8, int(where["length"]), offset=int(where["offset"]))
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read ({error.strerror or error}); {_REMEDY}") from None
         if content.nbytes != int(where["length"]):
-            raise ArtifactError(f"{path} is truncated: {name} needs {where['length']} bytes; export again")
+            raise ArtifactError(f"{path} is cut short: {name} needs {where['length']} bytes; {_REMEDY}")
         return torch.from_numpy(content).view(_DTYPES[proto.data_type]).reshape(tuple(proto.dims))
