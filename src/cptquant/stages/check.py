@@ -9,7 +9,7 @@ from cptquant.core.settings import BASELINES, RunSettings
 from cptquant.core.targets import find_target
 
 SENSITIVITY_METHODS = ("cmpq", "pmpq", "tdmpq", "ablation")
-QUANTIZERS = ("gptq", "rtn")
+QUANTIZERS = ("gptq", "rtn", "signround", "kl-rounding")
 
 
 def check_choices(settings: RunSettings) -> None:

@@ -5,13 +5,16 @@ from pathlib import Path
 
 from cptquant.core.artifact import digest_file, digest_json
 from cptquant.core.layout import ModelLayout
-from cptquant.core.manifest import CheckpointRecord, Manifest
+from cptquant.core.manifest import CheckpointRecord, Manifest, SiteRecord
 from cptquant.core.plan import Plan
 from cptquant.exporters.export import find_exporter
 from cptquant.models.arithmetic import describe_arithmetic
+from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.packing.shards import ShardFolder
-from cptquant.quantizers.methods import find_quantizer
+from cptquant.quantizers.kl_rounding import KlRounding
+from cptquant.quantizers.methods import Quantizer, find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
+from cptquant.quantizers.refine import refine_sites
 from cptquant.stages.allocate import check_plan
 from cptquant.stages.run import Run
 
@@ -33,25 +36,11 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
     check_plan(plan, layout)
     find_exporter(plan.target).check(run.model)
     quantizer = find_quantizer(run.settings.quantizer)
-    inputs = {
-        "plan": digest_json(plan.formats),
-        "tokens": run.calibration.digest,
-        "quantizer": repr(quantizer),
-        "arithmetic": describe_arithmetic(getattr(quantizer, "coarse_products", False)),
-        "layout": layout.digest(),
-    }
-    shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
-    shards = ShardFolder(run.folder / "work" / digest_json(inputs)[:16], plan.quant_formats, shapes)
-
+    inputs, shards = _open_pieces(run, layout, plan, quantizer)
     labels = [block_label(index) for index in range(layout.block_count)]
 
     def make() -> Manifest:
-        quantize_sites(
-            run.model, plan, quantizer, run.calibration,
-            lambda index, weights, records: shards.save(block_label(index), weights, records),
-            resume={index: shards.piece(label) for index, label in enumerate(labels) if label in shards.labels},
-            progress=lambda done, total: run.progress(f"quantize ({name})", done, total),
-        )  # fmt: skip
+        _make_pieces(run, layout, plan, quantizer, shards, name)
         records = {record.site: record for record in shards.records()}
         return Manifest(
             quantizer=run.settings.quantizer,
@@ -71,6 +60,50 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
         (run.folder / file_name).unlink(missing_ok=True)
     run.stage(file_name, Manifest, inputs, make)
     return shards
+
+
+def _open_pieces(run: Run, layout: ModelLayout, plan: Plan, quantizer: Quantizer) -> tuple[dict[str, str], ShardFolder]:
+    """What the pieces depend on, and the folder named after it."""
+    inputs = {
+        "plan": digest_json(plan.formats),
+        "tokens": run.calibration.digest,
+        "quantizer": repr(quantizer),
+        "arithmetic": describe_arithmetic(getattr(quantizer, "coarse_products", False)),
+        "layout": layout.digest(),
+    }
+    shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
+    shards = ShardFolder(run.folder / "work" / digest_json(inputs)[:16], plan.quant_formats, shapes)
+
+    return inputs, shards
+
+
+def _make_pieces(
+    run: Run, layout: ModelLayout, plan: Plan, quantizer: Quantizer, shards: ShardFolder, name: str
+) -> None:
+    """Fill the folder, from where an earlier call was killed.
+
+    KL rounding first makes an ordinary GPTQ run with pieces of its own, shared with `--quantizer gptq`; a run killed
+    while learning learns again from there, with the same result.
+    """
+
+    def keep(index: int | None, weights: dict[str, StoredWeight], records: list[SiteRecord]) -> None:
+        shards.save(block_label(index), weights, records)
+
+    if isinstance(quantizer, KlRounding):
+        _, first = _open_pieces(run, layout, plan, quantizer.start)
+        if block_label(None) not in first.labels:  # saved last
+            _make_pieces(run, layout, plan, quantizer.start, first, name)
+        refine_sites(
+            run.model, quantizer, run.calibration, first, keep,
+            lambda done, total: run.progress(f"learn rounding ({name})", done, total),
+        )  # fmt: skip
+        return
+    labels = [block_label(index) for index in range(layout.block_count)]
+    quantize_sites(
+        run.model, plan, quantizer, run.calibration, keep,
+        resume={index: shards.piece(label) for index, label in enumerate(labels) if label in shards.labels},
+        progress=lambda done, total: run.progress(f"quantize ({name})", done, total),
+    )  # fmt: skip
 
 
 def write_stage(run: Run, variant: Variant) -> Path:
