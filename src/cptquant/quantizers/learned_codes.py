@@ -25,8 +25,8 @@ from cptquant.packing.block_weight import BlockWeight
 from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
 from cptquant.quantizers.grid import code_range
 
-_CELL = 0.499
-"""Largest start offset: rounds to 0 whatever float32 does."""
+_CELL = 0.49
+"""Largest start offset. Many of GPTQ's codes are not the nearest ones: these stand here, ready to flip."""
 
 
 class LearnedWeight:
@@ -45,32 +45,33 @@ class LearnedWeight:
 
     def __init__(self, start: StoredWeight, original: Tensor, *, reach: float, learns_scales: bool = True) -> None:
         self.start, self._reach = start, reach
-        rows, columns = start.shape
         self._low, self._high = _code_limits(start)
         # One number a group of `_width` columns, (rows or 1, groups).
-        self._steps, self._shift, self._width = _grid_of(start, columns)
-        self._lines = self._steps.shape[0]
-        self._learns_scales = learns_scales and isinstance(start, QuantizedWeight)
-        self.scales = self._steps.clone() if self._learns_scales else None
+        self._steps, self._zeros, self._added, self._width = _grid_of(start)
+        self.scales = self._steps.clone() if learns_scales and isinstance(start, QuantizedWeight) else None
         steps = self._spread(self._steps)
         safe = torch.where(steps == 0, torch.ones_like(steps), steps)
-        exact = original.float().sub(self._added(start.codes.float())).div_(safe)
-        self.offsets = exact.clamp_(-_CELL, _CELL).expand(rows, columns).contiguous()
+        self.offsets = (original.float() - start.dequantize()).div_(safe).clamp_(-_CELL, _CELL)
         self.offsets.clamp_(-reach, reach)
 
     def codes(self) -> Tensor:
         """int8 (out_features, in_features)."""
-        return (self.start.codes.float() + self.offsets.round()).clamp_(self._low, self._high).to(torch.int8)
+        return self._float_codes().to(torch.int8)
 
     def value(self) -> Tensor:
         """The matrix as it would be stored now, float32; equal to `stored().dequantize()` bit for bit."""
-        return self.stored().dequantize()
+        codes = self._float_codes()
+        if self._zeros is not None:
+            codes.sub_(self._spread(self._zeros))
+        values = self._times(codes, self._stored_steps())
+        return values if self._added is None else values.add_(self._spread(self._added))
 
     def stored(self) -> StoredWeight:
         """The present codes and scales in the form of the start."""
-        if isinstance(self.start, BlockWeight):
+        if isinstance(self.start, BlockWeight) or self.scales is None:
             return replace(self.start, codes=self.codes())
-        return replace(self.start, codes=self.codes(), scales=self._stored_scales(self.start))
+        steps = self._stored_steps().to(self.start.scales.dtype)
+        return replace(self.start, codes=self.codes(), scales=steps.view_as(self.start.scales))
 
     def gradients(
         self,
@@ -79,12 +80,9 @@ class LearnedWeight:
     ) -> tuple[Tensor, Tensor | None]:
         """(dL/dv, shape of `offsets`; dL/dlog s, shape of `scales`, or None where they are fixed)."""
         by_scale = None
-        steps = self._steps
         if self.scales is not None:
-            assert isinstance(self.start, QuantizedWeight)
-            steps = self._stored_scales(self.start).float().view_as(self._steps)
             by_scale = self._sum_groups(gradient * value)  # s times the sum of g (q - z)
-        return gradient * self._spread(steps), by_scale
+        return self._times(gradient, self._stored_steps()), by_scale
 
     def move_(
         self,
@@ -96,19 +94,23 @@ class LearnedWeight:
         if log_scales is not None and self.scales is not None:
             self.scales.sub_(log_scales * self.scales)
 
-    def _stored_scales(self, start: QuantizedWeight) -> Tensor:
-        assert self.scales is not None or not self._learns_scales
-        if self.scales is None:
-            return start.scales
-        stored = self.scales.to(start.scales.dtype).view_as(start.scales)
-        return torch.where(torch.isfinite(stored) & (stored != 0), stored, start.scales)
+    def _float_codes(self) -> Tensor:
+        return self.offsets.round().add_(self.start.codes).clamp_(self._low, self._high)
 
-    def _added(self, codes: Tensor) -> Tensor:
-        """The start's values, to subtract from the original."""
-        values = codes - (0 if self._shift is None else self._spread(self._shift))
-        values = values * self._spread(self._steps)
-        offsets = self.start.sub_offsets() if isinstance(self.start, BlockWeight) else None
-        return values if offsets is None else values + self._spread(offsets)
+    def _stored_steps(self) -> Tensor:
+        """Float32 (rows or 1, groups), rounded as they are stored; the start's where that is 0 or not finite."""
+        if self.scales is None or isinstance(self.start, BlockWeight):
+            return self._steps
+        stored = self.scales.to(self.start.scales.dtype).float()
+        return torch.where(torch.isfinite(stored) & (stored != 0), stored, self._steps)
+
+    def _times(self, values: Tensor, per_group: Tensor) -> Tensor:
+        """Every column times the number of its group."""
+        rows, columns = values.shape
+        groups = per_group.shape[1]
+        if groups > 1 and groups * self._width == columns:
+            return (values.reshape(rows, groups, -1) * per_group.unsqueeze(-1)).view(rows, columns)
+        return values * self._spread(per_group)
 
     def _spread(self, per_group: Tensor) -> Tensor:
         """(rows or 1, groups) -> broadcastable against (rows, columns)."""
@@ -123,7 +125,7 @@ class LearnedWeight:
         if short > 0:
             values = torch.nn.functional.pad(values, (0, short))
         sums = values.view(values.shape[0], groups, -1).sum(dim=2)
-        return sums.sum(dim=0, keepdim=True) if self._lines == 1 else sums
+        return sums.sum(dim=0, keepdim=True) if len(self._steps) == 1 else sums
 
 
 def _code_limits(start: StoredWeight) -> tuple[int, int]:
@@ -132,11 +134,11 @@ def _code_limits(start: StoredWeight) -> tuple[int, int]:
     return code_range(start.format)
 
 
-def _grid_of(start: StoredWeight, columns: int) -> tuple[Tensor, Tensor | None, int]:
-    """Steps and zero points, float32 (rows or 1, groups), and the columns of a group."""
+def _grid_of(start: StoredWeight) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    """Steps, zero points in codes and offsets in values, each float32 (rows or 1, groups); columns of a group."""
     if isinstance(start, BlockWeight):
-        return start.sub_scales(), None, start.layout.sub_block
-    lines = start.scales.view(1, 1) if start.format.granularity == "tensor" else start.scales
+        return start.sub_scales(), None, start.sub_offsets(), start.layout.sub_block
+    granularity = start.format.granularity
+    lines = start.scales.view(1, 1) if granularity == "tensor" else start.scales
     zeros = None if start.zeros is None else start.zeros.float().view_as(lines)
-    width = start.format.granularity if isinstance(start.format.granularity, int) else columns
-    return lines.float(), zeros, width
+    return lines.float(), zeros, None, granularity if isinstance(granularity, int) else start.shape[1]

@@ -4,8 +4,9 @@
                      hidden (masked); classifier: KL of the class probabilities; bare encoder: 1 - cosine of the
                      pooled embeddings
 
-dKL/dlogits = softmax(changed) - softmax(original), so neither model's probabilities go through autograd. Of the original
-only the last block's output is kept, tokens x width in float32; its logits are made anew, a few positions at a time.
+dKL/dlogits = softmax(changed) - softmax(original), so neither model's probabilities go through autograd. Of the
+original only the last block's output is kept, tokens x width in float32; its logits are made anew, a few positions at
+a time.
 """
 
 from collections.abc import Iterator

@@ -8,9 +8,9 @@ it produce, straight-through rounding, 200 steps of 8 sequences and a rate of 1/
 learned_codes.py has the variables.
 
 What we changed. Codes and scales start from GPTQ's solution instead of plain rounding, so the offset is counted from
-GPTQ's code and scales are learned as relative changes of GPTQ's instead of as two clips of the min-max range, at a
-smaller rate. The best iterate is chosen by the block's error on one batch that is not learned on, not by the loss of the
-batch at hand; where no iterate beats the start there, the start is kept and the records say so. Batches are fixed
+GPTQ's code, and scales are learned as relative changes of GPTQ's, at a smaller rate, instead of as two clips of the
+min-max range. The best iterate is chosen by the block's error on one batch that is not learned on, not by the loss of
+the batch at hand; where no iterate beats the start there, the start is kept and the records say so. Batches are fixed
 groups of sequences in random order.
 """
 
@@ -131,7 +131,7 @@ class _Learning:
             loss = ((output - self._targets[batch]) * self._masks[batch]).square().sum()
             gradients, _ = gradients_of(loss, self._variables)
         for variable, gradient in zip(self._variables, gradients, strict=True):
-            if not bool(torch.isfinite(gradient).all()):
+            if not bool(torch.isfinite(gradient.sum())):
                 continue
             by_code, by_scale = variable.weight.gradients(gradient, variable.value())
             by_scale = None if by_scale is None else by_scale.sign_().mul_(method.scale_rate * rate)
