@@ -6,8 +6,8 @@ equally important. Here the codes and scales of all blocks' sites are learned to
     L(v, s) = KL(p_original || p(v, s)) + w mean over blocks b of  mean ||h_b(v, s) - h_b||^2 / spread_b,  |v| <= reach,
 
 means over calibration tokens, h_b the original's hidden state after block b, spread_b the mean squared distance of h_b
-from its own mean. The first term says what is judged in the end. The second tells every site far more per token than one
-number can: on 120 sequences KL alone learns slower and fits the text at hand. It is a relative of distillation with
+from its own mean. The first term says what is judged in the end. The second tells every site far more per token than
+one number can: on 120 sequences KL alone learns slower and fits the text at hand. It is a relative of distillation with
 hidden states (arXiv 1909.10351, equation 8); unlike a block-wise objective it reaches through all blocks before, so
 earlier sites learn to undo what later ones cannot. Learning the grid end to end is EfficientQAT's second phase (arXiv
 2407.11062, section 3.3: scales alone), codes and scales by turns is PV-Tuning (arXiv 2405.14852, algorithm 1).
@@ -80,7 +80,7 @@ class KlRounding:
     batch_sequences: int = 8
     code_rate: float = 0.002
     scale_rate: float = 1e-3
-    state_weight: float = 1.0
+    state_weight: float = 8.0
     momentum: float = 0.9
     memory: float = 0.95
     reach: float = 1.0

@@ -48,6 +48,7 @@ def quantize_stage(run: Run, layout: ModelLayout, plan: Plan, name: str = "quant
                 "options": repr(quantizer),
                 "calibration": run.calibration.description,
                 "arithmetic": inputs["arithmetic"],
+                **_describe_learning(list(records.values())),
             },
             sites=tuple(records[site.name] for site in layout.sites if site.name in records),
             tensor_bytes=plan.size_bytes,
@@ -104,6 +105,22 @@ def _make_pieces(
         resume={index: shards.piece(label) for index, label in enumerate(labels) if label in shards.labels},
         progress=lambda done, total: run.progress(f"quantize ({name})", done, total),
     )  # fmt: skip
+
+
+def _describe_learning(records: list[SiteRecord]) -> dict[str, str]:
+    """What learned rounding brought, for the manifest's settings; nothing where nothing was learned."""
+    learned = [record.learning for record in records if record.learning is not None]
+    if not learned:
+        return {}
+    before = sum(entry.held_out_before for entry in learned) / len(learned)
+    after = sum(entry.held_out_after for entry in learned) / len(learned)
+    kept = sum(entry.held_out_after >= entry.held_out_before for entry in learned)
+    changed = sum(entry.codes_changed for entry in learned) / len(learned)
+    text = (
+        f"{learned[0].objective} on held-out calibration text {before:.4g} -> {after:.4g}, {changed:.1%} of the codes "
+        f"changed (means over {len(learned)} sites); first solution kept at {kept}"
+    )
+    return {"learning": text}
 
 
 def write_stage(run: Run, variant: Variant) -> Path:
