@@ -22,8 +22,10 @@ from cptquant.quantizers.refine import FinishedInMemory, refine_sites
 from cptquant.quantizers.signround import SignRound
 
 EXACT = Gptq(coarse_products=False)
-QUICK = KlRounding(start=EXACT, steps=12, batch_sequences=4, code_rate=0.02, scale_rate=2e-3, checks=12)
-BLOCKWISE = SignRound(start=EXACT, steps=12, code_rate=0.03, scale_rate=2e-3, checks=12)
+POOR = Gptq(coarse_products=False, clip_search=False, diagonal_importance=False, descent_rounds=0)
+"""A start that leaves something to learn on a dozen sequences of random tokens."""
+QUICK = KlRounding(start=POOR, steps=12, batch_sequences=4, code_rate=0.02, scale_rate=2e-3, checks=12)
+BLOCKWISE = SignRound(start=POOR, steps=12, code_rate=0.03, scale_rate=2e-3, checks=12)
 
 
 class Bert:
@@ -123,9 +125,11 @@ def test_the_start_stays_where_nothing_is_better(rate: float, tmp_path: Path) ->
     model = make_model("llama", tmp_path)
     plan, tokens = make_plan(model, linear="int3-g16", lm_head="int8-channel"), make_tokens()
     first = FinishedInMemory()
-    quantize_sites(model, plan, EXACT, tokens, first.keep)
-    done = Collected()
-    refine_sites(model, replace(QUICK, code_rate=rate, scale_rate=rate / 10), tokens, first, done)
+    quantize_sites(model, plan, POOR, tokens, first.keep)
+    done, again = Collected(), Collected()
+    for collected in (done, again):
+        refine_sites(model, replace(QUICK, code_rate=rate, scale_rate=rate / 10), tokens, first, collected)
+    assert_same_bits(done.weights, again.weights)
     assert done.calls == [0, 1, 2, None] and set(done.records) == {s.name for s in model.layout.sites}
     for record in done.records.values():
         start = first.quantized(record.site)
@@ -149,13 +153,13 @@ def test_the_start_stays_where_nothing_is_better(rate: float, tmp_path: Path) ->
 def test_the_same_bits_every_time_and_nothing_else_touched(method, name: str, tmp_path: Path) -> None:
     model, tokens = make_model(name, tmp_path), make_tokens()
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
-    plan = make_plan(model, linear="int2-g16", k_proj="int4-g16-asym", v_proj="bfloat16", query="int3-channel")
+    plan = make_plan(model, linear="int3-g16", k_proj="int4-g16-asym", v_proj="bfloat16", query="int3-channel")
     one, other = run(model, plan, method, tokens), run(model, plan, method, tokens)
     assert_same_bits(one.weights, other.weights)
     assert all(torch.equal(before[key], value) for key, value in model.module.state_dict().items())
     learned = [record.learning for record in one.records.values() if record.learning is not None]
     assert len(learned) == sum(site in one.weights for site in (s.name for s in model.layout.block_sites))
-    if name == "llama":  # the others are too random for a dozen steps on twelve sequences
+    if name == "llama" and method is BLOCKWISE:  # the others are too random for a dozen steps on twelve sequences
         assert any(entry.held_out_after < entry.held_out_before for entry in learned)
     for site, weight in one.weights.items():
         assert weight.format.name == plan.formats[site]
@@ -172,10 +176,11 @@ def test_signround_resumes_with_the_same_bits(tmp_path: Path) -> None:
 
 def test_running_blocks_again_gives_the_same_bits_as_keeping_activations(tmp_path: Path, monkeypatch) -> None:
     model, tokens = make_model("llama", tmp_path), make_tokens()
-    plan = make_plan(model, linear="int2-g16")
+    plan = make_plan(model, linear="int3-g16", lm_head="int8-channel")
     kept = run(model, plan, QUICK, tokens)
     monkeypatch.setattr(kl_rounding, "_ACTIVATION_BYTES", 0)
     again = run(model, plan, QUICK, tokens)
+    assert any(record.learning and record.learning.codes_changed > 0 for record in kept.records.values())
     assert_same_bits(kept.weights, again.weights)
 
 
