@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cptquant.laws.predict import predict_law as predict_law
     from cptquant.models.load import load_model as load_model
     from cptquant.models.load import read_layout as read_layout
+    from cptquant.models.segmented import load_segmented as load_segmented
     from cptquant.models.text import load_tokens as load_tokens
     from cptquant.pipeline import evaluate_folder as evaluate_folder
     from cptquant.pipeline import evaluate_run as evaluate_run
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from cptquant.quantizers.gptq import Gptq as Gptq
     from cptquant.quantizers.quantize import quantize_sites as quantize_sites
     from cptquant.quantizers.rtn import Rtn as Rtn
+    from cptquant.quantizers.slim import Slim as Slim
     from cptquant.reports.html import render_report as render_report
     from cptquant.sensitivity.measure import measure_sensitivity as measure_sensitivity
     from cptquant.stages.compare import diff_plans as diff_plans
@@ -62,6 +64,7 @@ _HOME = {
     "Rtn": "quantizers.rtn",
     "SensitivityTable": "core.sensitivity",
     "Site": "core.layout",
+    "Slim": "quantizers.slim",
     "Target": "core.targets",
     "UserError": "core.errors",
     "allocate": "allocation.allocate",
@@ -74,6 +77,7 @@ _HOME = {
     "fit_law": "laws.fit_law",
     "frontier_model": "stages.frontier",
     "load_model": "models.load",
+    "load_segmented": "models.segmented",
     "load_tokens": "models.text",
     "predict_law": "laws.predict",
     "read_observations": "laws.observations",

@@ -29,6 +29,7 @@ from cptquant.core.errors import ArtifactError, BudgetError, CptquantError, Form
 from cptquant.core.formats import QuantFormat
 from cptquant.core.plan import Plan, SolverStatus
 from cptquant.core.sensitivity import Damage
+from cptquant.core.targets import find_target
 
 FORMATS = parse_formats("int2-g16", "int4-g16", "int8-g32")
 
@@ -380,3 +381,16 @@ def test_formats_of_equal_effect_are_one_option():
     assert [option.formats[0].name for option in group.options] == ["int4-channel", "int8-channel", "float16"]
     assert group.option_of == {"int4-g64": 0, "int4-g32": 0, "int8-g64": 1, "float16": 2}
     assert Fraction(group.options[0].size_bytes) == QuantFormat.parse("int4-channel").stored_bytes(8, 24)
+
+
+def test_the_plan_states_what_promotion_costs():
+    layout = make_layout([[(16, 256), (16, 256)]]).model_copy(update={"model_type": "llama"})
+    wanted = parse_formats("slim2-g64")
+    plan = allocate(layout, None, Budget.parse("8bpw@sites"), find_target("gguf"), Uniform(), formats=wanted)
+    mixed = 2 * (16 * 256 * 2 // 8 + 2 * 16 * 4 + 1 + 16)
+    one_width = 2 * 16 * 110  # Q3_K: 110 bytes for 256 weights
+    assert plan.site_bytes == one_width
+    assert plan.notes[1] == (
+        "slim2-g64 was asked for, Q3_K is what 2 sites can hold (first: block.0.0, 16 x 256): one width for the whole "
+        f"matrix, {one_width - mixed:,} bytes more ({one_width:,} instead of {mixed:,})"
+    )

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cptquant.core.errors import FormatError
+from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import Site
 from cptquant.core.targets import TARGETS, candidate_formats, find_target
 
@@ -86,5 +87,34 @@ def test_an_unknown_target_is_refused_with_the_known_ones():
         find_target("tensorrt")
     assert (
         str(caught.value)
-        == "--target 'tensorrt' is unknown; choose one of: transformers, transformers-fused, gguf, onnx, vllm"
+        == "--target 'tensorrt' is unknown; choose one of: transformers, transformers-fused, gguf, onnx, vllm, torch"
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "held"),
+    [
+        ("transformers", "slim2-g64", "int3-g64"),
+        ("vllm", "slim3-g64", "int4-g64"),
+        ("gguf", "slim2-g64", "Q3_K"),
+        ("gguf", "slim3-g64", "Q4_K"),
+        ("gguf", "slim7-g64", "Q8_0"),
+        ("onnx", "slim2-g64", "int4-g64"),
+        ("torch", "slim2-g64", "slim2-g64"),
+        ("torch", "slim2-g96", "int3-channel"),  # neither 96 nor 48 columns divide the row
+    ],
+)
+def test_groups_of_mixed_width_are_promoted_to_one_that_holds_each(target, asked, held):
+    site = Site(name="block.0.q", out_features=8, in_features=256, block_index=0)
+    fitted = TARGETS[target].fit(site, QuantFormat.parse(asked))
+    assert fitted.name == held and TARGETS[target].refusal(site, fitted) is None
+    if target != "torch":
+        assert TARGETS[target].refusal(site, QuantFormat.parse(asked)) is not None
+
+
+def test_torch_refuses_what_it_cannot_run():
+    torch, slim = TARGETS["torch"], QuantFormat.parse("slim2-g64")
+    turned = Site(name="c_fc", out_features=8, in_features=256, block_index=0, transposed=True)
+    assert torch.refusal(turned, slim) == "layers stored as (in, out), GPT-2's Conv1D, are not supported here"
+    embedding = Site(name="embedding", out_features=20, in_features=256, kind="embedding", role="embedding")
+    assert torch.refusal(embedding, slim) == "slim2-g64 is for linear layers: SliM-LLM needs their inputs"

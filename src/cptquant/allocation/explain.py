@@ -1,16 +1,17 @@
 """Sentences of a plan: where a site did not get what was asked for, and why."""
 
 from cptquant.allocation.problem import Choice, Problem
+from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import Site
 from cptquant.core.targets import Target, candidate_formats
 
 
 def explain_choice(problem: Problem, target: Target, choice: Choice) -> tuple[str, ...]:
     """Substituted group sizes, sites that can only be 16 bits, and sites outside the budget's scope."""
-    return (*_substitutions(problem, choice), *_kept_by_target(problem, target), *_kept_by_scope(problem))
+    return (*_substitutions(problem, target, choice), *_kept_by_target(problem, target), *_kept_by_scope(problem))
 
 
-def _substitutions(problem: Problem, choice: Choice) -> list[str]:
+def _substitutions(problem: Problem, target: Target, choice: Choice) -> list[str]:
     """One sentence per (requested, chosen) pair that differ."""
     found: dict[tuple[str, str], list[Site]] = {}
     for group, chosen in zip(problem.groups, choice, strict=True):
@@ -23,8 +24,18 @@ def _substitutions(problem: Problem, choice: Choice) -> list[str]:
     return [
         f"{asked} was asked for, {held} is what {_count(sites)} can hold (first: {sites[0].name}, "
         f"{sites[0].out_features} x {sites[0].in_features})"
+        f"{_promotion(problem, target, sites, QuantFormat.parse(asked), QuantFormat.parse(held))}"
         for (asked, held), sites in found.items()
     ]
+
+
+def _promotion(problem: Problem, target: Target, sites: list[Site], asked: QuantFormat, held: QuantFormat) -> str:
+    """What it costs that an engine has one width for the whole of a matrix; "" where that is not the reason."""
+    if asked.storage != "segments" or any(asked.segments_refusal(site.in_features) for site in sites):
+        return ""
+    mixed = sum(asked.stored_bytes(site.out_features, site.in_features) for site in sites)
+    one_width = sum(target.site_bytes(problem.layout, site, held) for site in sites)
+    return f": one width for the whole matrix, {one_width - mixed:,} bytes more ({one_width:,} instead of {mixed:,})"
 
 
 def _kept_by_target(problem: Problem, target: Target) -> list[str]:

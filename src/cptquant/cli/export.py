@@ -10,7 +10,7 @@ _Target = Annotated[
     str | None,
     typer.Option(
         "--target",
-        help="transformers, transformers-fused, vllm, gguf or onnx.  [default: the plan's]",
+        help="transformers, transformers-fused, vllm, gguf, onnx or torch.  [default: the plan's]",
         show_default=False,
     ),
 ]

@@ -7,7 +7,7 @@ import typer
 from cptquant.cli import options
 
 _Prompt = Annotated[str, typer.Option("--prompt", help="Text to continue.", show_default=False)]
-_Engine = Annotated[str, typer.Option("--engine", help="transformers, onnx or llamacpp.")]
+_Engine = Annotated[str, typer.Option("--engine", help="transformers, onnx, llamacpp or torch.")]
 _Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Most tokens to add.")]
 
 

@@ -3,7 +3,8 @@
 Byte counts follow compressed-tensors 0.20 (`pack-quantized` for linear layers, `int-quantized` for embeddings):
 `code_bits`-wide integers packed densely along each row into int32 words, one 16-bit scale per group, an int64
 `weight_shape` of two entries, and, where asymmetric, integer zero points. GGUF's block formats (`Q4_K`, `Q8_0`, ...)
-are values of the same type with a `block`; their bytes are whole blocks (`core.gguf_types`).
+are values of the same type with a `block`; their bytes are whole blocks (`core.gguf_types`). SliM-LLM's `slim2-g64`
+mixes widths among the groups of one matrix and is stored in a form of our own (docs/segments.md).
 """
 
 import re
@@ -20,6 +21,11 @@ _WEIGHT_SHAPE_BYTES = 16  # compressed-tensors stores (rows, columns) as two int
 _NAME = re.compile(
     r"int(?P<bits>[2-8])-(?P<granularity>g\d+|channel|tensor)(?P<asym>-asym)?(?P<plain>-plain)?", re.ASCII
 )
+_SLIM_NAME = re.compile(r"slim(?P<bits>[2-7])-g(?P<group>\d+)(?P<sorted>-sorted)?", re.ASCII)
+SEGMENT_GROUP_MULTIPLE = 32
+"""Columns of a group of mixed width are a multiple of this: a group of any width then fills whole 32-bit words."""
+_COLUMN_INDEX_BYTES = 2
+_LARGEST_COLUMN_COUNT = 1 << 16
 
 Granularity = int | Literal["channel", "tensor"]
 """Weights that share a scale: a group of that many consecutive input columns in a row, a row, or the matrix."""
@@ -29,12 +35,14 @@ class QuantFormat(BaseModel):
     """How one weight matrix of shape (out_features, in_features) is stored.
 
     Attributes:
-        code_bits: width of the stored integers, 2 to 8; 16 for the two floating-point formats.
+        code_bits: width of the stored integers, 2 to 8; 16 for the two floating-point formats. "segments": N, 2 to 7:
+            as many groups have N-1 bits as have N+1, the others N, so that N is the average whatever is chosen.
         granularity: input columns per scale (a positive int), "channel" (one scale a row) or "tensor".
         symmetric: codes in [-2^(b-1), 2^(b-1)-1] without (True) or with (False) an integer zero point.
         storage: "packed" (dense int32 words), "plain" (one byte a code: embeddings, which compressed-tensors cannot
-            pack), "blocks" (GGUF), or the name of a 16-bit float.
+            pack), "blocks" (GGUF), "segments" (groups of mixed width), or the name of a 16-bit float.
         block: GGUF's name of a block format, which fixes all other fields; None for every other storage.
+        sorted_columns: "segments" only: columns are put into groups by salience, and their numbers are stored.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -42,8 +50,9 @@ class QuantFormat(BaseModel):
     code_bits: int
     granularity: Granularity = "channel"
     symmetric: bool = True
-    storage: Literal["packed", "plain", "blocks", "float16", "bfloat16"] = "packed"
+    storage: Literal["packed", "plain", "blocks", "segments", "float16", "bfloat16"] = "packed"
     block: GgufType | None = None
+    sorted_columns: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> "QuantFormat":
@@ -63,7 +72,22 @@ class QuantFormat(BaseModel):
             raise ValueError(f"a group has at least 1 column, got {self.granularity}")
         if self.storage == "plain" and self.code_bits != 8:
             raise ValueError(f"plain storage holds 8-bit codes only, got code_bits = {self.code_bits}")
+        self._check_segments()
         return self
+
+    def _check_segments(self) -> None:
+        if self.storage != "segments":
+            if self.sorted_columns:
+                raise ValueError(f"only segments have sorted columns, not {self.storage} storage")
+            return
+        if self.code_bits > 7:
+            raise ValueError(f"groups of mixed width average 2 to 7 bits, got {self.code_bits}")
+        if not isinstance(self.granularity, int) or self.granularity % SEGMENT_GROUP_MULTIPLE:
+            raise ValueError(
+                f"groups of mixed width have a multiple of {SEGMENT_GROUP_MULTIPLE} columns, got {self.granularity}"
+            )
+        if not self.symmetric:
+            raise ValueError("groups of mixed width have no zero points; leave -asym out")
 
     @property
     def is_float(self) -> bool:
@@ -82,6 +106,8 @@ class QuantFormat(BaseModel):
             return self.storage
         if self.block is not None:
             return self.block
+        if self.storage == "segments":
+            return f"slim{self.code_bits}-g{self.granularity}{'-sorted' if self.sorted_columns else ''}"
         granularity = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
         asym = "" if self.symmetric else "-asym"
         return f"int{self.code_bits}-{granularity}{asym}{'-plain' if self.storage == 'plain' else ''}"
@@ -103,7 +129,7 @@ class QuantFormat(BaseModel):
         """Bytes on disk of all tensors that hold one matrix: codes with padding, scales, zero points, shape record.
 
         Raises:
-            ValueError: a block format whose block does not divide the row (targets refuse it before).
+            ValueError: a block or a group of mixed width that does not divide the row (targets refuse it before).
         """
         if self.is_float:
             return 2 * out_features * in_features
@@ -113,6 +139,13 @@ class QuantFormat(BaseModel):
                 raise ValueError(f"{self.name} has blocks of {blocks.block_columns} columns, the row has {in_features}")
             return out_features * (in_features // blocks.block_columns) * blocks.block_bytes
         scales = 2 * self.scale_count(out_features, in_features)
+        if self.storage == "segments":
+            reason = self.segments_refusal(in_features)
+            if reason is not None:
+                raise ValueError(reason)
+            columns = _COLUMN_INDEX_BYTES * in_features if self.sorted_columns else 0
+            bit_map = -(-self.group_count(in_features) // 4)
+            return out_features * in_features * self.code_bits // 8 + scales + bit_map + columns + _WEIGHT_SHAPE_BYTES
         if self.storage == "plain":
             zeros = 0 if self.symmetric else self.scale_count(out_features, in_features)
             return out_features * in_features + scales + zeros
@@ -125,6 +158,20 @@ class QuantFormat(BaseModel):
             zeros = 4 * (-(-out_features * self.code_bits // 32)) * self.group_count(in_features)
         return codes + scales + zeros + _WEIGHT_SHAPE_BYTES
 
+    def segments_refusal(self, in_features: int) -> str | None:
+        """Why a row of this length cannot have groups of mixed width, or None if it can."""
+        if isinstance(self.granularity, int) and in_features % self.granularity:
+            return f"{self.name} needs whole groups: {self.granularity} columns do not divide a row of {in_features}"
+        if self.sorted_columns and in_features > _LARGEST_COLUMN_COUNT:
+            return f"{self.name} numbers columns in 16 bits: a row of {in_features} is too long"
+        return None
+
+    def promoted(self) -> "QuantFormat":
+        """Groups of mixed width as one width that holds each of them, for engines without such groups; else itself."""
+        if self.storage != "segments":
+            return self
+        return QuantFormat(code_bits=self.code_bits + 1, granularity=self.granularity)
+
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
         """Stored bits divided by weights: scales, zero points and padding included."""
         return 8 * self.stored_bytes(out_features, in_features) / (out_features * in_features)
@@ -134,7 +181,8 @@ class QuantFormat(BaseModel):
         """Read a format from its name.
 
         Raises:
-            FormatError: the name is not of the form `int4-g64`, `int8-channel`, `int4-tensor-asym`, `Q4_K`, `float16`.
+            FormatError: the name is not of the form `int4-g64`, `int8-channel`, `int4-tensor-asym`, `slim2-g64`,
+            `Q4_K`, `float16`.
         """
         if name == "float16":
             return FLOAT16
@@ -143,23 +191,40 @@ class QuantFormat(BaseModel):
         block = find_block_type(name)
         if block is not None:
             return block_format(block)
+        slim = _SLIM_NAME.fullmatch(name)
         match = _NAME.fullmatch(name)
+        if slim is not None:
+            return cls._checked(
+                name,
+                {
+                    "code_bits": int(slim["bits"]),
+                    "granularity": int(slim["group"]),
+                    "storage": "segments",
+                    "sorted_columns": slim["sorted"] is not None,
+                },
+            )
         if match is None:
             raise FormatError(
                 f"format {name!r} is not readable; write int<2..8>-g<group size>, int<2..8>-channel or "
                 "int<2..8>-tensor, with -asym for a zero point (int4-g64, int8-channel, int4-tensor-asym), "
                 "a block format of GGUF (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1), "
-                "or float16, bfloat16"
+                "slim<2..7>-g<group size> for groups of mixed width, or float16, bfloat16"
             )
         text = match["granularity"]
-        granularity: Granularity = int(text[1:]) if text[0] == "g" else text  # type: ignore[assignment]
+        return cls._checked(
+            name,
+            {
+                "code_bits": int(match["bits"]),
+                "granularity": int(text[1:]) if text[0] == "g" else text,
+                "symmetric": match["asym"] is None,
+                "storage": "plain" if match["plain"] else "packed",
+            },
+        )
+
+    @classmethod
+    def _checked(cls, name: str, fields: dict[str, object]) -> "QuantFormat":
         try:
-            return cls(
-                code_bits=int(match["bits"]),
-                granularity=granularity,
-                symmetric=match["asym"] is None,
-                storage="plain" if match["plain"] else "packed",
-            )
+            return cls.model_validate(fields)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise FormatError(f"format {name!r}: {reason}") from None

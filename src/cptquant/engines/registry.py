@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from cptquant.core.errors import EngineError
 
-ENGINE_NAMES = ("transformers", "transformers-bf16", "onnx", "llamacpp")
+ENGINE_NAMES = ("transformers", "transformers-bf16", "onnx", "llamacpp", "torch")
 TARGET_ENGINES = {
     "onnx": "onnx",
     "gguf": "llamacpp",
     "transformers": "transformers",
     "transformers-fused": "transformers",
     "vllm": "transformers",
+    "torch": "torch",
 }
 """Target -> the engine that runs its files."""
 
@@ -68,4 +69,8 @@ def open_engine(name: str, threads: int, *, float_cache: bool = False) -> Openin
 
         dtype = "bfloat16" if name.endswith("bf16") else "float32"
         return lambda file, context: TransformersEngine(file, context=context, dtype=dtype, **arguments)
+    if name == "torch":
+        from cptquant.engines.transformers import SegmentsEngine
+
+        return lambda file, context: SegmentsEngine(file, context=context, **arguments)
     raise EngineError(f"--engine {name!r} is unknown; choose one of: {', '.join(ENGINE_NAMES)}")

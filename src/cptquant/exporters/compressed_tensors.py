@@ -58,9 +58,9 @@ def write_checkpoint(model: LoadedModel, plan: Plan, shards: ShardFolder, folder
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _copy_companions(model.path, partial)
+        copy_companions(model.path, partial)
         _write_config(model, plan, partial)
-        files = _write_weights(model.layout, _all_tensors(model, plan, shards), partial)
+        files = write_weights(model.layout, _all_tensors(model, plan, shards), partial)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise output_error(folder, error) from None
@@ -184,7 +184,8 @@ def check_exportable(model: LoadedModel) -> None:
         )
 
 
-def _write_weights(layout: ModelLayout, tensors: Iterator[tuple[str, Tensor]], folder: Path) -> list[Path]:
+def write_weights(layout: ModelLayout, tensors: Iterator[tuple[str, Tensor]], folder: Path) -> list[Path]:
+    """Safetensors files of bounded size, with an index where there are several."""
     files: list[Path] = []
     weight_map: dict[str, int] = {}
     pending: dict[str, Tensor] = {}
@@ -235,7 +236,7 @@ def _write_config(model: LoadedModel, plan: Plan, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
     """Tokenizer, generation settings and the JSON beside them; never weights, never code."""
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)

@@ -13,6 +13,7 @@ from cptquant.core.plan import Plan
 from cptquant.exporters.compressed_tensors import WrittenCheckpoint, check_exportable, write_checkpoint
 from cptquant.exporters.gguf.read_back import GgufWeights
 from cptquant.exporters.gguf.write import FILE_NAME, check_gguf_exportable, write_gguf
+from cptquant.exporters.segments import check_segments_exportable, read_segments, write_segments
 from cptquant.models.checkpoint_weights import CheckpointWeights
 from cptquant.models.load import LoadedModel
 from cptquant.packing.shards import ShardFolder
@@ -60,6 +61,20 @@ def _write_gguf(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Pat
     return write_gguf(model, plan, shards, folder)
 
 
+def _check_segments(model: LoadedModel, context: int) -> None:
+    check_segments_exportable(model)
+
+
+def _write_segments(
+    model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path, context: int
+) -> WrittenCheckpoint:
+    return write_segments(model, plan, shards, folder)
+
+
+def _read_segments(folder: Path, model: LoadedModel, plan: Plan) -> ReadBack:
+    return read_segments(folder, model)
+
+
 def _check_onnx(model: LoadedModel, context: int) -> None:
     from cptquant.exporters.onnx.export import check_onnx_exportable
 
@@ -105,6 +120,7 @@ EXPORTERS: dict[str, Exporter] = {
     "transformers-fused": _COMPRESSED_TENSORS,
     "vllm": _COMPRESSED_TENSORS,
     "gguf": Exporter(FILE_NAME, _check_gguf, _write_gguf, _read_gguf),
+    "torch": Exporter("", _check_segments, _write_segments, _read_segments),
     "onnx": Exporter("model.onnx", _check_onnx, _write_onnx, _read_onnx, fixes_context=True, package="onnx"),
 }
 

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from cptquant.core.errors import ModelError
 from cptquant.core.layout import ModelLayout
+from cptquant.core.targets.torch_segments import METHOD
 from cptquant.models.layout import build_layout
 from cptquant.models.source import ModelFolder, find_model
 from cptquant.models.weights import WeightFiles, WeightScan, check_finite, read_weight_files, scan_weights
@@ -148,6 +149,11 @@ def _open(source: str | Path, *, trust_remote_code: bool, allow_quantized: bool)
         raise ModelError(
             f"{source} is already quantized ({method}); give the original float model "
             "(cptquant evaluate takes quantized folders too)"
+        )
+    if method == METHOD:
+        raise ModelError(
+            f"{source} was written for --target torch, which only cptquant.load_segmented opens; evaluate its run "
+            "folder instead: cptquant evaluate RUN"
         )
     if method not in (None, "compressed-tensors"):
         raise ModelError(

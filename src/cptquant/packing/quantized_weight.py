@@ -15,6 +15,7 @@ from torch import Tensor
 from cptquant.core.errors import ArtifactError
 from cptquant.core.formats import QuantFormat
 from cptquant.packing.block_weight import BlockWeight, join_block_rows
+from cptquant.packing.segments import SegmentedWeight, decode_segments, encode_segments, join_segmented_rows
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -80,8 +81,8 @@ class QuantizedWeight:
         return per_group.repeat_interleave(self.format.granularity, dim=1)[:, : self.codes.shape[1]]
 
 
-StoredWeight = QuantizedWeight | BlockWeight
-"""A matrix after quantization, in the form of compressed-tensors or of GGUF."""
+StoredWeight = QuantizedWeight | BlockWeight | SegmentedWeight
+"""A matrix after quantization, in the form of compressed-tensors, of GGUF, or with groups of mixed width."""
 
 
 def join_rows(parts: Sequence[StoredWeight]) -> StoredWeight:
@@ -91,6 +92,9 @@ def join_rows(parts: Sequence[StoredWeight]) -> StoredWeight:
     blocks = [part for part in parts if isinstance(part, BlockWeight)]
     if blocks:
         return join_block_rows(blocks)
+    segmented = [part for part in parts if isinstance(part, SegmentedWeight)]
+    if segmented:
+        return join_segmented_rows(segmented)
     return join_quantized([part for part in parts if isinstance(part, QuantizedWeight)])
 
 
@@ -120,10 +124,13 @@ def encode(weight: StoredWeight) -> dict[str, Tensor]:
         asymmetric, `weight_zero_point`: int32 (ceil(out * b / 32), groups), or int8 (1,) per tensor.
         plain: `weight` int8 (out, in), `weight_scale` and, where asymmetric, `weight_zero_point` int8.
         blocks: `weight_blocks` uint8 (out, bytes a row), as in a GGUF file.
+        segments: see `encode_segments`.
         Their bytes sum to `weight.format.stored_bytes(out, in)`.
     """
     if isinstance(weight, BlockWeight):
         return {"weight_blocks": weight.pack()}
+    if isinstance(weight, SegmentedWeight):
+        return encode_segments(weight)
     fmt = weight.format
     tensors = {"weight_scale": weight.scales.contiguous()}
     if fmt.storage == "plain":
@@ -148,6 +155,8 @@ def decode(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, in
     Raises:
         ArtifactError: a tensor is missing, or of another shape or dtype than the format implies.
     """
+    if fmt.storage == "segments":
+        return decode_segments(tensors, fmt, shape)
     for name, (dtype, expected) in _stored_tensors(fmt, shape).items():
         found = tensors.get(name)
         if found is None:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cptquant.packing.segments import round_one_bit_scale
+
 _BLOCK_COLUMNS = 32
 """Columns between two products with the whole Hessian."""
 _SYSTEM_ENTRIES = 1 << 22
@@ -39,6 +41,9 @@ class Rounded:
         low, high: smallest and largest `shifted`, float32, shape of `scales`.
         group_columns: consecutive columns per scale; the last group may be shorter.
         scale_dtype: float16 or bfloat16.
+        fractions: float32 (groups, rows), what is added to `shifted` to make it an integer, where that is not 0
+            already (one-bit groups, whose mean is a fractional zero point); None if it is 0 everywhere.
+        one_bit: bool (groups,), groups whose scale is stored as `round_one_bit_scale` does; None if there are none.
     """
 
     shifted: Tensor
@@ -47,6 +52,8 @@ class Rounded:
     high: Tensor
     group_columns: int
     scale_dtype: torch.dtype
+    fractions: Tensor | None = None
+    one_bit: Tensor | None = None
 
     def values(self) -> Tensor:
         """What is stored: float32 (columns, rows)."""
@@ -131,7 +138,11 @@ def _sum_by_group(
 def _storable(scales: Tensor, rounded: Rounded) -> Tensor:
     """Rounded to 16 bits; the old scale where the new one is 0, infinite or undefined (a group of zero codes)."""
     stored = scales.to(rounded.scale_dtype).float()
-    return torch.where(torch.isfinite(stored) & (stored != 0), stored, rounded.scales)
+    usable = torch.isfinite(stored) & (stored != 0)
+    if rounded.one_bit is not None:
+        stored = torch.where(rounded.one_bit[:, None], round_one_bit_scale(scales), stored)
+        usable &= ~rounded.one_bit[:, None] | (scales > 0)  # a one-bit group's scale has no sign
+    return torch.where(usable, stored, rounded.scales)
 
 
 def _sweep_(rounded: Rounded, hessian: Tensor, gradient: Tensor) -> None:
@@ -140,7 +151,7 @@ def _sweep_(rounded: Rounded, hessian: Tensor, gradient: Tensor) -> None:
     inverse_diagonal = hessian.diagonal().reciprocal().tolist()
     # One column is a few short calls: views are made once, and constant limits are numbers.
     codes, scales = rounded.shifted.unbind(0), rounded.scales.unbind(0)
-    limits = _limits(rounded)
+    limits, fractions = _limits(rounded), _fractions(rounded)
     for start in range(0, columns, _BLOCK_COLUMNS):
         stop = min(start + _BLOCK_COLUMNS, columns)
         local = gradient[start:stop].clone()
@@ -152,7 +163,9 @@ def _sweep_(rounded: Rounded, hessian: Tensor, gradient: Tensor) -> None:
             # In units of the scale: where this column's code should be, nearest integer, and how far that moves it.
             moved = torch.addcdiv(code, residual, scales[group], value=inverse_diagonal[index])
             low, high = limits[group]
-            torch.clamp(moved.round_(), low, high, out=moved)
+            fraction = fractions[group]
+            rounds = moved.round_() if fraction is None else moved.add_(fraction).round_().sub_(fraction)
+            torch.clamp(rounds, low, high, out=moved)
             torch.sub(moved, code, out=moved_by).mul_(scales[group])
             code.copy_(moved)
             if index + 1 < stop:
@@ -163,6 +176,18 @@ def _sweep_(rounded: Rounded, hessian: Tensor, gradient: Tensor) -> None:
 def _limits(rounded: Rounded) -> list[tuple[Any, Any]]:
     """Smallest and largest code of each group: numbers where all rows share them (symmetric formats)."""
     low, high = rounded.low, rounded.high
-    if bool((low == low[0, 0]).all()) and bool((high == high[0, 0]).all()):
-        return [(float(low[0, 0]), float(high[0, 0]))] * len(low)
-    return list(zip(low.unbind(0), high.unbind(0), strict=True))
+    constant = ((low == low[:, :1]) & (high == high[:, :1])).all(dim=1).tolist()
+    return [
+        (float(low[group, 0]), float(high[group, 0])) if is_constant else (low[group], high[group])
+        for group, is_constant in enumerate(constant)
+    ]
+
+
+def _fractions(rounded: Rounded) -> list[Tensor | None]:
+    """What makes each group's `shifted` integers; None where it is an integer already."""
+    groups = len(rounded.scales)
+    if rounded.fractions is None or rounded.one_bit is None:
+        return [None] * groups
+    return [
+        rounded.fractions[group] if is_one_bit else None for group, is_one_bit in enumerate(rounded.one_bit.tolist())
+    ]

@@ -12,10 +12,10 @@ reversed): H itself is never inverted and factored again, which is cheaper and l
 halving the columns recursively instead of in fixed blocks, so that nearly all arithmetic is matrix products; the
 result is the same.
 
-Damping is relative to the mean diagonal of the live inputs and is added to a copy; where it does not
-make the Hessian positive definite it is raised tenfold until it does and the outcome says so, never replaced by plain
-rounding. Inputs that were zero on all calibration text keep their weights, rounded (the paper sets them to 0, which
-costs more if the input ever is not zero). Scales are 16-bit before anything is rounded, and may be negative (grid.py).
+Damping is relative to the mean diagonal of the live inputs and is added to a copy; where it does not make the Hessian
+positive definite it is raised tenfold until it does and the outcome says so, never replaced by plain rounding. Inputs
+that were zero on all calibration text keep their weights, rounded (the paper sets them to 0, which costs more if the
+input ever is not zero). Scales are 16-bit before anything is rounded, and may be negative (grid.py).
 """
 
 from collections.abc import Sequence
@@ -239,6 +239,8 @@ class HessianFactor:
         feedback: U_kj / U_kk - I, float32 (in_features, in_features), strictly upper triangular.
         damped: float32 (in_features, in_features), the damped Hessian, in original order.
         importance: float32 (in_features,), its diagonal.
+        pivots: float32 (in_features,), 1 / U_kk^2: what column k alone adds to the error once all later columns have
+            made up for it as well as they can.
         damping: fraction of the mean diagonal really added. outcome: how the factorisation went.
     """
 
@@ -246,6 +248,7 @@ class HessianFactor:
     feedback: Tensor
     damped: Tensor
     importance: Tensor
+    pivots: Tensor
     damping: float
     outcome: SiteOutcome
 
@@ -283,6 +286,7 @@ def factor_hessian(
     outcome = SiteOutcome.DEAD_INPUTS if bool(dead.any()) else SiteOutcome.NOMINAL
     if tried > damping:
         outcome = SiteOutcome.RANK_DEFICIENT_HESSIAN_DAMPED
+    pivots = upper.diagonal().square()
     # In place from here on: a Hessian of 10,000 inputs is 400 MB.
     feedback = torch.linalg.solve_triangular(upper, torch.eye(len(diagonal), device=hessian.device), upper=True)
     del upper
@@ -290,7 +294,7 @@ def factor_hessian(
     if by_activation:
         inverse = torch.argsort(order)
         damped = damped[inverse][:, inverse]
-    return HessianFactor(order, feedback, damped, damped.diagonal(), tried, outcome)
+    return HessianFactor(order, feedback, damped, damped.diagonal(), pivots, tried, outcome)
 
 
 def _upper_factor(damped: Tensor, mean: float) -> Tensor | None:

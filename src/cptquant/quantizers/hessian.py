@@ -62,6 +62,14 @@ class HessianAccumulator:
         return mean
 
 
+@dataclass(frozen=True)
+class Sample:
+    """How many inputs are kept beside their second moments: tokens evenly spread over the first sequences."""
+
+    sequences: int = 16
+    tokens: int = 64
+
+
 class Complete(BaseException):
     """Ends a forward pass once all inputs asked for were seen."""
 
@@ -75,17 +83,20 @@ class InputHessians:
 
     Attributes:
         modules: site -> module. stops_early: end a forward pass by raising `Complete` once every module was called.
+        sample: also keep some of the inputs; None keeps none.
         leader: site -> the site whose Hessian it shares (itself, if it is the first to read that tensor).
     """
 
     modules: dict[str, nn.Module]
     stops_early: bool = False
+    sample: Sample | None = None
     leader: dict[str, str] = field(default_factory=dict)
     _accumulators: dict[str, HessianAccumulator] = field(default_factory=dict)
     _inputs: list[tuple[Tensor, int, str]] = field(default_factory=list)
     _handles: list[RemovableHandle] = field(default_factory=list)
     _mask: Tensor | None = None
     _missing: set[str] = field(default_factory=set)
+    _kept: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def start_batch(
         self,
@@ -108,6 +119,10 @@ class InputHessians:
             KeyError, ValueError: no input reached the site (ask `has`).
         """
         return self._accumulators[self.leader[site]].hessian()
+
+    def kept_inputs(self, site: str) -> list[Tensor]:
+        """The inputs kept of a site, per sequence (tokens, in_features) float32; empty where none were."""
+        return self._kept.get(self.leader.get(site, ""), [])
 
     def __enter__(self) -> "InputHessians":
         self._handles = [
@@ -147,6 +162,25 @@ class InputHessians:
         # A pooler reads one vector a sequence, a router's expert some of the tokens: no mask fits those.
         fits = mask is not None and mask.numel() == vectors
         self._accumulators[site].add(inputs, mask.to(inputs.device) if mask is not None and fits else None)
+        if self.sample is not None and mask is not None and fits:
+            self._keep(site, inputs.reshape(*mask.shape, -1), mask, self.sample)
+
+    def _keep(
+        self,
+        site: str,
+        inputs: Tensor,  # (sequences, T, in_features)
+        mask: Tensor,  # (sequences, T)
+        sample: Sample,
+    ) -> None:
+        kept = self._kept.setdefault(site, [])
+        for sequence, real in zip(inputs, mask, strict=True):
+            if len(kept) == sample.sequences:
+                return
+            tokens = real.nonzero().flatten()
+            count = min(sample.tokens, len(tokens))
+            if count:
+                spread = torch.linspace(0, len(tokens) - 1, count).round().long()
+                kept.append(sequence[tokens[spread]].float())
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
@@ -154,30 +188,36 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def collect_block_hessians(
-    stream: ModelStream, block: nn.Module, modules: dict[str, nn.Module], *, coarse: bool = False
+    stream: ModelStream,
+    block: nn.Module,
+    modules: dict[str, nn.Module],
+    *,
+    coarse: bool = False,
+    sample: Sample | None = None,
 ) -> InputHessians:
     """Run a block once over all batches of the stream and return the Hessians of its modules' inputs.
 
     The stream is not advanced. Padding does not count. A pass ends where the last module's work would begin. `coarse`
     allows the arithmetic of `coarse_products`.
     """
-    return _collect(stream, modules, lambda index, hidden: stream.run_block(block, index, hidden), coarse)
+    hessians = InputHessians(modules, stops_early=True, sample=sample)
+    return _collect(stream, hessians, lambda index, hidden: stream.run_block(block, index, hidden), coarse)
 
 
 def collect_outer_hessians(
-    stream: ModelStream, modules: dict[str, nn.Module], *, coarse: bool = False
+    stream: ModelStream, modules: dict[str, nn.Module], *, coarse: bool = False, sample: Sample | None = None
 ) -> InputHessians:
     """The same for modules outside the blocks, given the stream's hidden states after the last block.
 
     As a pass ends where the last module's work would begin, the logits of a large vocabulary are not computed.
     """
-    return _collect(stream, modules, stream.finish, coarse)
+    return _collect(stream, InputHessians(modules, stops_early=True, sample=sample), stream.finish, coarse)
 
 
 def _collect(
-    stream: ModelStream, modules: dict[str, nn.Module], run: Callable[[int, Tensor], Tensor], coarse: bool
+    stream: ModelStream, hessians: InputHessians, run: Callable[[int, Tensor], Tensor], coarse: bool
 ) -> InputHessians:
-    with torch.no_grad(), coarse_products(coarse), InputHessians(modules, stops_early=True) as hessians:
+    with torch.no_grad(), coarse_products(coarse), hessians:
         for index, (batch, hidden) in enumerate(zip(stream.batches, stream.hidden, strict=True)):
             hessians.start_batch(batch.attention_mask)
             try:

@@ -43,7 +43,8 @@ from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, QuantizedSource, read_weight, site_modules
 from cptquant.models.text import TokenSet
-from cptquant.packing.quantized_weight import StoredWeight
+from cptquant.packing.block_weight import BlockWeight
+from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
 from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.learned_codes import LearnedWeight
 from cptquant.quantizers.output_divergence import OutputDivergence, mask_for_task
@@ -252,7 +253,7 @@ class _WholeModel:
         found: list[_State] = []
         for name, module in site_modules(block, self._model.layout, index).items():
             stored = self._start.quantized(name)
-            if stored is not None:
+            if isinstance(stored, QuantizedWeight | BlockWeight):
                 site = self._model.layout.site_by_name[name]
                 original = read_weight(self._model.module.get_submodule(name), site).detach()
                 found.append(_State(Variable(site, module, LearnedWeight(stored, original, reach=self._method.reach))))

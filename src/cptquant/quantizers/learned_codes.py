@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from cptquant.packing.block_weight import BlockWeight
-from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
+from cptquant.packing.quantized_weight import QuantizedWeight
 from cptquant.quantizers.grid import code_range
 
+Learnable = QuantizedWeight | BlockWeight
+"""What can be learned; matrices with groups of mixed width keep the solution that learning would start from."""
 _CELL = 0.49
 """Largest start offset. Many of GPTQ's codes are not the nearest ones: these stand here, ready to flip."""
 
@@ -43,7 +45,7 @@ class LearnedWeight:
         scales: float32, shape of the stored scales; None where they are fixed.
     """
 
-    def __init__(self, start: StoredWeight, original: Tensor, *, reach: float, learns_scales: bool = True) -> None:
+    def __init__(self, start: Learnable, original: Tensor, *, reach: float, learns_scales: bool = True) -> None:
         self.start, self._reach = start, reach
         self._low, self._high = _code_limits(start)
         # One number a group of `_width` columns, (rows or 1, groups).
@@ -66,7 +68,7 @@ class LearnedWeight:
         values = self._times(codes, self._stored_steps())
         return values if self._added is None else values.add_(self._spread(self._added))
 
-    def stored(self) -> StoredWeight:
+    def stored(self) -> Learnable:
         """The present codes and scales in the form of the start."""
         if isinstance(self.start, BlockWeight) or self.scales is None:
             return replace(self.start, codes=self.codes())
@@ -128,13 +130,13 @@ class LearnedWeight:
         return sums.sum(dim=0, keepdim=True) if len(self._steps) == 1 else sums
 
 
-def _code_limits(start: StoredWeight) -> tuple[int, int]:
+def _code_limits(start: Learnable) -> tuple[int, int]:
     if isinstance(start, BlockWeight):
         return start.layout.lowest_code, start.layout.highest_code
     return code_range(start.format)
 
 
-def _grid_of(start: StoredWeight) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+def _grid_of(start: Learnable) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
     """Steps, zero points in codes and offsets in values, each float32 (rows or 1, groups); columns of a group."""
     if isinstance(start, BlockWeight):
         return start.sub_scales(), None, start.sub_offsets(), start.layout.sub_block

@@ -16,16 +16,18 @@ from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, read_weight, site_modules, write_weight_
 from cptquant.models.text import TokenSet
-from cptquant.packing.quantized_weight import StoredWeight
+from cptquant.packing.block_weight import BlockWeight
+from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
 from cptquant.quantizers.gptq import Gptq, GptqResult
 from cptquant.quantizers.grid import ROWS_ENTRIES
-from cptquant.quantizers.hessian import InputHessians, collect_block_hessians, collect_outer_hessians
+from cptquant.quantizers.hessian import InputHessians, Sample, collect_block_hessians, collect_outer_hessians
 from cptquant.quantizers.kl_rounding import KlRounding
 from cptquant.quantizers.learned_codes import LearnedWeight
 from cptquant.quantizers.methods import Quantizer, spelling_of
 from cptquant.quantizers.refine import FinishedInMemory, refine_sites, with_learning
 from cptquant.quantizers.rtn import Rtn
 from cptquant.quantizers.signround import SignRound, learn_block
+from cptquant.quantizers.slim import Slim
 from cptquant.quantizers.variables import Variable
 
 BlockWeights = Mapping[str, StoredWeight]
@@ -41,7 +43,7 @@ Sink = Callable[[int | None, dict[str, StoredWeight], list[SiteRecord]], None]
 def quantize_sites(
     model: LoadedModel,
     plan: Plan,
-    quantizer: Quantizer,
+    quantizer: Quantizer | Slim,
     tokens: TokenSet | None,
     sink: Sink,
     *,
@@ -60,6 +62,7 @@ def quantize_sites(
 
     Args:
         model: never changed. plan: a format for every site. tokens: calibration text, needed by GPTQ.
+        quantizer: GPTQ does SliM-LLM on sites with groups of mixed width; give `Slim` to set its options.
         sink: called once per block in order, then once with None for the sites outside the blocks.
         resume: blocks that are finished already; `sink` is not called for them again. KL rounding resumes from a
             finished first pass, see `refine_sites`, and ignores this.
@@ -69,6 +72,8 @@ def quantize_sites(
         DataError: GPTQ without tokens, or text on which the model overflows.
         ModelError: a weight is NaN or infinite; names the site.
     """
+    slim = quantizer if isinstance(quantizer, Slim) else None
+    quantizer = quantizer.gptq if isinstance(quantizer, Slim) else quantizer
     if isinstance(quantizer, Rtn):
         _round_everything(_Task(model, plan, quantizer, sink, dict(resume or {})), model, progress)
         return
@@ -84,6 +89,7 @@ def quantize_sites(
         return
     start = quantizer.start if isinstance(quantizer, SignRound) else quantizer
     task = _Task(model, plan, start, sink, dict(resume or {}))
+    task.slim = slim or task.slim
     count = model.layout.block_count
     outer = task.quantize_entry(tokens)
     stream = ModelStream(model, tokens, weights=task)
@@ -182,6 +188,7 @@ class _Task:
         self._entry: dict[str, StoredWeight] = {}
         self._shared = shared_matrix(model.layout, plan)
         self.resume = resume
+        self.slim = Slim.like(quantizer) if isinstance(quantizer, Gptq) else Slim()
 
     @property
     def _uses_coarse_products(self) -> bool:
@@ -276,7 +283,10 @@ class _Task:
         wanted = {site.name: modules[site.name] for site in sites if not self.format_of(site).is_float}
         coarse = self._uses_coarse_products
         results = self.apply_gptq(
-            sites, collect_block_hessians(stream, block, wanted, coarse=coarse) if wanted else None
+            sites,
+            collect_block_hessians(stream, block, wanted, coarse=coarse, sample=self._sample(sites))
+            if wanted
+            else None,
         )
         for site in sites:
             if site.name in results.weights:
@@ -288,15 +298,12 @@ class _Task:
     ) -> None:
         """Go on from GPTQ's results of a block by SignRound, in `results` and in `block`."""
         layout = self._model.layout
-        variables = [
-            Variable(
-                layout.site_by_name[name],
-                module,
-                LearnedWeight(results.weights[name], self._original(layout.site_by_name[name]), reach=method.reach),
-            )
-            for name, module in site_modules(block, layout, stream.block_index).items()
-            if name in results.weights
-        ]
+        variables: list[Variable] = []
+        for name, module in site_modules(block, layout, stream.block_index).items():
+            stored, site = results.weights.get(name), layout.site_by_name[name]
+            if isinstance(stored, QuantizedWeight | BlockWeight):
+                learned = LearnedWeight(stored, self._original(site), reach=method.reach)
+                variables.append(Variable(site, module, learned))
         learned = learn_block(block, stream, targets, variables, method)
         measure = ("squared error of the block's output", learned.held_out_before, learned.held_out_after)
         for position, record in enumerate(results.records):
@@ -311,7 +318,13 @@ class _Task:
         modules = stream.outer_modules()
         wanted = {site.name: modules[site.name] for site in sites if not self.format_of(site).is_float}
         coarse = self._uses_coarse_products
-        return self.apply_gptq(sites, collect_outer_hessians(stream, wanted, coarse=coarse) if wanted else None)
+        if not wanted:
+            return self.apply_gptq(sites, None)
+        return self.apply_gptq(sites, collect_outer_hessians(stream, wanted, coarse=coarse, sample=self._sample(sites)))
+
+    def _sample(self, sites: Sequence[Site]) -> Sample | None:
+        """SBA needs some inputs, not their second moments alone."""
+        return Sample() if any(self.format_of(site).storage == "segments" for site in sites) else None
 
     def _original(self, site: Site) -> Tensor:
         """The site's weight in the given model, (out_features, in_features), in its own dtype."""
@@ -343,8 +356,25 @@ class _Task:
                 together.setdefault((hessians.leader[site.name], fmt), []).append(site)
         if hessians is None:
             return results
-        for (leader, _), group in together.items():
-            results.extend(self._apply_gptq_to(group, hessians.hessian(leader)))
+        for (leader, fmt), group in together.items():
+            if fmt.storage == "segments":
+                results.extend(self._apply_slim_to(group, hessians, leader))
+            else:
+                results.extend(self._apply_gptq_to(group, hessians.hessian(leader)))
+        return results
+
+    def _apply_slim_to(self, group: Sequence[Site], hessians: InputHessians, leader: str) -> _Results:
+        """SliM-LLM on sites that read the same input, one after the other: their widths differ."""
+        results = _Results()
+        hessian, inputs = hessians.hessian(leader), hessians.kept_inputs(leader)
+        for site in group:
+            weight, bias = self._original(site), self._model.module.get_submodule(site.name).bias
+            bias = None if not isinstance(bias, Tensor) else bias.detach().float()
+            try:
+                found = self.slim(weight, hessian, self.format_of(site), self._scale_dtype, inputs=inputs, bias=bias)
+            except UserError as error:
+                raise type(error)(f"{site.name}: {error}") from None
+            self._keep(site, weight, found, results)
         return results
 
     def _apply_gptq_to(self, group: Sequence[Site], hessian: Tensor) -> _Results:

@@ -9,6 +9,7 @@ from cptquant.core.formats import QuantFormat
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.block_grid import round_to_blocks
 from cptquant.quantizers.grid import round_to_grid
+from cptquant.quantizers.slim_round import round_to_segments
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Rtn:
         Raises:
             ModelError: a weight is NaN or infinite, or needs a scale beyond the storage dtype's range.
         """
+        if fmt.storage == "segments":
+            return round_to_segments(weight, fmt, scale_dtype, importance=importance, clip=self.clip_search)
         if fmt.block_layout is not None:
             return round_to_blocks(weight, fmt, importance=importance, search=self.clip_search)
         return round_to_grid(weight, fmt, scale_dtype, importance=importance, clip_search=self.clip_search)

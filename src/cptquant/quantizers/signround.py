@@ -89,7 +89,7 @@ def learn_block(
     """
     learning = _Learning(block, stream, targets, variables, method)
     first = best = learning.held_out_error()
-    chosen = {variable.site.name: variable.weight.start for variable in variables}
+    chosen: dict[str, StoredWeight] = {variable.site.name: variable.weight.start for variable in variables}
     generator = torch.Generator().manual_seed(method.seed)
     order: list[int] = []
     every = max(1, method.steps // method.checks)

@@ -16,6 +16,7 @@ from cptquant.models.checkpoint_weights import CheckpointWeights
 from cptquant.models.load import load_any, load_model
 from cptquant.models.stream import WeightSource
 from cptquant.models.text import load_tokens
+from cptquant.stages.export import ENGINE_TARGETS
 from cptquant.stages.quantize import Variant
 from cptquant.stages.run import Run
 
@@ -57,9 +58,9 @@ def evaluate_stage(
     def make() -> EvaluationReport:
         sources: dict[str, WeightSource] = {name: variant.shards for name, variant in variants.items()}
         sources["quantized"] = variants[written].shards
-        # A quantized GPT-2's checkpoint is another architecture (decision 0003); the files of other engines were
-        # compared with the pieces when they were written.
-        if layout.model_type != "gpt2" and plans["quantized"].target not in ("gguf", "onnx"):
+        # A quantized GPT-2's checkpoint is another architecture (decision 0003); the files of other engines are
+        # compared with the pieces after the evaluation.
+        if layout.model_type != "gpt2" and plans["quantized"].target not in ENGINE_TARGETS:
             formats = plans["quantized"].quant_formats
             sources["quantized"] = CheckpointWeights(run.folder / "checkpoint", layout, formats)
         measured = evaluate(run.model, sources, run.test, progress=run.progress)

@@ -20,7 +20,7 @@ from cptquant.stages.engine_check import Written, check_files
 from cptquant.stages.quantize import Variant, write_stage
 from cptquant.stages.run import Run
 
-ENGINE_TARGETS = ("gguf", "onnx")
+ENGINE_TARGETS = ("gguf", "onnx", "torch")
 """Targets whose files stock transformers cannot read: checked in their engine as soon as they are written."""
 
 

@@ -9,14 +9,14 @@ from cptquant.engines.process import run_engine
 from cptquant.models.source import find_model
 from cptquant.stages.written import check_run, checkpoint_folder, engine_record
 
-_ENGINE_TARGETS = {"onnx": "onnx", "llamacpp": "gguf"}
+_ENGINE_TARGETS = {"onnx": "onnx", "llamacpp": "gguf", "torch": "torch"}
 
 
 def generate_text(folder: Path, prompt: str, engine: str, *, tokens: int, threads: int) -> str:
     """The prompt's most likely continuation.
 
     Args:
-        engine: transformers (checkpoint/), onnx or llamacpp (their exported files). tokens: at most.
+        engine: transformers (checkpoint/), onnx, llamacpp or torch (their exported files). tokens: at most.
 
     Raises:
         UserError: an unknown engine, an empty prompt. ArtifactError: the engine's files were not written, are of other

@@ -81,7 +81,7 @@ def checkpoint_folder(folder: Path) -> Path:
         ArtifactError: it was written for another engine, or is damaged.
     """
     record = CheckpointRecord.load(folder / "checkpoint.json")
-    if not any(name.endswith(".safetensors") for name in record.files):
+    if not any(name.startswith("model") and name.endswith(".safetensors") for name in record.files):
         _, plan = written_plan(folder)
         raise ArtifactError(
             f"{folder}/checkpoint was written for --target {plan.target} and holds no checkpoint of transformers; use "

@@ -25,6 +25,8 @@ class CompressedTensors(Target):
             return None
         if fmt.storage == "blocks":
             return f"{fmt.name} is a block format of GGUF, which compressed-tensors does not have"
+        if fmt.storage == "segments":
+            return f"{fmt.name} mixes widths in one matrix, which compressed-tensors cannot; --target torch can"
         if _is_initialized_by_weight(site):
             if fmt.storage == "plain" and fmt.symmetric:
                 return _divisibility(site, fmt)
@@ -47,7 +49,8 @@ class CompressedTensors(Target):
 
         A packed 8-bit format offered to an embedding is translated to its plain twin; a group size that does not
         divide the row is replaced by the largest power of two (at least 16) that does, else by one scale per row; a
-        block format of GGUF becomes groups of 64 of the same width.
+        block format of GGUF becomes groups of 64 of the same width; groups of mixed width become one width that
+        holds each of them.
         """
         return _fit(site, fmt)
 
@@ -73,6 +76,7 @@ def _divisibility(site: Site, fmt: QuantFormat) -> str | None:
 def _fit(site: Site, fmt: QuantFormat) -> QuantFormat:
     if fmt.is_float:
         return fmt
+    fmt = fmt.promoted()
     if fmt.storage == "blocks":
         fmt = QuantFormat(code_bits=fmt.code_bits, granularity=64)
     changes: dict[str, object] = {}

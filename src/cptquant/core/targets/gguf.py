@@ -47,9 +47,10 @@ class Gguf(Target):
         return None
 
     def fit(self, site: Site, fmt: QuantFormat) -> QuantFormat:
-        """The nearest block type whose blocks divide the row; another engine's format by its width."""
+        """The nearest block type whose blocks divide the row; another engine's format by its (largest) width."""
         if fmt.is_float:
             return fmt
+        fmt = fmt.promoted()
         block = fmt.block if fmt.block is not None else _NEAREST[fmt.code_bits, fmt.symmetric]
         if site.in_features % BLOCK_LAYOUTS[block].block_columns:
             block = NARROW_ROW_TYPE.get(block, block)

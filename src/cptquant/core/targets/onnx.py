@@ -33,6 +33,8 @@ class Onnx(Target):
             return "a bare encoder's file leaves its pooler out: embeddings are means of the last hidden state"
         if fmt.storage == "blocks":
             return f"{fmt.name} is a block format of GGUF, which ONNX Runtime does not have"
+        if fmt.storage == "segments":
+            return f"{fmt.name} mixes widths in one matrix, which the graph has no product for; --target torch can"
         if fmt.code_bits not in _WIDTHS:
             return f"ONNX Runtime has kernels for 2, 4 and 8 bits, not {fmt.code_bits}"
         group = fmt.granularity if isinstance(fmt.granularity, int) else site.in_features
@@ -46,6 +48,7 @@ class Onnx(Target):
         """The next wider width that has a kernel, in groups that divide the row."""
         if fmt.is_float:
             return fmt
+        fmt = fmt.promoted()
         if fmt.storage == "blocks":
             fmt = QuantFormat(code_bits=fmt.code_bits, granularity=64)
         bits = next(width for width in _WIDTHS if width >= fmt.code_bits)

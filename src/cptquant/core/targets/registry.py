@@ -5,6 +5,7 @@ from cptquant.core.targets.base import Target
 from cptquant.core.targets.compressed_tensors import DEFAULT_FORMATS, CompressedTensors
 from cptquant.core.targets.gguf import GGUF
 from cptquant.core.targets.onnx import ONNX
+from cptquant.core.targets.torch_segments import TORCH
 from cptquant.core.targets.vllm import VLLM
 
 _DIVISIBILITY = "group sizes divide the row; else the largest power of two from 16 that does, else one scale a row"
@@ -35,6 +36,7 @@ TARGETS: dict[str, Target] = {
         GGUF,
         ONNX,
         VLLM,
+        TORCH,
     )
 }
 

@@ -36,6 +36,7 @@ class Vllm(CompressedTensors):
         """The same width, symmetric, in the largest legal groups not above those asked for; else one scale a row."""
         if fmt.is_float or site.block_index is None:
             return fmt
+        fmt = fmt.promoted()
         asked = fmt.granularity if isinstance(fmt.granularity, int) else None
         sizes = [
             size for size in _GROUPS if asked is not None and site.in_features % size == 0 and size <= max(asked, 32)
