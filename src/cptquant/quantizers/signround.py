@@ -101,7 +101,8 @@ def learn_block(
         if step % every == 0 or step == method.steps:
             error = learning.held_out_error()
             if error < best:  # False where it is NaN
-                best, chosen = error, {variable.site.name: variable.weight.stored() for variable in variables}
+                best = error
+                chosen = {variable.site.name: variable.weight.stored() for variable in variables}
     for variable in variables:
         write_weight_(variable.module, variable.site, chosen[variable.site.name].dequantize())
     return LearnedBlock(chosen, first, best)
