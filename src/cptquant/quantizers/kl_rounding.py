@@ -245,7 +245,7 @@ def _inverse_hessians(stream: ModelStream, block: nn.Module, wanted: Sequence[st
     if not chosen:
         return {}
     hessians = collect_block_hessians(stream, block, chosen, coarse=method.coarse_products)
-    made: dict[str, Tensor] = {}
+    made: _Inverses = {}
     found: _Inverses = {}
     for name in chosen:
         if hessians.has(name):

@@ -10,6 +10,7 @@ a time.
 """
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def mask_for_task(model: LoadedModel, tokens: TokenSet) -> tuple[TokenSet, Tenso
     if tokenizer is None or tokenizer.mask_token_id is None:
         return tokens, tokens.attention_mask.bool()
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
-    masked, targets = mask_tokens(tokens, mask_token_id=int(tokenizer.mask_token_id), special_ids=special)
+    masked, targets = mask_tokens(tokens, mask_token_id=cast(int, tokenizer.mask_token_id), special_ids=special)
     return masked, targets != IGNORED
 
 
