@@ -13,11 +13,13 @@ earlier sites learn to undo what later ones cannot. Learning the grid end to end
 2407.11062, section 3.3: scales alone), codes and scales by turns is PV-Tuning (arXiv 2405.14852, algorithm 1).
 learned_codes.py has the variables and their straight-through gradients. No norm, bias or embedding is touched.
 
-A code changes the weight by a whole step, so noise must not flip it. Adam moves every offset equally fast, sure of its
-gradient or not: with it the divergence rose. The step here keeps the proportions inside a row: with m the momentum of
-dL/dv,
+The step. Inputs of a layer are strongly correlated, so plain gradients of its codes all pull along the same few
+directions: many codes flip at once, overshoot, and undo what GPTQ compensated (KL doubled within 30 steps at 3 bits);
+Adam, which also moves what it knows nothing about as fast as the rest, is worse. So gradients are first turned by the
+inverse of the Hessian of the layer's inputs, as GPTQ's own compensation is (the input half of K-FAC, arXiv 1503.05671),
+and keep their proportions inside a row: with m the momentum of d = (dL/dv) (H + damping)^-1,
 
-    v <- v - rate * m / sqrt(mean over the row of (dL/dv)^2),
+    v <- v - rate * m / sqrt(mean over the row of d^2),
 
 so the codes with the most to gain flip first, and the gradients of the rest are taken anew with those in place
 (PV-Tuning's "few codes at a time", without sorting). Scales are few and each sums a whole group's gradient; they move
@@ -27,12 +29,13 @@ Some calibration sequences are held out of learning. Their KL alone chooses the 
 where none is better than the start, the start is kept and the records say so.
 
 Memory: beside the model, its blocks in float32 (4 bytes a weight), 9 bytes a weight for offsets, momentum and the
-start's codes, 1 for the best iterate's; the original's hidden states in bfloat16 (at most `_STATE_BYTES`); activations
-of one batch, of all blocks where they fit `_ACTIVATION_BYTES`, else only the blocks' inputs, and blocks are run twice.
+start's codes, 1 for the best iterate's; an inverse Hessian of each distinct input, float32 (in x in); the original's
+hidden states in bfloat16 (at most `_STATE_BYTES`); activations of one batch, of all blocks where they fit
+`_ACTIVATION_BYTES`, else only the blocks' inputs, and blocks are run twice.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +49,7 @@ from cptquant.models.text import TokenSet
 from cptquant.packing.block_weight import BlockWeight
 from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
 from cptquant.quantizers.gptq import Gptq
+from cptquant.quantizers.hessian import collect_block_hessians
 from cptquant.quantizers.learned_codes import LearnedWeight
 from cptquant.quantizers.output_divergence import OutputDivergence, mask_for_task
 from cptquant.quantizers.variables import Variable, gradients_of, learning_of
@@ -70,6 +74,7 @@ class KlRounding:
         scale_rate: relative step of a scale. Both rise over the first twentieth and then fall linearly to 0.
         state_weight: w above; 0 learns on the KL alone.
         momentum, memory: of the gradient's mean and of its mean square, per step.
+        damping: fraction of the mean diagonal added to the Hessians.
         reach: largest offset from the start's code, in steps of the grid.
         held_out: share of the calibration sequences kept for choosing the iterate (at least one batch).
         checks: how often the held-out sequences are looked at.
@@ -80,10 +85,11 @@ class KlRounding:
     steps: int = 120
     batch_sequences: int = 8
     code_rate: float = 0.002
-    scale_rate: float = 1e-3
+    scale_rate: float = 5e-4
     state_weight: float = 8.0
     momentum: float = 0.9
     memory: float = 0.95
+    damping: float = 0.01
     reach: float = 1.0
     held_out: float = 1 / 16
     checks: int = 6
@@ -195,11 +201,14 @@ def _spread_of(states: list[Tensor], tokens: TokenSet) -> float:
     return max(float((real - real.mean(dim=0)).square().sum(dim=1).mean()), _TINY)
 
 
+_Inverses = dict[str, Tensor | None]
+
+
 class _State:
     """A site that is learned, with the moments of its gradient."""
 
-    def __init__(self, variable: Variable) -> None:
-        self.variable = variable
+    def __init__(self, variable: Variable, inverse: Tensor | None) -> None:
+        self.variable, self._inverse = variable, inverse
         offsets, scales = variable.weight.offsets, variable.weight.scales
         self._momentum = torch.zeros_like(offsets)
         self._row_square = offsets.new_zeros(len(offsets), 1)
@@ -212,6 +221,8 @@ class _State:
             return  # a batch on which the model overflows teaches nothing
         weight = self.variable.weight
         by_code, by_scale = weight.gradients(gradient, self.variable.value())
+        if self._inverse is not None:
+            by_code = (by_code @ self._inverse).float()  # coarse where that is allowed
         keep, recall = method.momentum, method.memory
         started, squared = 1 - keep**count, 1 - recall**count
         self._row_square.mul_(recall).add_(by_code.square().mean(dim=1, keepdim=True), alpha=1 - recall)
@@ -228,6 +239,35 @@ class _State:
         self.variable.write_()
 
 
+def _inverse_hessians(stream: ModelStream, block: nn.Module, wanted: Sequence[str], method: KlRounding) -> _Inverses:
+    """(H + damping * mean diagonal)^-1 of every wanted site's inputs in the block that the stream stands at."""
+    modules = site_modules(block, stream.layout, stream.block_index)
+    chosen = {name: modules[name] for name in wanted}
+    if not chosen:
+        return {}
+    hessians = collect_block_hessians(stream, block, chosen, coarse=method.coarse_products)
+    made: _Inverses = {}
+    found: _Inverses = {}
+    for name in chosen:
+        if hessians.has(name):
+            leader = hessians.leader[name]
+            if leader not in made:
+                made[leader] = _damped_inverse(hessians.hessian(leader), method.damping)
+            found[name] = made[leader]
+    return found
+
+
+def _damped_inverse(hessian: Tensor, damping: float) -> Tensor | None:
+    """None where the Hessian is not finite or has no live input: such a site is moved by its plain gradient."""
+    mean = float(hessian.diagonal().mean())
+    if not math.isfinite(mean) or mean <= 0:
+        return None
+    damped = hessian.clone()
+    damped.diagonal().add_(damping * mean)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    return None if int(info) else torch.cholesky_inverse(factor)
+
+
 class _WholeModel:
     def __init__(
         self, model: LoadedModel, start: QuantizedSource, method: KlRounding, learned: TokenSet, held: TokenSet
@@ -238,25 +278,30 @@ class _WholeModel:
         self._blocks: list[nn.Module] = []
         self._states: list[list[_State]] = []
         stream = self._learned.stream
+        entry = list(stream.hidden)
         for index in range(model.layout.block_count):
-            stream.block_index = index
             block = stream.load_block()
             self._blocks.append(block)
-            self._states.append(self._states_of(block, index))
-        stream.block_index = 0
+            sites = [site.name for site in model.layout.sites if site.block_index == index]
+            quantized = [name for name in sites if isinstance(start.quantized(name), QuantizedWeight | BlockWeight)]
+            self._states.append(self._states_of(block, _inverse_hessians(stream, block, quantized, method), quantized))
+            with coarse_products(method.coarse_products):
+                stream.advance(block)
+        stream.block_index, stream.hidden = 0, entry
         width = stream.hidden[0].shape[-1]
         tokens = stream.hidden[0].shape[0] * stream.hidden[0].shape[1]
         kept = 4 * tokens * width * _ACTIVATIONS_PER_WIDTH * len(self._blocks)
         self._recomputes = kept > _ACTIVATION_BYTES
 
-    def _states_of(self, block: nn.Module, index: int) -> list[_State]:
+    def _states_of(self, block: nn.Module, inverses: _Inverses, quantized: Sequence[str]) -> list[_State]:
         found: list[_State] = []
-        for name, module in site_modules(block, self._model.layout, index).items():
-            stored = self._start.quantized(name)
-            if isinstance(stored, QuantizedWeight | BlockWeight):
-                site = self._model.layout.site_by_name[name]
-                original = read_weight(self._model.module.get_submodule(name), site).detach()
-                found.append(_State(Variable(site, module, LearnedWeight(stored, original, reach=self._method.reach))))
+        for name in quantized:
+            site, stored = self._model.layout.site_by_name[name], self._start.quantized(name)
+            assert isinstance(stored, QuantizedWeight | BlockWeight) and site.block_index is not None
+            module = site_modules(block, self._model.layout, site.block_index)[name]
+            original = read_weight(self._model.module.get_submodule(name), site).detach()
+            variable = Variable(site, module, LearnedWeight(stored, original, reach=self._method.reach))
+            found.append(_State(variable, inverses.get(name)))
         return found
 
     def run(self, progress: Callable[[int, int], None] | None) -> Learned:
