@@ -236,12 +236,15 @@ def test_nothing_is_done_twice(cptquant: Callable, folder: Path, tmp_path: Path)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(cptquant: Callable, folder: Path, tmp_path: Path) -> None:
-    quantize(cptquant, folder, tmp_path / "whole")
+@pytest.mark.parametrize("quantizer", ("gptq", "signround", "kl-rounding"))
+def test_a_killed_run_goes_on_with_the_same_bits(
+    cptquant: Callable, folder: Path, tmp_path: Path, quantizer: str
+) -> None:
+    quantize(cptquant, folder, tmp_path / "whole", BUDGET, "--quantizer", quantizer)
     run = tmp_path / "killed"
     command = [
         sys.executable, "-c", "from cptquant.cli.main import main; main()", "quantize", str(folder), "--budget", BUDGET,
-        "--output", str(run), *map(str, QUICK),
+        "--output", str(run), *map(str, QUICK), "--quantizer", quantizer,
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while process.poll() is None and not list(run.glob("work/*/block-0000.safetensors")):
@@ -250,7 +253,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(cptquant: Callable, folder: Pat
     process.wait()
     first = next(iter(run.glob("work/*/block-0000.safetensors")))
     stamp = first.stat().st_mtime_ns
-    quantize(cptquant, folder, run)
+    quantize(cptquant, folder, run, BUDGET, "--quantizer", quantizer)
     assert first.stat().st_mtime_ns == stamp, "the finished block was made again"
     one, two = (path / "checkpoint/model.safetensors" for path in (tmp_path / "whole", run))
     assert one.read_bytes() == two.read_bytes()

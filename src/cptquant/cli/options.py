@@ -67,7 +67,8 @@ Allocator = Annotated[
         show_default=False,
     ),
 ]
-Quantizer = Annotated[str | None, typer.Option("--quantizer", help="gptq or rtn.  [default: gptq]", show_default=False)]
+_QUANTIZER_HELP = "gptq, rtn, signround or kl-rounding (learned rounding after GPTQ).  [default: gptq]"
+Quantizer = Annotated[str | None, typer.Option("--quantizer", help=_QUANTIZER_HELP, show_default=False)]
 TargetName = Annotated[
     str | None,
     typer.Option(

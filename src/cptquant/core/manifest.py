@@ -33,6 +33,21 @@ class SiteOutcome(StrEnum):
         }[self]
 
 
+class LearningRecord(Frozen):
+    """What learned rounding did to a site after its first solution.
+
+    Attributes:
+        objective: what was minimised. held_out_before, held_out_after: its value on calibration sequences that were not
+            learned on, with the first solution and with the one taken (equal where the first was kept).
+        codes_changed: share of the site's codes that differ from the first solution's; 0 where it was kept.
+    """
+
+    objective: str
+    held_out_before: float
+    held_out_after: float
+    codes_changed: float
+
+
 class SiteRecord(Frozen):
     """One site after quantization.
 
@@ -41,6 +56,7 @@ class SiteRecord(Frozen):
         relative_output_error: ||(Q(W) - W) X||^2 / ||W X||^2 on the calibration inputs of the quantized stream; None
             without inputs.
         damping: fraction of the mean diagonal that was really added to the Hessian; None where none was used.
+        learning: of learned rounding; None where nothing was learned.
     """
 
     site: str
@@ -49,13 +65,14 @@ class SiteRecord(Frozen):
     relative_weight_error: float
     relative_output_error: float | None = None
     damping: float | None = None
+    learning: LearningRecord | None = None
 
 
 class Manifest(Artifact):
     """Result of `quantize` beside checkpoint/.
 
     Attributes:
-        quantizer: `gptq` or `rtn`, with its options in `settings`.
+        quantizer: as `--quantizer` spells it, with its options in `settings`.
         sites: one record per site. tensor_bytes: bytes of all tensors of a checkpoint with these weights.
     """
 

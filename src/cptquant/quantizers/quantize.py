@@ -16,12 +16,19 @@ from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, read_weight, site_modules, write_weight_
 from cptquant.models.text import TokenSet
-from cptquant.packing.quantized_weight import StoredWeight
+from cptquant.packing.block_weight import BlockWeight
+from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
 from cptquant.quantizers.gptq import Gptq, GptqResult
 from cptquant.quantizers.grid import ROWS_ENTRIES
 from cptquant.quantizers.hessian import InputHessians, Sample, collect_block_hessians, collect_outer_hessians
+from cptquant.quantizers.kl_rounding import KlRounding
+from cptquant.quantizers.learned_codes import LearnedWeight
+from cptquant.quantizers.methods import Quantizer, spelling_of
+from cptquant.quantizers.refine import FinishedInMemory, refine_sites, with_learning
 from cptquant.quantizers.rtn import Rtn
+from cptquant.quantizers.signround import SignRound, learn_block
 from cptquant.quantizers.slim import Slim
+from cptquant.quantizers.variables import Variable
 
 BlockWeights = Mapping[str, StoredWeight]
 """The quantized sites of one block, by site name."""
@@ -36,7 +43,7 @@ Sink = Callable[[int | None, dict[str, StoredWeight], list[SiteRecord]], None]
 def quantize_sites(
     model: LoadedModel,
     plan: Plan,
-    quantizer: Rtn | Gptq | Slim,
+    quantizer: Quantizer | Slim,
     tokens: TokenSet | None,
     sink: Sink,
     *,
@@ -47,6 +54,8 @@ def quantize_sites(
 
     GPTQ goes through the blocks in order; each sees the inputs that the blocks before it, already quantized, produce.
     Embeddings come first (they are the stream's input) and are rounded to nearest. Round-to-nearest looks at no text.
+    SignRound learns each block after GPTQ; KL rounding learns all blocks after the last (`refine_sites`), so it hands
+    nothing over before.
 
     The result depends on model, plan, quantizer and tokens only: a run resumed after any block gives the same bits.
     Memory: one block in float32, the Hessians of its inputs, and the stream (tokens x width float32).
@@ -55,7 +64,8 @@ def quantize_sites(
         model: never changed. plan: a format for every site. tokens: calibration text, needed by GPTQ.
         quantizer: GPTQ does SliM-LLM on sites with groups of mixed width; give `Slim` to set its options.
         sink: called once per block in order, then once with None for the sites outside the blocks.
-        resume: blocks that are finished already; `sink` is not called for them again.
+        resume: blocks that are finished already; `sink` is not called for them again. KL rounding resumes from a
+            finished first pass, see `refine_sites`, and ignores this.
         progress: called with (blocks done, blocks in all) after each block.
 
     Raises:
@@ -64,20 +74,36 @@ def quantize_sites(
     """
     slim = quantizer if isinstance(quantizer, Slim) else None
     quantizer = quantizer.gptq if isinstance(quantizer, Slim) else quantizer
-    task = _Task(model, plan, quantizer, sink, dict(resume or {}))
-    task.slim = slim or task.slim
-    count = model.layout.block_count
     if isinstance(quantizer, Rtn):
-        _round_everything(task, model, progress)
+        _round_everything(_Task(model, plan, quantizer, sink, dict(resume or {})), model, progress)
         return
     if tokens is None:
-        raise DataError("--quantizer gptq needs calibration text: give --calibration FILE, or use --quantizer rtn")
+        raise DataError(
+            f"--quantizer {spelling_of(quantizer)} needs calibration text: give --calibration FILE, or use "
+            "--quantizer rtn"
+        )
+    if isinstance(quantizer, KlRounding):
+        first = FinishedInMemory()
+        quantize_sites(model, plan, quantizer.start, tokens, first.keep)
+        refine_sites(model, quantizer, tokens, first, sink, progress)
+        return
+    start = quantizer.start if isinstance(quantizer, SignRound) else quantizer
+    task = _Task(model, plan, start, sink, dict(resume or {}))
+    task.slim = slim or task.slim
+    count = model.layout.block_count
     outer = task.quantize_entry(tokens)
     stream = ModelStream(model, tokens, weights=task)
+    original = ModelStream(model, tokens) if isinstance(quantizer, SignRound) else None
     for index in range(count):
         block = stream.load_block()  # with its quantized weights, if it is finished already
+        if original is not None:
+            with coarse_products(quantizer.coarse_products):
+                original.advance(original.load_block())
         if index not in task.resume:
-            task.hand_over(index, task.quantize_block(index, block, stream))
+            results = task.quantize_block(index, block, stream)
+            if original is not None and isinstance(quantizer, SignRound):
+                task.learn_(results, block, stream, original.hidden, quantizer)
+            task.hand_over(index, results)
         with coarse_products(quantizer.coarse_products):
             stream.advance(block)
         del block
@@ -266,6 +292,27 @@ class _Task:
             if site.name in results.weights:
                 write_weight_(modules[site.name], site, results.weights[site.name].dequantize())
         return results
+
+    def learn_(
+        self, results: _Results, block: nn.Module, stream: ModelStream, targets: list[Tensor], method: SignRound
+    ) -> None:
+        """Go on from GPTQ's results of a block by SignRound, in `results` and in `block`."""
+        layout = self._model.layout
+        variables: list[Variable] = []
+        for name, module in site_modules(block, layout, stream.block_index).items():
+            stored, site = results.weights.get(name), layout.site_by_name[name]
+            if isinstance(stored, QuantizedWeight | BlockWeight):
+                learned = LearnedWeight(stored, self._original(site), reach=method.reach)
+                variables.append(Variable(site, module, learned))
+        learned = learn_block(block, stream, targets, variables, method)
+        measure = ("squared error of the block's output", learned.held_out_before, learned.held_out_after)
+        for position, record in enumerate(results.records):
+            found = learned.weights.get(record.site)
+            if found is not None:
+                original = self._original(layout.site_by_name[record.site])
+                start = results.weights[record.site]
+                results.records[position] = with_learning(record, original, start, found, measure)
+        results.weights.update(learned.weights)
 
     def _apply_gptq_outside(self, sites: Sequence[Site], stream: ModelStream) -> _Results:
         modules = stream.outer_modules()

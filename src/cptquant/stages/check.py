@@ -12,7 +12,7 @@ from cptquant.core.targets import find_target
 from cptquant.engines.llamacpp_python import find_llamacpp
 
 SENSITIVITY_METHODS = ("cmpq", "pmpq", "tdmpq", "ablation")
-QUANTIZERS = ("gptq", "rtn")
+QUANTIZERS = ("gptq", "rtn", "signround", "kl-rounding")
 
 
 TEXTS = ("calibration", "eval_text")

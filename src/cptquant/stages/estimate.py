@@ -19,6 +19,9 @@ from cptquant.core.settings import RunSettings
 from cptquant.core.targets import candidate_formats, find_target
 from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import read_layout
+from cptquant.quantizers.kl_rounding import KlRounding
+from cptquant.quantizers.methods import find_quantizer
+from cptquant.quantizers.signround import SignRound
 from cptquant.sensitivity.taylor import Tdmpq
 from cptquant.stages.allocate import needs_table
 from cptquant.stages.check import check_choices, check_target
@@ -41,6 +44,8 @@ _DESCENT_PRODUCTS = 11
 """Products of the Hessian with the weight: GPTQ's own, and two and a half in each of four rounds of descent."""
 _SECONDS_PER_LOGIT = 2.5e-9
 """Softmax, logarithms and sums of the divergence."""
+_SECONDS_PER_LEARNED_WEIGHT = 5e-8
+"""One step of a code and its scale in learned rounding: some fifteen passes over memory."""
 _ABLATION_SEQUENCES = 16
 
 
@@ -140,10 +145,23 @@ def _stage_seconds(layout: ModelLayout, settings: RunSettings, speed: float, coa
 
 def _quantize_seconds(settings: RunSettings, cost: _Counts, length: int, speed: float, coarse_speed: float) -> float:
     seconds = _ROUNDING_SECONDS_PER_WEIGHT * (cost.block_weights + cost.outer_weights)
-    if settings.quantizer == "gptq":
+    if settings.quantizer != "rtn":
         seconds += settings.calibration_sequences * length * (2 * cost.block_pass + cost.hessian) / coarse_speed
         seconds += (cost.factor + _DESCENT_PRODUCTS * cost.update) / speed + _SECONDS_PER_COLUMN * cost.columns
-    return seconds
+    return seconds + _learning_seconds(settings, cost, length, coarse_speed)
+
+
+def _learning_seconds(settings: RunSettings, cost: _Counts, length: int, coarse_speed: float) -> float:
+    """Gradient steps of learned rounding: a pass forth and back (three passes' products) and the step itself."""
+    method = find_quantizer(settings.quantizer)
+    if not isinstance(method, SignRound | KlRounding):
+        return 0.0
+    per_token = 3 * cost.block_pass
+    sequences = 8
+    if isinstance(method, KlRounding):
+        per_token, sequences = per_token + 4 * cost.outer_pass, method.batch_sequences
+    per_step = sequences * length * per_token / coarse_speed + _SECONDS_PER_LEARNED_WEIGHT * cost.block_weights
+    return method.steps * per_step
 
 
 def _measure_seconds(

@@ -6,14 +6,17 @@ from pathlib import Path
 from cptquant.core.artifact import digest_json
 from cptquant.core.engine_memory import find_context
 from cptquant.core.layout import ModelLayout
-from cptquant.core.manifest import CheckpointRecord, Manifest
+from cptquant.core.manifest import CheckpointRecord, Manifest, SiteRecord
 from cptquant.core.plan import Plan
 from cptquant.core.written_files import digest_folder, list_damage, size_folder
 from cptquant.exporters.export import find_exporter
 from cptquant.models.arithmetic import describe_arithmetic
+from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.packing.shards import ShardFolder
-from cptquant.quantizers.methods import find_quantizer
+from cptquant.quantizers.kl_rounding import KlRounding
+from cptquant.quantizers.methods import Quantizer, find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
+from cptquant.quantizers.refine import refine_sites
 from cptquant.stages.allocate import check_plan
 from cptquant.stages.run import Run
 
@@ -40,27 +43,11 @@ def quantize_stage(
     check_plan(plan, layout)
     find_exporter(plan.target).check(run.model, find_context(layout, run.settings.context))
     quantizer = find_quantizer(run.settings.quantizer)
-    inputs = {
-        "plan": digest_json(plan.formats),
-        "tokens": run.calibration.digest,
-        "quantizer": repr(quantizer),
-        "arithmetic": describe_arithmetic(getattr(quantizer, "coarse_products", False)),
-        "layout": layout.digest(),
-    }
-    shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
-    shards = ShardFolder(run.folder / "work" / digest_json(inputs)[:16], plan.quant_formats, shapes)
-    for sentence in shards.damaged:
-        run.progress(f"made anew: {sentence}", 1, 1)
-
+    inputs, shards = _open_pieces(run, layout, plan, quantizer)
     labels = [block_label(index) for index in range(layout.block_count)]
 
     def make() -> Manifest:
-        quantize_sites(
-            run.model, plan, quantizer, run.calibration,
-            lambda index, weights, records: shards.save(block_label(index), weights, records),
-            resume={index: shards.piece(label) for index, label in enumerate(labels) if label in shards.labels},
-            progress=lambda done, total: run.progress(f"quantize ({name})", done, total),
-        )  # fmt: skip
+        _make_pieces(run, layout, plan, quantizer, shards, name)
         records = {record.site: record for record in shards.records()}
         return Manifest(
             quantizer=run.settings.quantizer,
@@ -68,6 +55,7 @@ def quantize_stage(
                 "options": repr(quantizer),
                 "calibration": run.calibration.description,
                 "arithmetic": inputs["arithmetic"],
+                **_describe_learning(list(records.values())),
             },
             sites=tuple(records[site.name] for site in layout.sites if site.name in records),
             tensor_bytes=plan.size_bytes,
@@ -80,6 +68,67 @@ def quantize_stage(
         (run.folder / file_name).unlink(missing_ok=True)
     run.stage(file_name, Manifest, inputs, make)
     return shards
+
+
+def _open_pieces(run: Run, layout: ModelLayout, plan: Plan, quantizer: Quantizer) -> tuple[dict[str, str], ShardFolder]:
+    """What the pieces depend on, and the folder named after it."""
+    inputs = {
+        "plan": digest_json(plan.formats),
+        "tokens": run.calibration.digest,
+        "quantizer": repr(quantizer),
+        "arithmetic": describe_arithmetic(getattr(quantizer, "coarse_products", False)),
+        "layout": layout.digest(),
+    }
+    shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
+    shards = ShardFolder(run.folder / "work" / digest_json(inputs)[:16], plan.quant_formats, shapes)
+    for sentence in shards.damaged:
+        run.progress(f"made anew: {sentence}", 1, 1)
+    return inputs, shards
+
+
+def _make_pieces(
+    run: Run, layout: ModelLayout, plan: Plan, quantizer: Quantizer, shards: ShardFolder, name: str
+) -> None:
+    """Fill the folder, from where an earlier call was killed.
+
+    KL rounding first makes an ordinary GPTQ run with pieces of its own, shared with `--quantizer gptq`; a run killed
+    while learning learns again from there, with the same result.
+    """
+
+    def keep(index: int | None, weights: dict[str, StoredWeight], records: list[SiteRecord]) -> None:
+        shards.save(block_label(index), weights, records)
+
+    if isinstance(quantizer, KlRounding):
+        _, first = _open_pieces(run, layout, plan, quantizer.start)
+        if block_label(None) not in first.labels:  # saved last
+            _make_pieces(run, layout, plan, quantizer.start, first, name)
+        refine_sites(
+            run.model, quantizer, run.calibration, first, keep,
+            lambda done, total: run.progress(f"learn rounding ({name})", done, total),
+        )  # fmt: skip
+        return
+    labels = [block_label(index) for index in range(layout.block_count)]
+    quantize_sites(
+        run.model, plan, quantizer, run.calibration, keep,
+        resume={index: shards.piece(label) for index, label in enumerate(labels) if label in shards.labels},
+        progress=lambda done, total: run.progress(f"quantize ({name})", done, total),
+    )  # fmt: skip
+
+
+def _describe_learning(records: list[SiteRecord]) -> dict[str, str]:
+    """What learned rounding brought, for the manifest's settings; nothing where nothing was learned."""
+    learned = [record.learning for record in records if record.learning is not None]
+    if not learned:
+        return {}
+    before = sum(entry.held_out_before for entry in learned) / len(learned)
+    after = sum(entry.held_out_after for entry in learned) / len(learned)
+    kept = sum(entry.held_out_after >= entry.held_out_before for entry in learned)
+    changed = sum(entry.codes_changed for entry in learned) / len(learned)
+    text = (
+        f"{learned[0].objective} on held-out calibration text {before:.4g} -> {after:.4g}, {changed:.1%} of the codes "
+        f"changed (means over {len(learned)} sites); first solution kept at {kept}"
+    )
+    return {"learning": text}
 
 
 def write_stage(run: Run, variant: Variant) -> Path:

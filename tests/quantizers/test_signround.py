@@ -1,0 +1,112 @@
+"""SignRound on a linear layer that stands for a block: brute force, planted codes, and the start as the guard."""
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from cptquant.core.formats import QuantFormat
+from cptquant.core.layout import Site
+from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
+from cptquant.quantizers.learned_codes import LearnedWeight
+from cptquant.quantizers.rtn import Rtn
+from cptquant.quantizers.signround import SignRound, learn_block
+from cptquant.quantizers.variables import Variable
+
+COARSE_FREE = SignRound(start=replace(SignRound().start, coarse_products=False))
+
+
+@dataclass
+class Batch:
+    attention_mask: torch.Tensor
+
+
+class LinearStream:
+    """What `learn_block` asks of a stream, for a block that is one linear layer."""
+
+    def __init__(self, inputs: list[torch.Tensor]) -> None:
+        self.hidden = inputs
+        self.batches = [Batch(torch.ones(states.shape[:2], dtype=torch.int64)) for states in inputs]
+
+    def run_block(self, block: nn.Module, _batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        return block(hidden)
+
+
+def correlated(batches: int, columns: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator)
+    return [torch.randn(4, 16, columns, generator=generator) @ mixing / columns**0.5 for _ in range(batches)]
+
+
+def learn(weight: torch.Tensor, start: StoredWeight, inputs: list[torch.Tensor], method: SignRound):
+    rows, columns = weight.shape
+    site = Site(name="block.0.x", out_features=rows, in_features=columns, block_index=0, kind="linear")
+    layer = nn.Linear(columns, rows, bias=False).requires_grad_(False)
+    layer.weight.copy_(start.dequantize())
+    variable = Variable(site, layer, LearnedWeight(start, weight, reach=method.reach))
+    targets = [states @ weight.t() for states in inputs]
+    found = learn_block(layer, LinearStream(inputs), targets, [variable], method)  # type: ignore[arg-type]
+    assert torch.equal(layer.weight, found.weights[site.name].dequantize())
+    return found, found.weights[site.name]
+
+
+def output_error(stored: StoredWeight, weight: torch.Tensor, inputs: list[torch.Tensor]) -> float:
+    states = torch.cat([batch.flatten(0, 1) for batch in inputs]).double()
+    return float((states @ (stored.dequantize() - weight).double().t()).square().sum())
+
+
+def test_no_rounding_found_beats_brute_force_and_most_of_the_gap_is_closed() -> None:
+    inputs = correlated(6, 6)
+    ratios = []
+    for seed in range(4):
+        weight = torch.randn(1, 6, generator=torch.Generator().manual_seed(seed))
+        start = Rtn()(weight, QuantFormat.parse("int2-channel"), torch.bfloat16)
+        method = replace(COARSE_FREE, scale_rate=0.0, reach=3.0, code_rate=0.02)
+        _, learned = learn(weight, start, inputs, method)
+        assert isinstance(start, QuantizedWeight) and isinstance(learned, QuantizedWeight)
+        assert torch.equal(learned.scales, start.scales)
+        everything = [
+            output_error(replace(start, codes=torch.tensor([codes], dtype=torch.int8)), weight, inputs)
+            for codes in product(range(-2, 2), repeat=6)
+        ]
+        found, before = output_error(learned, weight, inputs), output_error(start, weight, inputs)
+        assert found >= min(everything) * (1 - 1e-9)
+        ratios.append((found - min(everything)) / max(before - min(everything), 1e-9))
+    assert sum(ratios) / len(ratios) < 0.35
+
+
+@pytest.mark.parametrize("name", ("int3-g8", "int4-g8-asym", "Q4_K"))
+def test_planted_codes_are_found(name: str) -> None:
+    fmt = QuantFormat.parse(name)
+    columns = 256 if fmt.block_layout else 16
+    planted = Rtn()(torch.randn(4, columns, generator=torch.Generator().manual_seed(2)), fmt, torch.bfloat16)
+    weight, codes = planted.dequantize(), planted.codes.clone()
+    highest = int(codes.max())
+    codes[::2, ::5] += torch.where(codes[::2, ::5] == highest, -1, 1).to(torch.int8)
+    inputs = [torch.randn(4, 32, columns, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    found, learned = learn(weight, replace(planted, codes=codes), inputs, replace(COARSE_FREE, scale_rate=0.0))
+    assert torch.equal(learned.codes, planted.codes)
+    assert found.held_out_after < 1e-9 < found.held_out_before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_held_out_batch_is_never_worse_off(seed: int) -> None:
+    inputs = correlated(3, 24, seed)  # few tokens, and a rate that overshoots
+    weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(seed))
+    start = Rtn()(weight, QuantFormat.parse("int4-g8"), torch.bfloat16)
+    found, learned = learn(weight, start, inputs, replace(COARSE_FREE, code_rate=1.0, scale_rate=0.5, steps=20))
+    held = [inputs[1]]
+    assert output_error(learned, weight, held) <= output_error(start, weight, held) * (1 + 1e-6)
+    assert found.held_out_after <= found.held_out_before
+    if found.held_out_after == found.held_out_before:
+        assert learned is start
+
+
+def test_inputs_that_overflow_leave_the_start() -> None:
+    inputs = [torch.full((2, 4, 8), torch.nan) for _ in range(3)]
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    start = Rtn()(weight, QuantFormat.parse("int4-g8"), torch.bfloat16)
+    _, learned = learn(weight, start, inputs, replace(COARSE_FREE, steps=10))
+    assert learned is start
