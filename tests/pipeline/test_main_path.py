@@ -236,7 +236,7 @@ def test_nothing_is_done_twice(cptquant: Callable, folder: Path, tmp_path: Path)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize("quantizer", ("gptq", "signround", "kl-rounding"))
+@pytest.mark.parametrize("quantizer", ("gptq", "kl-rounding"))
 def test_a_killed_run_goes_on_with_the_same_bits(
     cptquant: Callable, folder: Path, tmp_path: Path, quantizer: str
 ) -> None:
