@@ -117,7 +117,7 @@ def test_a_wrong_size_leaves_what_stood(written, tmp_path: Path) -> None:
     model, formats, weights, folder = written
     stood = shutil.copytree(folder, tmp_path / "files")
     before = {path.name: path.read_bytes() for path in stood.iterdir()}
-    with pytest.raises(CptquantError, match=r"model.onnx has \d+ bytes of tensors, the plan says 17$"):
+    with pytest.raises(CptquantError, match=r"model.onnx holds \d+ bytes of tensors, the plan says 17$"):
         export_onnx(model, formats, weights, stood, tensor_bytes=17)
     assert {path.name: path.read_bytes() for path in stood.iterdir()} == before
     assert not (tmp_path / "files.partial").exists()

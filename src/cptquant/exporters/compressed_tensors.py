@@ -9,20 +9,19 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cptquant.core.artifact import output_error, read_json
-from cptquant.core.errors import CptquantError, ModelError
+from cptquant.core.artifact import read_json
+from cptquant.core.errors import ModelError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
+from cptquant.exporters.written import WrittenCheckpoint, check_size, written_whole
 from cptquant.models.gpt2 import attention_row_order, rewrite_config, rewrite_dense, rewrite_quantized
 from cptquant.models.load import LoadedModel
 from cptquant.packing.quantized_weight import encode
@@ -32,16 +31,6 @@ _MAX_FILE_BYTES = 1 << 29
 """Weights are split into files of this size: serializing one file holds it in memory once more."""
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _NOT_COPIED = ("config.json", "generation_config.json")
-
-
-@dataclass(frozen=True)
-class WrittenCheckpoint:
-    """What is on disk: bytes of all tensors, bytes of the safetensors headers on top, and the weight files."""
-
-    folder: Path
-    tensor_bytes: int
-    header_bytes: int
-    files: tuple[Path, ...]
 
 
 def write_checkpoint(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path) -> WrittenCheckpoint:
@@ -54,23 +43,12 @@ def write_checkpoint(model: LoadedModel, plan: Plan, shards: ShardFolder, folder
         OutputError: disk full or not writable; nothing appears under the final name.
         CptquantError: the bytes written differ from the plan's (a fault of ours).
     """
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with written_whole(folder) as partial:
         copy_companions(model.path, partial)
         _write_config(model, plan, partial)
         files = write_weights(model.layout, _all_tensors(model, plan, shards), partial)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise output_error(folder, error) from None
-    tensor_bytes, header_bytes = measure_files(files)
-    if tensor_bytes != plan.size_bytes:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CptquantError(f"the checkpoint holds {tensor_bytes} bytes of tensors, the plan says {plan.size_bytes}")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+        tensor_bytes, header_bytes = measure_files(files)
+        check_size(tensor_bytes, plan.size_bytes, "the checkpoint")
     return WrittenCheckpoint(folder, tensor_bytes, header_bytes, tuple(folder / file.name for file in files))
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from cptquant.core.errors import UserError
 from cptquant.core.plan import Plan
-from cptquant.exporters.compressed_tensors import WrittenCheckpoint, check_exportable, write_checkpoint
+from cptquant.exporters.compressed_tensors import check_exportable, write_checkpoint
 from cptquant.exporters.gguf.read_back import GgufWeights
 from cptquant.exporters.gguf.write import FILE_NAME, check_gguf_exportable, write_gguf
 from cptquant.exporters.segments import check_segments_exportable, read_segments, write_segments
+from cptquant.exporters.written import WrittenCheckpoint
 from cptquant.models.checkpoint_weights import CheckpointWeights
 from cptquant.models.load import LoadedModel
 from cptquant.packing.shards import ShardFolder

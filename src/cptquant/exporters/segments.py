@@ -5,25 +5,22 @@ of layers into which an order of inputs was folded, `quantization_config`, and t
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from cptquant.core.artifact import output_error
-from cptquant.core.errors import CptquantError, ModelError
+from cptquant.core.errors import ModelError
 from cptquant.core.plan import Plan
 from cptquant.core.targets.torch_segments import METHOD
 from cptquant.exporters.compressed_tensors import (
-    WrittenCheckpoint,
     copy_companions,
     measure_files,
     write_weights,
 )
+from cptquant.exporters.written import WrittenCheckpoint, check_size, written_whole
 from cptquant.models.folding import Folding, find_folding
 from cptquant.models.load import LoadedModel
 from cptquant.models.segmented import SCHEMA_VERSION, WEIGHTS_NAME, SegmentedFolder
@@ -55,11 +52,8 @@ def write_segments(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: 
         OutputError: disk full or not writable; nothing appears under the final name.
         CptquantError: the bytes written differ from the plan's (a fault of ours).
     """
-    partial = folder.with_name(folder.name + ".partial")
     folding = find_folding(model.layout, model.module.config, _stored_orders(plan, shards))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with written_whole(folder) as partial:
         copy_companions(model.path, partial)
         _write_config(model, plan, folding, partial)
         files = [
@@ -67,15 +61,8 @@ def write_segments(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: 
             for path in write_weights(model.layout, _tensors(model, plan, shards, folding), partial)
         ]
         (partial / "model.safetensors.index.json").unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise output_error(folder, error) from None
-    tensor_bytes, header_bytes = measure_files(files)
-    if tensor_bytes != plan.size_bytes:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CptquantError(f"the checkpoint holds {tensor_bytes} bytes of tensors, the plan says {plan.size_bytes}")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+        tensor_bytes, header_bytes = measure_files(files)
+        check_size(tensor_bytes, plan.size_bytes, "the checkpoint")
     return WrittenCheckpoint(folder, tensor_bytes, header_bytes, tuple(folder / file.name for file in files))
 
 

@@ -48,6 +48,7 @@ from cptquant.models.stream import ModelStream, QuantizedSource, read_weight, si
 from cptquant.models.text import TokenSet
 from cptquant.packing.block_weight import BlockWeight
 from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
+from cptquant.quantizers.goes_on import GoesOn
 from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.hessian import collect_block_hessians
 from cptquant.quantizers.learned_codes import LearnedWeight
@@ -64,7 +65,7 @@ _TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class KlRounding:
+class KlRounding(GoesOn):
     """Hyper-parameters.
 
     Attributes:
@@ -94,16 +95,6 @@ class KlRounding:
     held_out: float = 1 / 16
     checks: int = 6
     seed: int = 0
-
-    @property
-    def coarse_products(self) -> bool:
-        """As of the start."""
-        return self.start.coarse_products
-
-    @property
-    def clip_search(self) -> bool:
-        """As of the start."""
-        return self.start.clip_search
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The verb `quantize_sites`: carry out a plan, block after block, on the stream the quantized model really produces."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,12 @@ from cptquant.models.text import TokenSet
 from cptquant.packing.block_weight import BlockWeight
 from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
 from cptquant.quantizers.gptq import Gptq, GptqResult
-from cptquant.quantizers.grid import ROWS_ENTRIES
 from cptquant.quantizers.hessian import InputHessians, Sample, collect_block_hessians, collect_outer_hessians
 from cptquant.quantizers.kl_rounding import KlRounding
 from cptquant.quantizers.learned_codes import LearnedWeight
 from cptquant.quantizers.methods import Quantizer, spelling_of
 from cptquant.quantizers.refine import FinishedInMemory, refine_sites, with_learning
+from cptquant.quantizers.results import Results, relative_error
 from cptquant.quantizers.rtn import Rtn
 from cptquant.quantizers.signround import SignRound, learn_block
 from cptquant.quantizers.slim import Slim
@@ -90,21 +89,32 @@ def quantize_sites(
     start = quantizer.start if isinstance(quantizer, SignRound) else quantizer
     task = _Task(model, plan, start, sink, dict(resume or {}))
     task.slim = slim or task.slim
+    _go_through_blocks(task, model, tokens, quantizer if isinstance(quantizer, SignRound) else None, progress)
+
+
+def _go_through_blocks(
+    task: "_Task",
+    model: LoadedModel,
+    tokens: TokenSet,
+    learning: SignRound | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """GPTQ block by block on the quantized stream, each learned further where asked."""
     count = model.layout.block_count
     outer = task.quantize_entry(tokens)
     stream = ModelStream(model, tokens, weights=task)
-    original = ModelStream(model, tokens) if isinstance(quantizer, SignRound) else None
+    original = None if learning is None else ModelStream(model, tokens)
     for index in range(count):
         block = stream.load_block()  # with its quantized weights, if it is finished already
         if original is not None:
-            with coarse_products(quantizer.coarse_products):
+            with coarse_products(task.uses_coarse_products):
                 original.advance(original.load_block())
         if index not in task.resume:
             results = task.quantize_block(index, block, stream)
-            if original is not None and isinstance(quantizer, SignRound):
-                task.learn_(results, block, stream, original.hidden, quantizer)
+            if original is not None and learning is not None:
+                task.learn_(results, block, stream, original.hidden, learning)
             task.hand_over(index, results)
-        with coarse_products(quantizer.coarse_products):
+        with coarse_products(task.uses_coarse_products):
             stream.advance(block)
         del block
         if progress is not None:
@@ -143,34 +153,6 @@ def _outer_sites(model: LoadedModel) -> tuple[list[Site], list[Site]]:
     return entry, [site for site in sites[first:] if site.block_index is None]
 
 
-def _relative_error(
-    weight: Tensor,  # (out_features, in_features), any float dtype
-    changed: StoredWeight | torch.dtype,
-) -> float:
-    """||changed - weight||^2 / ||weight||^2 of a quantized or cast matrix, a few rows at a time."""
-    error = norm = 0.0
-    step = max(1, ROWS_ENTRIES // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        original = weight[start : start + step].float()
-        if isinstance(changed, StoredWeight):
-            difference = changed.rows(slice(start, start + step)).dequantize() - original
-        else:
-            difference = original.to(changed).float() - original
-        error += float(difference.square_().sum(dtype=torch.float64))
-        norm += float(original.square().sum(dtype=torch.float64))  # not in place: a float32 weight is the model's own
-    return error / norm if norm > 0 else error
-
-
-@dataclass
-class _Results:
-    weights: dict[str, StoredWeight] = field(default_factory=dict)
-    records: list[SiteRecord] = field(default_factory=list)
-
-    def extend(self, other: "_Results") -> None:
-        self.weights.update(other.weights)
-        self.records.extend(other.records)
-
-
 class _Task:
     """What stays the same from block to block; also the stream's source of finished weights."""
 
@@ -191,14 +173,15 @@ class _Task:
         self.slim = Slim.like(quantizer) if isinstance(quantizer, Gptq) else Slim()
 
     @property
-    def _uses_coarse_products(self) -> bool:
+    def uses_coarse_products(self) -> bool:
+        """Whether calibration multiplies in bfloat16."""
         return isinstance(self._quantizer, Gptq) and self._quantizer.coarse_products
 
     def format_of(self, site: Site) -> QuantFormat:
         """The plan's format of a site."""
         return self._formats[site.name]
 
-    def hand_over(self, index: int | None, results: _Results) -> None:
+    def hand_over(self, index: int | None, results: Results) -> None:
         """Give a finished block to the sink, its records in the layout's order."""
         order = {site.name: position for position, site in enumerate(self._model.layout.sites)}
         self._sink(index, results.weights, sorted(results.records, key=lambda record: order[record.site]))
@@ -218,7 +201,7 @@ class _Task:
 
     # Quantizing.
 
-    def quantize_entry(self, tokens: TokenSet) -> _Results:
+    def quantize_entry(self, tokens: TokenSet) -> Results:
         """Sites the hidden states pass before the first block: embeddings, then projections of their width."""
         entry, _ = _outer_sites(self._model)
         if self._shared is None:
@@ -237,7 +220,7 @@ class _Task:
             results.extend(self.round_all(linear))
         return results
 
-    def quantize_exit(self, stream: ModelStream) -> _Results:
+    def quantize_exit(self, stream: ModelStream) -> Results:
         """Sites after the last block: final projections, pooler, head."""
         _, leaving = _outer_sites(self._model)
         if self._shared is None:
@@ -246,7 +229,7 @@ class _Task:
         self._share_(results, self._entry[self._shared[0]])
         return results
 
-    def _quantize_shared(self, shared: tuple[str, str], tokens: TokenSet) -> _Results:
+    def _quantize_shared(self, shared: tuple[str, str], tokens: TokenSet) -> Results:
         """An embedding that is the head as well, by GPTQ for its use as a head.
 
         The Hessian is that of the original's last hidden states: the quantized ones exist only once the embedding is.
@@ -254,7 +237,7 @@ class _Task:
         """
         embedding, head = (self._model.layout.site_by_name[name] for name in shared)
         stream = ModelStream(self._model, tokens)
-        coarse = self._uses_coarse_products
+        coarse = self.uses_coarse_products
         with coarse_products(coarse):
             for _ in range(self._model.layout.block_count):
                 stream.advance(stream.load_block())
@@ -263,7 +246,7 @@ class _Task:
         hessian.diagonal().add_(_EMBEDDING_SHARE * hessian.diagonal().mean())
         return self._apply_gptq_to([embedding], hessian)
 
-    def _share_(self, results: _Results, weight: StoredWeight) -> None:
+    def _share_(self, results: Results, weight: StoredWeight) -> None:
         """The head's entry: the embedding's tensor."""
         assert self._shared is not None
         head = self._model.layout.site_by_name[self._shared[1]]
@@ -272,16 +255,16 @@ class _Task:
             site=head.name,
             format=self.format_of(head).name,
             outcome=SiteOutcome.SHARES_EMBEDDING,
-            relative_weight_error=_relative_error(self._original(head), weight),
+            relative_weight_error=relative_error(self._original(head), weight),
         )
         results.records.append(record)
 
-    def quantize_block(self, index: int, block: nn.Module, stream: ModelStream) -> _Results:
+    def quantize_block(self, index: int, block: nn.Module, stream: ModelStream) -> Results:
         """The sites of one block, in place in `block` (a private copy) as well."""
         modules = site_modules(block, self._model.layout, index)
         sites = _sites_of_block(self._model, index)
         wanted = {site.name: modules[site.name] for site in sites if not self.format_of(site).is_float}
-        coarse = self._uses_coarse_products
+        coarse = self.uses_coarse_products
         results = self.apply_gptq(
             sites,
             collect_block_hessians(stream, block, wanted, coarse=coarse, sample=self._sample(sites))
@@ -294,7 +277,7 @@ class _Task:
         return results
 
     def learn_(
-        self, results: _Results, block: nn.Module, stream: ModelStream, targets: list[Tensor], method: SignRound
+        self, results: Results, block: nn.Module, stream: ModelStream, targets: list[Tensor], method: SignRound
     ) -> None:
         """Go on from GPTQ's results of a block by SignRound, in `results` and in `block`."""
         layout = self._model.layout
@@ -314,10 +297,10 @@ class _Task:
                 results.records[position] = with_learning(record, original, start, found, measure)
         results.weights.update(learned.weights)
 
-    def _apply_gptq_outside(self, sites: Sequence[Site], stream: ModelStream) -> _Results:
+    def _apply_gptq_outside(self, sites: Sequence[Site], stream: ModelStream) -> Results:
         modules = stream.outer_modules()
         wanted = {site.name: modules[site.name] for site in sites if not self.format_of(site).is_float}
-        coarse = self._uses_coarse_products
+        coarse = self.uses_coarse_products
         if not wanted:
             return self.apply_gptq(sites, None)
         return self.apply_gptq(sites, collect_outer_hessians(stream, wanted, coarse=coarse, sample=self._sample(sites)))
@@ -330,9 +313,9 @@ class _Task:
         """The site's weight in the given model, (out_features, in_features), in its own dtype."""
         return read_weight(self._model.module.get_submodule(site.name), site).detach()
 
-    def round_all(self, sites: Sequence[Site]) -> _Results:
+    def round_all(self, sites: Sequence[Site]) -> Results:
         """Sites that need no text: kept ones, embeddings, and all of them under round-to-nearest."""
-        results = _Results()
+        results = Results()
         for site in sites:
             if self._shared is not None and site.name == self._shared[1]:
                 self._share_(results, results.weights[self._shared[0]])
@@ -340,11 +323,11 @@ class _Task:
                 self._round(site, results, SiteOutcome.NOMINAL)
         return results
 
-    def apply_gptq(self, sites: Sequence[Site], hessians: InputHessians | None) -> _Results:
+    def apply_gptq(self, sites: Sequence[Site], hessians: InputHessians | None) -> Results:
         """GPTQ on the sites the plan quantizes; those that read the same input in the same format go together."""
         if not isinstance(self._quantizer, Gptq):
             raise TypeError(f"expected a Gptq, got {type(self._quantizer).__name__}")
-        results = _Results()
+        results = Results()
         together: dict[tuple[str, QuantFormat], list[Site]] = {}
         for site in sites:
             fmt = self.format_of(site)
@@ -363,9 +346,9 @@ class _Task:
                 results.extend(self._apply_gptq_to(group, hessians.hessian(leader)))
         return results
 
-    def _apply_slim_to(self, group: Sequence[Site], hessians: InputHessians, leader: str) -> _Results:
+    def _apply_slim_to(self, group: Sequence[Site], hessians: InputHessians, leader: str) -> Results:
         """SliM-LLM on sites that read the same input, one after the other: their widths differ."""
-        results = _Results()
+        results = Results()
         hessian, inputs = hessians.hessian(leader), hessians.kept_inputs(leader)
         for site in group:
             weight, bias = self._original(site), self._model.module.get_submodule(site.name).bias
@@ -377,11 +360,11 @@ class _Task:
             self._keep(site, weight, found, results)
         return results
 
-    def _apply_gptq_to(self, group: Sequence[Site], hessian: Tensor) -> _Results:
+    def _apply_gptq_to(self, group: Sequence[Site], hessian: Tensor) -> Results:
         """GPTQ on sites of one format that read the same input."""
         if not isinstance(self._quantizer, Gptq):
             raise TypeError(f"expected a Gptq, got {type(self._quantizer).__name__}")
-        results = _Results()
+        results = Results()
         weights = [self._original(site) for site in group]
         try:
             found = self._quantizer.quantize_together(weights, hessian, self.format_of(group[0]), self._scale_dtype)
@@ -391,24 +374,24 @@ class _Task:
             self._keep(site, weight, result, results)
         return results
 
-    def _keep(self, site: Site, weight: Tensor, result: GptqResult, results: _Results) -> None:
+    def _keep(self, site: Site, weight: Tensor, result: GptqResult, results: Results) -> None:
         results.weights[site.name] = result.weight
         results.records.append(
             SiteRecord(
                 site=site.name,
                 format=self.format_of(site).name,
                 outcome=result.outcome,
-                relative_weight_error=_relative_error(weight, result.weight),
+                relative_weight_error=relative_error(weight, result.weight),
                 relative_output_error=result.relative_output_error,
                 damping=result.damping,
             )
         )
 
-    def _round(self, site: Site, results: _Results, outcome: SiteOutcome) -> None:
+    def _round(self, site: Site, results: Results, outcome: SiteOutcome) -> None:
         fmt, weight = self.format_of(site), self._original(site)
         if fmt.is_float:
             outcome = SiteOutcome.KEPT_BY_PLAN
-            error = _relative_error(weight, torch.float16 if fmt.storage == "float16" else torch.bfloat16)
+            error = relative_error(weight, torch.float16 if fmt.storage == "float16" else torch.bfloat16)
         else:
             if site.kind == "embedding" and isinstance(self._quantizer, Gptq):
                 outcome = SiteOutcome.ROUNDED_TO_NEAREST
@@ -418,7 +401,7 @@ class _Task:
             except UserError as error:
                 raise type(error)(f"{site.name}: {error}") from None
             results.weights[site.name] = quantized
-            error = _relative_error(weight, quantized)
+            error = relative_error(weight, quantized)
         results.records.append(
             SiteRecord(site=site.name, format=fmt.name, outcome=outcome, relative_weight_error=error)
         )

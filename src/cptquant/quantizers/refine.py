@@ -11,6 +11,7 @@ from cptquant.models.stream import QuantizedSource, read_weight
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.kl_rounding import KlRounding, learn_model
+from cptquant.quantizers.results import relative_error
 
 Sink = Callable[[int | None, dict[str, StoredWeight], list[SiteRecord]], None]
 
@@ -97,8 +98,7 @@ def with_learning(
     learning = LearningRecord(objective=name, held_out_before=before, held_out_after=after, codes_changed=changed)
     if learned is start:
         return record.model_copy(update={"learning": learning})
-    weight = original.float()
-    error = float((learned.dequantize() - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
+    error = relative_error(original, learned)
     return record.model_copy(
         update={"learning": learning, "relative_weight_error": error, "relative_output_error": None}
     )

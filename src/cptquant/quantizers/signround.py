@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from cptquant.models.arithmetic import coarse_products
 from cptquant.models.stream import ModelStream, write_weight_
 from cptquant.packing.quantized_weight import StoredWeight
+from cptquant.quantizers.goes_on import GoesOn
 from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.variables import Variable, gradients_of, learning_of
 
 
 @dataclass(frozen=True)
-class SignRound:
+class SignRound(GoesOn):
     """Hyper-parameters.
 
     Attributes:
@@ -46,16 +47,6 @@ class SignRound:
     reach: float = 1.0
     checks: int = 10
     seed: int = 0
-
-    @property
-    def coarse_products(self) -> bool:
-        """As of the start."""
-        return self.start.coarse_products
-
-    @property
-    def clip_search(self) -> bool:
-        """As of the start."""
-        return self.start.clip_search
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
 """A benchmark for people: one table for the terminal, one page with one picture."""
 
 import shlex
-from functools import cache
 from typing import TYPE_CHECKING
 
 from cptquant.core.bench import BASELINE, BenchRecord, BenchVariant, Spread
+from cptquant.reports.pages import load_template
 from cptquant.reports.quantities import spell_bytes, spell_count, spell_number, spell_seconds
 from cptquant.reports.svg import Canvas, Frame, value_scale
 from cptquant.reports.tables import TextTable, render_text
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    pass
 
 _SPEEDS = {
     "decode_tokens_per_second": "Decode, tok/s",
@@ -102,7 +102,7 @@ def bench_page(record: BenchRecord) -> str:
     columns, rows = bench_rows(record)
     shown = next((name for name in _SPEEDS if any(name in variant.figures for variant in record.variants)), None)
     provenance = record.provenance
-    return _template().render(
+    return load_template("bench.html.jinja").render(
         record=record,
         setting=spell_setting(record),
         columns=columns,
@@ -114,14 +114,3 @@ def bench_page(record: BenchRecord) -> str:
         versions=[f"{package} {version}" for package, version in provenance.versions.items()],
         command=shlex.join(shlex.split(provenance.command)) if provenance.command else "",
     )
-
-
-@cache
-def _template() -> "Template":
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("cptquant.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("bench.html.jinja")

@@ -1,6 +1,5 @@
 """frontier.html and the terminal's table of a frontier."""
 
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +7,7 @@ from cptquant.core.artifact import write_whole
 from cptquant.core.forecast import Interval
 from cptquant.core.frontier import BudgetPoint, Frontier, FrontierVertex
 from cptquant.reports.figures.frontier import draw_frontier_band
+from cptquant.reports.pages import load_template
 from cptquant.reports.quantities import (
     METHOD_NAMES,
     spell_decimal_bytes,
@@ -20,7 +20,7 @@ from cptquant.reports.quantities import (
 from cptquant.reports.tables import TextTable, render_text
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    pass
 
 _COLUMNS = ("Budget", "File", "Bits/weight", "Predicted", "90 % band", "Measured", "n", "Others' band", "Inside")
 _NUMBERS = (1, 2, 3, 4, 5, 6, 7)
@@ -114,7 +114,7 @@ def write_frontier_page(path: Path, frontier: Frontier) -> None:
         "wall": spell_seconds(frontier.provenance.wall_seconds or 0.0),
         "versions": sorted(frontier.provenance.versions.items()),
     }  # fmt: skip
-    write_whole(path, _template().render(context).encode())
+    write_whole(path, load_template("frontier.html.jinja").render(context).encode())
 
 
 def _unit(frontier: Frontier) -> str:
@@ -136,18 +136,3 @@ def _vertex_cells(frontier: Frontier, index: int, vertex: FrontierVertex) -> lis
         spell_band(predicted),
         changed,
     ]
-
-
-@cache
-def _template() -> "Template":
-    # imported here: jinja2 costs more than the whole of core
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("cptquant.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("frontier.html.jinja")

@@ -6,7 +6,6 @@ here beyond sums of bytes and shares of them.
 """
 
 import shlex
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +16,12 @@ from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
 from cptquant.reports import forecast_tables, headline, provenance_rows, sections
 from cptquant.reports.engine_section import engine_sections
+from cptquant.reports.pages import load_template
 from cptquant.reports.quantities import TASK_NAMES, spell_bytes, spell_count, spell_exact_bytes, spell_name
 from cptquant.reports.run_folder import RunRecord, read_run
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    pass
 
 REPORT_NAME = "report.html"
 
@@ -76,7 +76,7 @@ def render(record: RunRecord) -> str:
         "versions": provenance_rows.version_rows(record),
         "digests": provenance_rows.digest_rows(record),
     }
-    return _template().render(context)
+    return load_template("report.html.jinja").render(context)
 
 
 def _beside(record: RunRecord) -> list[list[str]]:
@@ -106,18 +106,3 @@ def missing_stages(record: RunRecord) -> dict[str, str]:
     if record.evaluation is None:
         missing["evaluation"] = f"Nothing was evaluated. Evaluate with: {record.command(EvaluationReport)}"
     return missing
-
-
-@cache
-def _template() -> "Template":
-    # imported here: jinja2 costs more than the whole of core, and `cptquant --help` needs none of it
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("cptquant.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja")

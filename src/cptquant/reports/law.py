@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cptquant.core.artifact import write_whole
 from cptquant.core.laws import CurveSet, Interval, LawFit, LossFit, Optimum
 from cptquant.reports.figures.law import Mark, draw_curves, draw_violations, spell_large
+from cptquant.reports.pages import load_template
 from cptquant.reports.quantities import spell_number, spell_seconds
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    pass
 
 LOSS_NAMES = {"general_nll": "General loss", "domain_nll": "Domain loss", "nll": "Loss"}
 _AXES = {"N": "Over size", "D": "Over tokens", "r": "Over the domain's share"}
@@ -36,7 +36,7 @@ def write_law_report(path: Path, law: LawFit, curves: Mapping[str, Sequence[Curv
         "wall": spell_seconds(law.provenance.wall_seconds or 0.0),
         "versions": sorted(law.provenance.versions.items()),
     }
-    write_whole(path, _template("law.html.jinja").render(context).encode())
+    write_whole(path, load_template("law.html.jinja").render(context).encode())
 
 
 def _loss_section(fit: LossFit, curves: Sequence[CurveSet]) -> dict[str, object]:
@@ -124,7 +124,7 @@ def write_optimum_report(path: Path, optimum: Optimum, picture: OptimumPicture) 
     ]  # fmt: skip
     context = {"title": picture.question, "picture": picture, "rows": rows, "drawings": drawings,
                "status": (optimum.status.value.replace("_", " "), optimum.status.sentence)}  # fmt: skip
-    write_whole(path, _template("optimum.html.jinja").render(context).encode())
+    write_whole(path, load_template("optimum.html.jinja").render(context).encode())
 
 
 def spell_interval(interval: Interval | None, digits: int = 4) -> str:
@@ -144,18 +144,3 @@ def spell_range(interval: Interval) -> str:
     if interval.low == interval.high:
         return spell_large(interval.value)
     return f"{spell_large(interval.value)} ({spell_large(interval.low)} to {spell_large(interval.high)})"
-
-
-@cache
-def _template(name: str) -> "Template":
-    # imported here: jinja2 costs more than the whole of core
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("cptquant.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)

@@ -1,20 +1,18 @@
 """Write checkpoint/model.gguf: the `gguf` package writes the container, we hand it packed rows."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
-from cptquant.core.artifact import output_error
 from cptquant.core.errors import CptquantError, ModelError
 from cptquant.core.plan import Plan
 from cptquant.core.targets import find_target
-from cptquant.exporters.compressed_tensors import WrittenCheckpoint
 from cptquant.exporters.gguf.metadata import architecture, check_config, write_metadata
 from cptquant.exporters.gguf.tensors import GgufTensor, list_tensors
 from cptquant.exporters.gguf.tokenizer import read_vocabulary
+from cptquant.exporters.written import WrittenCheckpoint, written_whole
 from cptquant.models.load import LoadedModel
 from cptquant.packing.shards import ShardFolder
 
@@ -47,19 +45,10 @@ def write_gguf(model: LoadedModel, plan: Plan, shards: ShardFolder, folder: Path
     """
     check_gguf_exportable(model)
     tensors = list_tensors(model, plan, shards)
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with written_whole(folder) as partial:
         path = partial / FILE_NAME
         write_file(path, model, tensors)
         check_file(path, tensors, plan.size_bytes)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except OSError as error:
-        raise output_error(folder, error) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     written = folder / FILE_NAME
     tensor_bytes = sum(tensor.size_bytes for tensor in tensors)
     return WrittenCheckpoint(folder, tensor_bytes, written.stat().st_size - tensor_bytes, (written,))

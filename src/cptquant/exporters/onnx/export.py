@@ -8,18 +8,16 @@ from typing import Any
 import onnx
 import torch
 
-from cptquant.core.artifact import output_error
 from cptquant.core.engine_memory import find_context
-from cptquant.core.errors import CptquantError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.plan import Plan
-from cptquant.exporters.compressed_tensors import WrittenCheckpoint
 from cptquant.exporters.onnx.check import check_onnx_exportable
 from cptquant.exporters.onnx.decoders import DECODERS
 from cptquant.exporters.onnx.encoders import build_bert
 from cptquant.exporters.onnx.graph import GraphBuilder, with_float_activations
 from cptquant.exporters.onnx.parts import Parts
 from cptquant.exporters.onnx.read_back import load_graph
+from cptquant.exporters.written import WrittenCheckpoint, check_size, written_whole
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import QuantizedSource
 from cptquant.packing.shards import ShardFolder
@@ -64,20 +62,11 @@ def export_onnx(
     """
     context = find_context(model.layout, context)
     check_onnx_exportable(model, context)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with written_whole(folder) as partial:
         _copy_companions(model.path, partial)
         written_bytes = _write_model(model, formats, source, partial, context)
-        if tensor_bytes is not None and written_bytes != tensor_bytes:
-            raise CptquantError(f"{MODEL_NAME} has {written_bytes} bytes of tensors, the plan says {tensor_bytes}")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except OSError as error:
-        raise output_error(folder, error) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if tensor_bytes is not None:
+            check_size(written_bytes, tensor_bytes, MODEL_NAME)
     files = (folder / MODEL_NAME, folder / DATA_NAME)
     total = sum(file.stat().st_size for file in files)
     return WrittenCheckpoint(folder, written_bytes, total - written_bytes, files)
