@@ -2,11 +2,14 @@
 
 import copy
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from cptquant.allocation.allocate import allocate
 from cptquant.allocation.uniform import Uniform
@@ -165,3 +168,54 @@ def test_orders_that_tear_heads_apart_are_not_folded() -> None:
     whole, values = head_orders(torch.tensor([1, 0, 3, 2]), heads=2, shared=2)
     assert whole.tolist() == [0, 1, 2, 3] and values.tolist() == [1, 0]
     assert head_orders(torch.tensor([1, 0, 2, 3]), heads=2, shared=2) is None
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("segments")
+    model = make_model("opt", folder / "model")
+    plan, shards = quantized(model, folder)
+    write_segments(model, plan, shards, folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(quantization_config="x"), "was not written for --target torch"),
+        (lambda c: c["quantization_config"].update(folded=["nope"]), "expected a list of sites with groups of mixed"),
+        (lambda c: c["quantization_config"].update(folded="abc"), "quantization_config is damaged"),
+        (
+            lambda c: c["quantization_config"]["formats"].update({"": "int4-g32"}),
+            "'' is no linear layer",
+        ),
+        (lambda c: c["quantization_config"]["formats"].update({"lm_head": "Q4_K"}), "Q4_K is a block format of GGUF"),
+        (
+            lambda c: c["quantization_config"]["formats"].update({"model.decoder.final_layer_norm": "int8-g32"}),
+            "'model.decoder.final_layer_norm' is no linear layer",
+        ),
+        (lambda c: c.update(architectures=["AutoConfig"]), r"architectures is \['AutoConfig'\], expected one model"),
+        (lambda c: c.update(architectures=[]), "architectures is "),
+    ],
+)
+def test_a_damaged_config_is_refused(written: Path, tmp_path: Path, change: Callable, message: str) -> None:
+    folder = shutil.copytree(written, tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        load_segmented(folder)
+
+
+def test_missing_and_doubled_tensors_are_refused(written: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(written, tmp_path / "checkpoint")
+    (path,) = folder.glob("segments*.safetensors")
+    tensors = load_file(path)
+    save_file(tensors, folder / "segments-2.safetensors")
+    with pytest.raises(ModelError, match=r"is in segments.*\.safetensors and in segments.*; write the folder"):
+        load_segmented(folder)
+    (folder / "segments-2.safetensors").unlink()
+    bias = "model.decoder.layers.0.fc1.bias"
+    save_file({name: value for name, value in tensors.items() if name != bias}, path)
+    with pytest.raises(ModelError, match=rf"missing: \['{bias}'\]"):
+        load_segmented(folder)

@@ -79,10 +79,26 @@ def test_damaged_tensors_are_refused() -> None:
     )  # fmt: skip
     tensors = encode(weight)
     for name in tensors:
-        if name != "weight_shape":
-            with pytest.raises(ArtifactError, match=f"tensor {name} of a slim2-g32 matrix is missing; quantize again"):
-                decode({key: value for key, value in tensors.items() if key != name}, fmt, (2, 64))
-    with pytest.raises(ArtifactError, match=r"weight_packed of a slim2-g32 matrix must be torch.int32 \(3, 4\), found"):
+        with pytest.raises(ArtifactError, match=f"tensor {name} of a slim2-g32 matrix is missing; quantize again"):
+            decode({key: value for key, value in tensors.items() if key != name}, fmt, (2, 64))
+    with pytest.raises(ArtifactError, match=r"weight_shape of a slim2-g32 matrix says \[2, 64\], expected \[3, 64\]"):
         decode(tensors, fmt, (3, 64))
+    shape = {"weight_shape": torch.tensor([3, 64])}
+    with pytest.raises(ArtifactError, match=r"weight_packed of a slim2-g32 matrix must be torch.int32 \(3, 4\), found"):
+        decode(tensors | shape, fmt, (3, 64))
+    with pytest.raises(ArtifactError, match="32 columns do not divide a row of 48; the file does not belong"):
+        decode(tensors, fmt, (2, 48))
     with pytest.raises(ArtifactError, match="weight_widths of a slim2-g32 matrix does not average 2 bits"):
         decode(tensors | {"weight_widths": torch.tensor([5], dtype=torch.uint8) * 2}, fmt, (2, 64))
+
+
+@pytest.mark.parametrize("columns", [[0] * 64, [*range(63), 64]])
+def test_columns_that_are_no_permutation_are_refused(columns: list[int]) -> None:
+    fmt = QuantFormat.parse("slim2-g32-sorted")
+    weight = SegmentedWeight(
+        fmt, torch.tensor([2, 2], dtype=torch.uint8), torch.zeros(2, 64, dtype=torch.int8),
+        torch.ones(2, 2, dtype=torch.float16), torch.zeros(2, 2, dtype=torch.int8), torch.arange(64),
+    )  # fmt: skip
+    tensors = encode(weight) | {"weight_columns": torch.tensor(columns).to(torch.uint16)}
+    with pytest.raises(ArtifactError, match="weight_columns of a slim2-g32-sorted matrix does not name every column"):
+        decode(tensors, fmt, (2, 64))

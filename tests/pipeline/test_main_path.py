@@ -259,6 +259,26 @@ def test_a_killed_run_goes_on_with_the_same_bits(
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_learning_goes_on_from_a_damaged_first_pass(cptquant: Callable, folder: Path, tmp_path: Path) -> None:
+    """KL rounding's pieces are gone and one of GPTQ's is cut short: it is made again before anything is learned."""
+    run = tmp_path / "run"
+    quantize(cptquant, folder, run, BUDGET, "--quantizer", "kl-rounding")
+    whole = (run / "checkpoint/model.safetensors").read_bytes()
+    pieces = {path.parent: path for path in run.glob("work/*/block-0001.safetensors")}
+    learned = {home for home, path in pieces.items() if b"held_out_before" in path.read_bytes()}
+    assert learned and learned != set(pieces)
+    for home in learned:
+        shutil.rmtree(home)
+    for home in set(pieces) - learned:
+        content = pieces[home].read_bytes()
+        pieces[home].write_bytes(content[:-50])
+    for path in (*run.glob("manifest*.json"), run / "checkpoint.json", run / "evaluation.json"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(run / "checkpoint")
+    quantize(cptquant, folder, run, BUDGET, "--quantizer", "kl-rounding")
+    assert (run / "checkpoint/model.safetensors").read_bytes() == whole
+
+
 def test_guard_writes_uniform_bits_when_the_plan_is_worse(cptquant: Callable, folder: Path, tmp_path: Path) -> None:
     """A damage table made up to spend the bits on q and k gives a bad plan; uniform bits must be written instead."""
     run = tmp_path / "run"

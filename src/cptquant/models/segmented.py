@@ -114,7 +114,8 @@ class SegmentedFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json", made_by=MADE_BY)
-        record: dict[str, Any] = self.config.get("quantization_config") or {}
+        found = self.config.get("quantization_config")
+        record: dict[str, Any] = found if isinstance(found, dict) else {}
         if record.get("quant_method") != METHOD:
             raise ModelError(
                 f"{folder} was not written for --target torch (quant_method {record.get('quant_method')!r}, expected "
@@ -127,8 +128,9 @@ class SegmentedFolder:
             )
         try:
             self.formats = {name: QuantFormat.parse(text) for name, text in record["formats"].items()}
-            self.folded = frozenset(record["folded"])
-        except (KeyError, TypeError, AttributeError, FormatError) as error:
+            self.folded = frozenset[str](record["folded"])
+            self._check_names(record["folded"])
+        except (KeyError, TypeError, AttributeError, FormatError, ValueError) as error:
             raise ModelError(
                 f"{folder}/config.json: quantization_config is damaged ({type(error).__name__}: {error}); write it "
                 f"again with: {MADE_BY}"
@@ -137,9 +139,24 @@ class SegmentedFolder:
         for path in sorted(self.folder.glob(f"{WEIGHTS_NAME}*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
-                    self._files.update(dict.fromkeys(file.keys(), path))
+                    found = dict.fromkeys(file.keys(), path)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} cannot be read ({error}); write the folder again") from None
+            twice = found.keys() & self._files.keys()
+            if twice:
+                name = min(twice)
+                raise ModelError(
+                    f"{name} is in {self._files[name].name} and in {path.name}; write the folder again with: {MADE_BY}"
+                )
+            self._files.update(found)
+
+    def _check_names(self, folded: object) -> None:
+        mixed = {name for name, fmt in self.formats.items() if fmt.storage == "segments"}
+        if not isinstance(folded, list) or not self.folded <= mixed:
+            raise ValueError(f"folded is {folded!r}, expected a list of sites with groups of mixed width")
+        foreign = [fmt.name for fmt in self.formats.values() if fmt.storage == "blocks"]
+        if foreign:
+            raise ValueError(f"{foreign[0]} is a block format of GGUF")
 
     def names(self) -> set[str]:
         """Names of all tensors."""
@@ -168,16 +185,16 @@ def load_segmented(folder: str | Path, *, dtype: torch.dtype = torch.float32) ->
         ModelError: not such a folder, or tensors that do not fit its config. ArtifactError: damaged tensors.
     """
     source = SegmentedFolder(folder)
-    config: Any = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
-    del config.quantization_config
-    model_class = getattr(transformers, config.architectures[0])
-    model = cast(nn.Module, model_class._from_config(config, dtype=dtype)).eval().requires_grad_(False)
+    model = _empty_model(source, dtype)
     state = {name: source.read(name) for name in source.names() if _site_of(name) not in source.formats}
     state |= {n: source.read(n) for n in source.names() if n.endswith(".bias") and _site_of(n) in source.formats}
     for site, fmt in source.formats.items():
-        old = model.get_submodule(site)
+        old = _find_module(model, site, source)
         shape = tuple(cast(Tensor, old.weight).shape)
-        weight = decode(source.stored(site), fmt, (shape[0], shape[1]))
+        try:
+            weight = decode(source.stored(site), fmt, (shape[0], shape[1]))
+        except ValueError as error:
+            raise ModelError(f"{source.folder}, {site}: {error}; write the folder again with: {MADE_BY}") from None
         if isinstance(old, nn.Embedding):
             state[f"{site}.weight"] = weight.dequantize()
             continue
@@ -192,6 +209,31 @@ def load_segmented(folder: str | Path, *, dtype: torch.dtype = torch.float32) ->
     return model
 
 
+def _empty_model(source: SegmentedFolder, dtype: torch.dtype) -> nn.Module:
+    """The architecture that config.json names, weights not set."""
+    config: Any = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    del config.quantization_config
+    names = getattr(config, "architectures", None)
+    model_class = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise ModelError(
+            f"{source.folder}/config.json: architectures is {names!r}, expected one model class of transformers; write "
+            f"the folder again with: {MADE_BY}"
+        )
+    return cast(nn.Module, model_class._from_config(config, dtype=dtype)).eval().requires_grad_(False)
+
+
+def _find_module(model: nn.Module, site: str, source: SegmentedFolder) -> nn.Module:
+    """The layer of a site."""
+    found = dict(model.named_modules()).get(site)
+    if not isinstance(found, nn.Linear | nn.Embedding):
+        raise ModelError(
+            f"{source.folder}/config.json: {site!r} is no linear layer and no embedding of {type(model).__name__}; "
+            f"write the folder again with: {MADE_BY}"
+        )
+    return found
+
+
 def _site_of(tensor_name: str) -> str:
     return tensor_name.rpartition(".")[0]
 
@@ -203,7 +245,11 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: SegmentedFolder) -
         cast(Any, model).tie_weights()
     replaced = tuple(f"{site}." for site in source.formats)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    missing = [name for name in report.missing_keys if not name.startswith(replaced) and name not in tied]
+    missing = [
+        name
+        for name in report.missing_keys
+        if name not in tied and (not name.startswith(replaced) or name.endswith(".bias"))
+    ]
     if missing or report.unexpected_keys:
         raise ModelError(
             f"{source.folder}: tensors do not fit config.json (missing: {missing[:3]}, not used: "

@@ -179,6 +179,14 @@ def decode_segments(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tupl
         ArtifactError: a tensor is missing or of another shape or dtype than the format implies.
     """
     rows, columns = shape
+    reason = fmt.segments_refusal(columns)
+    if reason is not None:
+        raise ArtifactError(f"{reason}; the file does not belong to this plan: quantize again")
+    stated = _take(tensors, "weight_shape", torch.int64, (2,), fmt).tolist()
+    if stated != [rows, columns]:
+        raise ArtifactError(
+            f"tensor weight_shape of a {fmt.name} matrix says {stated}, expected {[rows, columns]}; quantize again"
+        )
     groups = fmt.group_count(columns)
     bit_map = _take(tensors, "weight_widths", torch.uint8, (-(-groups // 4),), fmt)
     widths = _unpack_widths(bit_map, groups, fmt)
@@ -205,6 +213,10 @@ def decode_segments(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tupl
     order = None
     if fmt.sorted_columns:
         order = _take(tensors, "weight_columns", torch.uint16, (columns,), fmt).to(torch.int64)
+        if not torch.equal(order.sort().values, torch.arange(columns)):
+            raise ArtifactError(
+                f"tensor weight_columns of a {fmt.name} matrix does not name every column once; quantize again"
+            )
     return SegmentedWeight(fmt, widths, codes, scales, means, order)
 
 

@@ -77,7 +77,7 @@ class KlRounding(GoesOn):
         momentum, memory: of the gradient's mean and of its mean square, per step.
         damping: fraction of the mean diagonal added to the Hessians.
         reach: largest offset from the start's code, in steps of the grid.
-        held_out: share of the calibration sequences kept for choosing the iterate (at least one batch).
+        held_out: share of the calibration sequences kept for choosing the iterate (at least one sequence).
         checks: how often the held-out sequences are looked at.
         seed: of the order of the batches.
     """

@@ -23,7 +23,7 @@ from cptquant.quantizers.kl_rounding import KlRounding
 from cptquant.quantizers.learned_codes import LearnedWeight
 from cptquant.quantizers.methods import Quantizer, spelling_of
 from cptquant.quantizers.refine import FinishedInMemory, refine_sites, with_learning
-from cptquant.quantizers.results import Results, relative_error
+from cptquant.quantizers.results import Results, Sink, relative_error
 from cptquant.quantizers.rtn import Rtn
 from cptquant.quantizers.signround import SignRound, learn_block
 from cptquant.quantizers.slim import Slim
@@ -34,9 +34,6 @@ BlockWeights = Mapping[str, StoredWeight]
 
 _EMBEDDING_SHARE = 0.1
 """Of the mean diagonal of the head's Hessian, added where the head is the embedding too."""
-
-Sink = Callable[[int | None, dict[str, StoredWeight], list[SiteRecord]], None]
-"""Takes a finished block (its index; None for all sites outside the blocks, which come last)."""
 
 
 def quantize_sites(
@@ -104,6 +101,11 @@ def _go_through_blocks(
     outer = task.quantize_entry(tokens)
     stream = ModelStream(model, tokens, weights=task)
     original = None if learning is None else ModelStream(model, tokens)
+    if original is not None and len(original.batches) < 2:
+        raise DataError(
+            "--quantizer signround needs two batches of calibration text, one to learn on and one to judge by; "
+            f"{tokens.sequence_count} sequences are one batch: raise --calibration-sequences to 16 or more"
+        )
     for index in range(count):
         block = stream.load_block()  # with its quantized weights, if it is finished already
         if original is not None:
@@ -306,8 +308,9 @@ class _Task:
         return self.apply_gptq(sites, collect_outer_hessians(stream, wanted, coarse=coarse, sample=self._sample(sites)))
 
     def _sample(self, sites: Sequence[Site]) -> Sample | None:
-        """SBA needs some inputs, not their second moments alone."""
-        return Sample() if any(self.format_of(site).storage == "segments" for site in sites) else None
+        """SBA by the output's divergence or error needs some inputs, not their second moments alone."""
+        chooses = self.slim.fixed_pairs is None and self.slim.objective != "finished"
+        return Sample() if chooses and any(self.format_of(site).storage == "segments" for site in sites) else None
 
     def _original(self, site: Site) -> Tensor:
         """The site's weight in the given model, (out_features, in_features), in its own dtype."""

@@ -5,15 +5,14 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from cptquant.core.errors import ArtifactError
 from cptquant.core.manifest import LearningRecord, SiteRecord
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import QuantizedSource, read_weight
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.kl_rounding import KlRounding, learn_model
-from cptquant.quantizers.results import relative_error
-
-Sink = Callable[[int | None, dict[str, StoredWeight], list[SiteRecord]], None]
+from cptquant.quantizers.results import Sink, relative_error
 
 
 @runtime_checkable
@@ -62,26 +61,30 @@ def refine_sites(
     """Learn the blocks' sites from a finished first pass and hand everything to `sink`, blocks in order, then the rest.
 
     Raises:
-        DataError: too few sequences.
+        DataError: too few sequences. ArtifactError: the first pass is not finished.
     """
-    learned = learn_model(model, first, method, tokens, progress)
     record_of = {record.site: record for record in first.records()}
+    absent = [site.name for site in model.layout.sites if site.name not in record_of]
+    if absent:
+        raise ArtifactError(
+            f"the first pass has no record of {absent[0]} ({len(absent)} sites are missing); run the command again"
+        )
+    learned = learn_model(model, first, method, tokens, progress)
     for index in [*range(model.layout.block_count), None]:
         sites = [site for site in model.layout.sites if site.block_index == index]
         weights: dict[str, StoredWeight] = {}
         records: list[SiteRecord] = []
         for site in sites:
-            stored, record = first.quantized(site.name), record_of.get(site.name)
+            stored, record = first.quantized(site.name), record_of[site.name]
             found = learned.weights.get(site.name)
-            if stored is not None and found is not None and record is not None:
+            if stored is not None and found is not None:
                 original = read_weight(model.module.get_submodule(site.name), site).detach()
                 measure = ("divergence of the outputs", learned.held_out_before, learned.held_out_after)
                 record = with_learning(record, original, stored, found, measure)
                 stored = found
             if stored is not None:
                 weights[site.name] = stored
-            if record is not None:
-                records.append(record)
+            records.append(record)
         sink(index, weights, records)
 
 

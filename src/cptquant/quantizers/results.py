@@ -1,5 +1,6 @@
 """Finished sites on their way to the sink: weights, and a record of each."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 from cptquant.core.manifest import SiteRecord
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.grid import ROWS_ENTRIES
+
+Sink = Callable[[int | None, dict[str, StoredWeight], list[SiteRecord]], None]
+"""Takes a finished block (its index; None for all sites outside the blocks, which come last)."""
 
 
 def relative_error(

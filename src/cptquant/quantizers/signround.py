@@ -112,7 +112,7 @@ class _Learning:
         self._variables, self._method = variables, method
         batches = list(range(len(stream.batches)))
         self._held = batches[len(batches) // 2]
-        self.learned_on = [batch for batch in batches if batch != self._held] or batches
+        self.learned_on = [batch for batch in batches if batch != self._held]
         self._masks = [batch.attention_mask.bool().unsqueeze(-1) for batch in stream.batches]
 
     def step_(self, batch: int, rate: float) -> None:

@@ -98,16 +98,16 @@ class Slim:
             candidates = range(len(ranking) // 2 + 1)
         else:
             candidates = [self._pairs(ordered, factor, fmt, ranking, moved, bias)]
-        best: tuple[float, SegmentedWeight] | None = None
+        best: tuple[float | None, SegmentedWeight] | None = None
         for pairs in candidates:
             widths = widths_for(ranking, pairs, fmt.code_bits)
             rounded = SegmentLoop(columns, factor, fmt, widths, scale_dtype, self.scale).run()
             if self.descent_rounds:
                 descend_(rounded, columns, factor.damped, self.descent_rounds)
             error = relative_output_error(rounded.values().sub_(columns), columns, moments)
-            if best is not None and (error is None or error >= best[0]):
+            if best is not None and (error is None or best[0] is None or error >= best[0]):
                 break
-            best = (error or 0.0, assemble(rounded, fmt, widths, scale_dtype, order))
+            best = (error, assemble(rounded, fmt, widths, scale_dtype, order))
         assert best is not None
         return GptqResult(best[1], factor.outcome, factor.damping, best[0])
 

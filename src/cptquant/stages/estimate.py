@@ -44,6 +44,8 @@ _DESCENT_PRODUCTS = 11
 """Products of the Hessian with the weight: GPTQ's own, and two and a half in each of four rounds of descent."""
 _SECONDS_PER_LOGIT = 2.5e-9
 """Softmax, logarithms and sums of the divergence."""
+_LEARNED_BYTES_PER_WEIGHT, _ACTIVATIONS_PER_WIDTH = 14, 40
+"""Of `kl_rounding`: weights, offsets, momentum and codes; numbers a block keeps for each number of a token."""
 _SECONDS_PER_LEARNED_WEIGHT = 5e-8
 """One step of a code and its scale in learned rounding: some fifteen passes over memory."""
 _ABLATION_SEQUENCES = 16
@@ -206,6 +208,12 @@ def _peak_bytes(layout: ModelLayout, settings: RunSettings, variants: int) -> in
     inputs = min(32 * layout.block_count * width // 2, 256 << 20)
     measure = 4 * block + changes + inputs + 2 * outer_codes + 3 * logits
     quantize = 3 * block + 8 * widest + 2 * settings.calibration_sequences * width + _STACK_BYTES
+    method = find_quantizer(settings.quantizer)
+    if isinstance(method, KlRounding):
+        states = 2 * layout.block_count * settings.calibration_sequences * width // 4
+        activations = _ACTIVATIONS_PER_WIDTH * layout.block_count * method.batch_sequences * width
+        weights = _LEARNED_BYTES_PER_WEIGHT * sum(site.weight_count for site in layout.block_sites)
+        quantize = max(quantize, weights + min(states, 1 << 30) + min(activations, 1 << 30))
     evaluate = 2 * block + (1 + variants) * settings.eval_sequences * width + 5 * logits
     return (
         _BASE_BYTES + layout.source_bytes + max(measure if needs_table(settings.allocator) else 0, quantize, evaluate)

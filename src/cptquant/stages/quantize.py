@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cptquant.core.artifact import digest_json
 from cptquant.core.engine_memory import find_context
+from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.manifest import CheckpointRecord, Manifest, SiteRecord
 from cptquant.core.plan import Plan
@@ -13,6 +14,7 @@ from cptquant.exporters.export import find_exporter
 from cptquant.models.arithmetic import describe_arithmetic
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.packing.shards import ShardFolder
+from cptquant.quantizers.goes_on import GoesOn
 from cptquant.quantizers.kl_rounding import KlRounding
 from cptquant.quantizers.methods import Quantizer, find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
@@ -55,7 +57,7 @@ def quantize_stage(
                 "options": repr(quantizer),
                 "calibration": run.calibration.description,
                 "arithmetic": inputs["arithmetic"],
-                **_describe_learning(list(records.values())),
+                **_describe_learning(quantizer, list(records.values())),
             },
             sites=tuple(records[site.name] for site in layout.sites if site.name in records),
             tensor_bytes=plan.size_bytes,
@@ -98,16 +100,16 @@ def _make_pieces(
     def keep(index: int | None, weights: dict[str, StoredWeight], records: list[SiteRecord]) -> None:
         shards.save(block_label(index), weights, records)
 
+    labels = [block_label(index) for index in range(layout.block_count)]
     if isinstance(quantizer, KlRounding):
         _, first = _open_pieces(run, layout, plan, quantizer.start)
-        if block_label(None) not in first.labels:  # saved last
+        if not first.labels.issuperset([*labels, block_label(None)]):
             _make_pieces(run, layout, plan, quantizer.start, first, name)
         refine_sites(
             run.model, quantizer, run.calibration, first, keep,
             lambda done, total: run.progress(f"learn rounding ({name})", done, total),
         )  # fmt: skip
         return
-    labels = [block_label(index) for index in range(layout.block_count)]
     quantize_sites(
         run.model, plan, quantizer, run.calibration, keep,
         resume={index: shards.piece(label) for index, label in enumerate(labels) if label in shards.labels},
@@ -115,19 +117,28 @@ def _make_pieces(
     )  # fmt: skip
 
 
-def _describe_learning(records: list[SiteRecord]) -> dict[str, str]:
-    """What learned rounding brought, for the manifest's settings; nothing where nothing was learned."""
+def _describe_learning(quantizer: Quantizer, records: list[SiteRecord]) -> dict[str, str]:
+    """What learned rounding brought, for the manifest's settings; nothing of other quantizers.
+
+    The held-out value is the best of a few looks, which also chose: slightly optimistic, as it says.
+    """
+    if not isinstance(quantizer, GoesOn):
+        return {}
     learned = [record.learning for record in records if record.learning is not None]
     if not learned:
-        return {}
+        return {"learning": "no site could be learned: all have 16 bits or groups of mixed width"}
     before = sum(entry.held_out_before for entry in learned) / len(learned)
     after = sum(entry.held_out_after for entry in learned) / len(learned)
     kept = sum(entry.held_out_after >= entry.held_out_before for entry in learned)
     changed = sum(entry.codes_changed for entry in learned) / len(learned)
     text = (
-        f"{learned[0].objective} on held-out calibration text {before:.4g} -> {after:.4g}, {changed:.1%} of the codes "
-        f"changed (means over {len(learned)} sites); first solution kept at {kept}"
+        f"{learned[0].objective} on calibration text held out of learning, the best of a few looks: {before:.4g} -> "
+        f"{after:.4g}, {changed:.1%} of the codes changed (means over {len(learned)} sites); first solution kept at "
+        f"{kept}"
     )
+    mixed = sum(QuantFormat.parse(record.format).storage == "segments" for record in records)
+    if mixed:
+        text += f"; {mixed} sites with groups of mixed width cannot be learned and stay as GPTQ left them"
     return {"learning": text}
 
 
