@@ -78,10 +78,10 @@ def test_a_shared_head_is_one_matrix():
     assert apart - predict_memory(shared, "gguf", q8, 16).weight_bytes == 100 * 64 // 32 * 34
 
 
-@pytest.mark.parametrize("context", [0, -3, 513, 99_999])
+@pytest.mark.parametrize("context", [0, 1, -3, 513, 99_999])
 def test_a_context_outside_the_model_is_refused(context):
     with pytest.raises(
-        BudgetError, match=rf"^--context {context} is outside the model's range of 1 to 512 tokens \(x\)$"
+        BudgetError, match=rf"^--context {context} is outside the model's range of 2 to 512 tokens \(x\)$"
     ):
         find_context(grouped(), context)
 
@@ -91,7 +91,7 @@ def test_the_context_of_a_model_that_says_none():
     long = grouped().model_copy(update={"max_positions": 32_768})
     assert (find_context(grouped(), None), find_context(unknown, None), find_context(long, None)) == (512, 2048, 4096)
     assert find_context(long, 20_000) == 20_000
-    with pytest.raises(BudgetError, match=r"--context 0 is outside the model's range of 1 token or more \(x\)$"):
+    with pytest.raises(BudgetError, match=r"--context 0 is outside the model's range of 2 tokens or more \(x\)$"):
         find_context(unknown, 0)
 
 
@@ -154,7 +154,7 @@ def test_the_measured_peak_is_held_against_the_limit():
         ("1MB", 16, "gguf", "--memory 1MB leaves nothing for the weights: "),
         ("4bpw", 16, "gguf", "--memory '4bpw' is no size; write it as 2GB, 512MB or 1.5GiB"),
         ("garbage", 16, "gguf", "--memory 'garbage' is not readable; write it as 2GB, 512MB or 1.5GiB"),
-        ("2GB", 513, "gguf", "--context 513 is outside the model's range of 1 to 512 tokens (x)"),
+        ("2GB", 513, "gguf", "--context 513 is outside the model's range of 2 to 512 tokens (x)"),
         ("2GB", 16, "vllm", "--memory 2GB needs a target whose engine's memory is known: gguf, onnx; under --target v"),
     ],
 )

@@ -149,6 +149,19 @@ def test_a_bench_without_a_figure_keeps_the_old_one(cptquant, copied, monkeypatc
     assert (copied / "bench.json").read_text() == "earlier figures"
 
 
+def test_a_bench_that_lacks_one_engine_says_so_and_keeps_the_others(cptquant, copied, monkeypatch):
+    import cptquant.stages.bench as stage
+
+    measure = stage._measure
+    monkeypatch.setattr(
+        stage, "_measure", lambda who, *rest: refuse_to_run() if who.name == "onnx" else measure(who, *rest)
+    )
+    outcome = cptquant("bench", copied, "--engines", "transformers,onnx", "--rounds", 1, "--seconds", 0.02)
+    assert outcome.code == 2 and "error: 1 of 3 could not be measured; onnx: the engine is broken" in outcome.err
+    record = BenchRecord.load(copied / "bench.json")
+    assert [bool(variant.figures) for variant in record.variants] == [True, True, False]
+
+
 def refuse_to_run(*_):
     raise EngineError("the engine is broken")
 
@@ -165,13 +178,15 @@ def test_a_run_that_does_not_exist(cptquant, tmp_path, command):
     model = save_model("opt", tmp_path / "model")
     assert cptquant("inspect", model, "--output", tmp_path / "run").code == 0
     early = cptquant(name, tmp_path / "run", *flags)
-    assert early.code == 2 and "nothing was quantized in it yet; finish it with: cptquant quantize" in early.err
+    assert early.code == 2
+    assert "without a finished checkpoint (no checkpoint.json); finish it with: cptquant quantize" in early.err
 
 
 def test_export_refuses_a_context_and_keeps_nothing(cptquant, copied):
     settings = (copied / "settings.json").read_bytes()
     for context, message in (
-        (99999, "--context 99999 is outside the model's range of 1 to 64"),
+        (99999, "--context 99999 is outside the model's range of 2 to 64"),
+        (1, "--context 1 is outside the model's range of 2 to 64"),
         (0, "Input should be greater than or equal to 1"),
     ):
         outcome = cptquant("export", copied, "--context", context)
@@ -196,4 +211,4 @@ def test_memory_becomes_a_budget(cptquant, tmp_path):
     beyond = cptquant(
         "quantize", model, "--target", "onnx", "--memory", "1GB", "--context", 65, "--output", tmp_path / "long", *QUICK
     )
-    assert beyond.code == 2 and "--context 65 is outside the model's range of 1 to 64 tokens" in beyond.err
+    assert beyond.code == 2 and "--context 65 is outside the model's range of 2 to 64 tokens" in beyond.err

@@ -196,7 +196,7 @@ def test_what_the_graph_does_not_know_is_refused(tmp_path):
 
     model = load_model(save_model("opt", tmp_path / "model"))
     formats, weights = quantize(model, ["int8-g32"])
-    with pytest.raises(BudgetError, match=r"^--context 65 is outside the model's range of 1 to 64 tokens"):
+    with pytest.raises(BudgetError, match=r"^--context 65 is outside the model's range of 2 to 64 tokens"):
         export_onnx(model, formats, weights, tmp_path / "files", context=65)
     model.module.config.activation_function = "mish"
     with pytest.raises(ModelError, match=r"does not know the activation 'mish' of OPTForCausalLM; it knows relu, silu"):

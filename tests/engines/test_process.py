@@ -1,5 +1,7 @@
 """How an engine's process is found, and what is said when it fails; needs no engine."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from cptquant.core.errors import EngineError, MissingEngineError
 from cptquant.engines import llamacpp_python, worker
 from cptquant.engines.llamacpp_python import PYTHON_VARIABLE, find_llamacpp
-from cptquant.engines.process import run_engine
+from cptquant.engines.process import _WORKER, run_engine
 
 
 def script(path: Path, content: str) -> str:
@@ -103,4 +105,49 @@ def test_a_missing_engine_stays_one_across_the_process(monkeypatch, tmp_path):
     answer = '{"error": "ONNX Runtime is not installed", "missing": true}'
     monkeypatch.setattr("cptquant.engines.process.sys.executable", script(tmp_path / "python", f"echo '{answer}' > $4"))
     with pytest.raises(MissingEngineError, match=r"^ONNX Runtime is not installed$"):
+        run_engine("onnx", Path("m"), "fill")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=1", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=2", "glibc.malloc.hugetlb=2"),
+    ],
+)
+def test_large_pages_leave_a_persons_choice_alone(given, expected, monkeypatch, tmp_path):
+    if given is None:
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    else:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    told = script(tmp_path / "python", """printf '{"told": "%s"}' "$GLIBC_TUNABLES" > $4""")
+    monkeypatch.setattr("cptquant.engines.process.sys.executable", told)
+    assert run_engine("onnx", Path("m"), "fill")["told"] == expected
+
+
+def test_another_interpreter_keeps_its_own_packages_first(monkeypatch, tmp_path):
+    """A module of its own called like one of ours: its own is taken, and cptquant is found all the same."""
+    (tmp_path / "numpy_like.py").write_text("WHERE = 'its own'")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    package = tmp_path / "site"
+    (package / "cptquant" / "engines").mkdir(parents=True)
+    (package / "numpy_like.py").write_text("WHERE = 'ours'")
+    for folder in (package / "cptquant", package / "cptquant" / "engines"):
+        (folder / "__init__.py").touch()
+    (package / "cptquant" / "engines" / "worker.py").write_text(
+        "import json, numpy_like\n"
+        "def main(asked, answer): open(answer, 'w').write(json.dumps({'at': numpy_like.WHERE}))"
+    )
+    answer = tmp_path / "answer.json"
+    subprocess.run([sys.executable, "-S", "-c", _WORKER, str(package), "asked", str(answer)], check=True)
+    assert json.loads(answer.read_text()) == {"at": "its own"}
+
+
+def test_a_full_temporary_folder_is_named(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(EngineError, match=r"^the temporary folder .* takes no files \(No space left on device\); free"):
         run_engine("onnx", Path("m"), "fill")

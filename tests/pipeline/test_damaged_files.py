@@ -1,5 +1,6 @@
 """A file that was written and then deleted, cut short or altered is noticed, and the same command mends it."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,37 @@ def test_weights_are_written_again(
     assert f"made anew: {path} " in outcome.err and said in outcome.err
     assert path.read_bytes() == before
     assert not (run / "checkpoint.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "record"), [("quantize", "checkpoint.json"), ("export", "export/gguf/export.json")]
+)
+@pytest.mark.parametrize("content", ['{"schema": ', "[]", '{"schema_version": 1}'])
+def test_a_damaged_record_is_made_again(
+    cptquant: Callable, copy: Callable, command: str, record: str, content: str
+) -> None:
+    run = copy("gguf")
+    before = (run / "checkpoint/model.gguf").read_bytes()
+    (run / record).write_text(content)
+    outcome = cptquant(command, run)
+    assert outcome.code == 0, outcome.err
+    assert "made anew: " in outcome.err and record in outcome.err
+    assert (run / "checkpoint/model.gguf").read_bytes() == before
+    assert cptquant(command, run).code == 0
+
+
+def test_a_record_that_points_elsewhere_is_refused(cptquant: Callable, copy: Callable) -> None:
+    run = copy("gguf")
+    path = run / "export/gguf/export.json"
+    record = json.loads(path.read_text())
+    for change, fragment in (
+        ({"entry": "../../../etc/passwd"}, "names no files of this run (entry '../../../etc/passwd')"),
+        ({"files": {}}, "names no files of this run"),
+        ({"files": {"x" * 5000: "0"}}, "cannot be read (File name too long)"),
+    ):
+        path.write_text(json.dumps(record | change))
+        outcome = cptquant("generate", run, "--prompt", "x", "--engine", "llamacpp")
+        assert outcome.code == 2 and fragment in outcome.err, outcome.err
 
 
 def test_whole_files_are_left_alone(cptquant: Callable, copy: Callable) -> None:

@@ -77,7 +77,7 @@ def test_memory_is_a_budget(cptquant: Callable, folder: Path, tmp_path: Path) ->
     assert outcome.code == 2 and "--memory 1MB leaves nothing for the weights" in outcome.err
     assert "raise --memory or lower --context" in outcome.err
     outcome = cptquant(*common, "--memory", "1GB", "--context", 65)
-    assert outcome.code == 2 and "--context 65 is outside the model's range of 1 to 64 tokens" in outcome.err
+    assert outcome.code == 2 and "--context 65 is outside the model's range of 2 to 64 tokens" in outcome.err
     outcome = cptquant(*common, "--memory", "garbage")
     assert outcome.code == 2 and "--memory 'garbage' is not readable; write it as 2GB, 512MB or 1.5GiB" in outcome.err
     outcome = cptquant(*common, "--memory", "1GB", "--budget", "4bpw")
@@ -120,7 +120,7 @@ def test_flags_that_are_refused_are_not_kept(cptquant: Callable, folder: Path, t
     assert cptquant(*allocate, "--budget", "9bpw").code == 0
     before = (run / "settings.json").read_bytes()
     for flags, message in (
-        (("--memory", "1GB", "--context", 99), "--context 99 is outside the model's range of 1 to 64 tokens"),
+        (("--memory", "1GB", "--context", 99), "--context 99 is outside the model's range of 2 to 64 tokens"),
         (("--memory", "lots"), "--memory 'lots' is not readable"),
         (("--budget", "lots"), "--budget 'lots' is not readable"),
         (("--budget", "9bpw", "--memory", "1GB"), "--budget and --memory were both given"),

@@ -34,9 +34,12 @@ def bench(
     output: options.Output = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure engines on a run's files: speed, load time, peak memory, size; bench.json, bench.html."""
+    """Measure engines on a run's files: speed, load time, peak memory, size; bench.json, bench.html.
+
+    An engine that cannot run keeps its line, with the reason, and the exit code is 2.
+    """
     from cptquant.cli.terminal import print_json, print_text, watch
-    from cptquant.core.errors import UserError
+    from cptquant.core.errors import EngineError, UserError
     from cptquant.reports.bench_table import bench_table
     from cptquant.stages.bench import BenchMethod
     from cptquant.stages.bench_run import SyntheticPlan, bench_folder, bench_synthetic
@@ -61,3 +64,6 @@ def bench(
     else:
         print_text(bench_table(record))
         print(f"page       {folder / 'bench.html'}")
+    failed = [f"{variant.name}: {variant.problem}" for variant in record.variants if variant.problem]
+    if failed:
+        raise EngineError(f"{len(failed)} of {len(record.variants)} could not be measured; {'; '.join(failed)}")

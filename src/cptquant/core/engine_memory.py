@@ -76,13 +76,14 @@ def find_context(layout: ModelLayout, context: int | None) -> int:
     """The context asked for, or the model's, at most 4,096.
 
     Raises:
-        BudgetError: below 1 or longer than the model's positions.
+        BudgetError: too short to predict anything, or longer than the model's positions.
     """
     longest = layout.max_positions
     if context is None:
         return min(longest or UNKNOWN_CONTEXT, LONGEST_DEFAULT_CONTEXT)
-    if context < 1 or (longest is not None and context > longest):
-        allowed = f"1 to {longest} tokens" if longest is not None else "1 token or more"
+    least = 2 if layout.task == "causal_lm" else 1  # one token has nothing to predict
+    if context < least or (longest is not None and context > longest):
+        allowed = f"{least} to {longest} tokens" if longest is not None else f"{least} tokens or more"
         raise BudgetError(f"--context {context} is outside the model's range of {allowed} ({layout.source})")
     return context
 

@@ -30,15 +30,24 @@ def list_damage(folder: Path, digests: Mapping[str, str], sizes: Mapping[str, in
     found: list[str] = []
     for name, digest in digests.items():
         path = folder / name
-        if not path.is_file():
-            found.append(f"{path} is missing")
-            continue
-        size, written = path.stat().st_size, sizes.get(name)
-        if written is not None and size != written:
-            found.append(f"{path} has {size:,} bytes, {written:,} were written")
-        elif _digest(path) != digest:
-            found.append(f"{path} was changed after it was written (its sha256 differs)")
+        try:
+            sentence = _compare(path, digest, sizes.get(name))
+        except OSError as error:
+            sentence = f"{str(path)[:200]} cannot be read ({error.strerror})"
+        if sentence:
+            found.append(sentence)
     return found
+
+
+def _compare(path: Path, digest: str, written_bytes: int | None) -> str:
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if written_bytes is not None and size != written_bytes:
+        return f"{path} has {size:,} bytes, {written_bytes:,} were written"
+    if _digest(path) != digest:
+        return f"{path} was changed after it was written (its sha256 differs)"
+    return ""
 
 
 def _names(folder: Path) -> list[str]:

@@ -15,6 +15,8 @@ from cptquant.engines.llamacpp_python import PYTHON_VARIABLE, find_llamacpp
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 """Large pages for large allocations, where glibc and the kernel have them: decoding reads every weight once a token,
 and ONNX Runtime did that 1.3 times faster on a virtual machine, where looking up a page is dear. For every engine."""
+_WORKER = "import sys; sys.path.append(sys.argv.pop(1)); from cptquant.engines.worker import main; main(*sys.argv[1:])"
+"""For another interpreter: this package from where it stands, everything else from there."""
 
 
 def run_engine(
@@ -30,17 +32,25 @@ def run_engine(
         runs, or its process ends without an answer.
     """
     python, environment = sys.executable, {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    environment["GLIBC_TUNABLES"] = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), _HUGE_PAGES)))
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if _HUGE_PAGES.partition("=")[0] not in tunables:  # a person's own choice stays
+        environment["GLIBC_TUNABLES"] = f"{tunables}:{_HUGE_PAGES}".lstrip(":")
+    start = ["-m", "cptquant.engines.worker"]
     if engine == "llamacpp":
         python = find_llamacpp().python
-        if PYTHON_VARIABLE in os.environ:  # an environment of its own, given this package's path
-            environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+        if PYTHON_VARIABLE in os.environ:  # an environment of its own; its own packages come before ours
+            start = ["-c", _WORKER, str(Path(__file__).parents[2])]
     with tempfile.TemporaryDirectory(prefix="cptquant-") as work:
         asked, answer = Path(work) / "request.json", Path(work) / "result.json"
         content = {"engine": engine, "model": str(model), "do": do, "threads": threads, "context": context, **request}
-        asked.write_text(json.dumps(content))
+        try:
+            asked.write_text(json.dumps(content))
+        except OSError as error:
+            raise EngineError(
+                f"the temporary folder {work} takes no files ({error.strerror}); free space there, or set TMPDIR"
+            ) from None
         done = subprocess.run(
-            [python, "-m", "cptquant.engines.worker", str(asked), str(answer)],
+            [python, *start, str(asked), str(answer)],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if not answer.is_file():

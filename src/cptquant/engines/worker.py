@@ -28,7 +28,9 @@ def main(request_file: str, result_file: str) -> int:
         result = run_request(request, answer.with_suffix(".loaded"))
     except UserError as error:
         result = {"error": str(error), "missing": isinstance(error, MissingEngineError)}
-    answer.write_text(json.dumps(result))
+    partial = answer.with_suffix(".partial")
+    partial.write_text(json.dumps(result))
+    partial.rename(answer)  # an answer is whole or is none
     return 0
 
 

@@ -56,9 +56,11 @@ def _row(variant: BenchVariant, speeds: list[str], *, decodes: bool) -> list[str
 def bench_notes(record: BenchRecord) -> tuple[str, ...]:
     """What the numbers are, and which engines gave none."""
     bandwidth = record.bandwidth_bytes_per_second
+    ratios = f"; in brackets the median of the rounds' ratios to {BASELINE}"
+    compared = any(variant.ratios for variant in record.variants)
     notes = [
-        f"Median (least to largest) of {record.rounds} interleaved rounds; in brackets the median of the rounds' "
-        f"ratios to {BASELINE}. Decoding at batch 1.",
+        f"Median (least to largest) of {record.rounds} interleaved rounds{ratios if compared else ''}. Decoding at "
+        "batch 1.",
         f"Memory is read at {bandwidth.median / 1e9:.1f} GB/s ({bandwidth.low / 1e9:.1f} to {bandwidth.high / 1e9:.1f})"
         f" by {record.threads} thread{'s' if record.threads > 1 else ''}; models that fit the caches can be faster.",
     ]

@@ -6,9 +6,10 @@ orders are wrong; and as the file is run, where all that differs is the engine's
 llama.cpp also runs the original in 16 bits, to which it rounds activations then: its rounding apart from any plan.
 """
 
+import shutil
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -130,8 +131,7 @@ def compare_files(written: Written, tokens: TokenSet) -> tuple[list[EngineCompar
     model, entry = written.model, written.entry
     text = prepare_text(model, _few(written, tokens))
     ids, mask = text.tokens.input_ids, text.tokens.attention_mask
-    with tempfile.TemporaryDirectory(prefix="cptquant-") as folder:
-        work = Path(folder)
+    with _room_beside(entry) as work:
         np.save(work / "ids.npy", ids.numpy())
         np.save(work / "mask.npy", mask.numpy())
         of_ours: list[EngineOutputs] = []
@@ -140,10 +140,7 @@ def compare_files(written: Written, tokens: TokenSet) -> tuple[list[EngineCompar
         for way in _ways(written):
             at = work / way.arithmetic.replace(" ", "-")
             at.mkdir()
-            try:
-                file = way.make_file(work)
-            except OSError as error:
-                raise output_error(entry, error) from None
+            file = way.make_file(work)
             try:
                 answer = run_engine(
                     TARGET_ENGINES[written.plan.target], file, "outputs", threads=torch.get_num_threads(),
@@ -158,6 +155,24 @@ def compare_files(written: Written, tokens: TokenSet) -> tuple[list[EngineCompar
             (of_original if way.original else of_ours).append(outputs)
         compared = compare_engine(model, written.shards, text, of_ours)
         return compared + (compare_engine(model, None, text, of_original) if of_original else []), version
+
+
+@contextmanager
+def _room_beside(entry: Path) -> Iterator[Path]:
+    """A folder beside the files for what the engine is given and gives, several times their size; gone afterwards.
+
+    Not the system's temporary folder, which may be small: a full disk is then the disk that `--output` is on.
+    """
+    files = entry if entry.is_dir() else entry.parent
+    work = files.with_name(f"{files.name}.engine-check")
+    shutil.rmtree(work, ignore_errors=True)  # of a run that was killed
+    try:
+        work.mkdir()
+        yield work
+    except OSError as error:
+        raise output_error(work, error) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _few(written: Written, tokens: TokenSet) -> TokenSet:

@@ -1,5 +1,6 @@
 """checkpoint/ or export/TARGET/ and what became of it in its engine: export.json."""
 
+import importlib.metadata
 from pathlib import Path
 
 import torch
@@ -47,8 +48,8 @@ def export_stage(run: Run, layout: ModelLayout, variant: Variant, target: str) -
         "plan": plan.digest(), "pieces": variant.shards.folder.name, "context": str(context),
         "tokens": run.test.digest,
     }  # fmt: skip
-    if target == "gguf":
-        inputs["engine"] = _llamacpp_version()
+    if target in ("gguf", "onnx"):
+        inputs["engine"] = _engine_version(target)
 
     def make() -> ExportRecord:
         if own:
@@ -85,11 +86,11 @@ def export_stage(run: Run, layout: ModelLayout, variant: Variant, target: str) -
     )  # fmt: skip
 
 
-def _llamacpp_version() -> str:
-    """So that a file written without the engine is checked once there is one."""
+def _engine_version(target: str) -> str:
+    """So that a file written without the engine is checked once there is one, and again by a newer one."""
     try:
-        return find_llamacpp().version
-    except MissingEngineError:
+        return find_llamacpp().version if target == "gguf" else importlib.metadata.version("onnxruntime")
+    except (MissingEngineError, importlib.metadata.PackageNotFoundError):
         return "none"
 
 

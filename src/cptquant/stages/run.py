@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cptquant.core.artifact import Artifact, output_error
 from cptquant.core.engine_memory import find_context
-from cptquant.core.errors import OutputError
+from cptquant.core.errors import ArtifactError, OutputError
 from cptquant.core.layout import ModelLayout
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.provenance import Stopwatch
@@ -146,12 +146,12 @@ class Run:
         """The artifact of that name: as found if made from the same inputs, else made and saved.
 
         Args:
-            damage: what is wrong with the files that the artifact describes; if anything, it is made anew, and the
-                progress says why.
+            damage: what is wrong with the files that the artifact describes; if anything, or if the artifact itself is
+                damaged, it is made anew, and the progress says why.
         """
         path = self.folder / name
-        if path.exists():
-            found = kind.load(path)
+        found = self._found(path, kind, keeps=damage is None) if path.exists() else None
+        if found is not None:
             if found.inputs == inputs:
                 wrong = [] if damage is None else damage(found)
                 if not wrong:
@@ -164,6 +164,16 @@ class Run:
         made = made.model_copy(update={"inputs": inputs, "provenance": provenance})
         made.save(path)
         return made
+
+    def _found(self, path: Path, kind: type[A], *, keeps: bool) -> A | None:
+        """What stands there; of a damaged record None, but an error where a person may have edited it (`keeps`)."""
+        try:
+            return kind.load(path)
+        except ArtifactError as error:
+            if keeps:
+                raise
+            self.progress(f"made anew: {error}", 1, 1)
+            return None
 
     def load(self, name: str, kind: type[A]) -> A:
         """An artifact of an earlier stage.

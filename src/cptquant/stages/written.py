@@ -27,7 +27,8 @@ def check_run(folder: Path) -> None:
         raise ArtifactError(f"{folder} holds no cptquant run; make one with: {_QUANTIZE}")
     if not (folder / "layout.json").is_file() or not (folder / "checkpoint.json").is_file():
         raise ArtifactError(
-            f"{folder} holds a run, but nothing was quantized in it yet; finish it with: cptquant quantize {folder}"
+            f"{folder} holds a run without a finished checkpoint (no checkpoint.json); "
+            f"finish it with: cptquant quantize {folder}"
         )
 
 
@@ -67,6 +68,8 @@ def engine_record(folder: Path, target: str, engine: str) -> ExportRecord:
             f"{path} describes files of other weights than the run has now (it was quantized anew); {remedy}"
         )
     entry = folder / record.entry
+    if not record.files or not entry.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{path} names no files of this run (entry {record.entry!r}); {remedy}")
     home = entry if entry.is_dir() else entry.parent
     damage = list_damage(home, record.files, record.file_sizes)
     if damage:
