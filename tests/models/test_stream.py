@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from cptquant.models import large_weights
 from cptquant.models import stream as stream_module
 from cptquant.models.load import LoadedModel, load_model
 from cptquant.models.stream import ModelStream, read_weight, site_modules, write_weight_
@@ -77,7 +78,7 @@ def test_stream_equals_the_models_own_forward(
 ) -> None:
     if large_tables:  # embeddings and heads stay in their stored form, rows upcast on use
         monkeypatch.setattr(stream_module, "_LARGE_WEIGHT_ENTRIES", 1000)
-        monkeypatch.setattr(stream_module, "_HEAD_CHUNK_ENTRIES", 700)
+        monkeypatch.setattr(large_weights, "_HEAD_CHUNK_ENTRIES", 700)
     model, tokens = make_model(name, tmp_path), make_tokens()
     streamed = run_stream(ModelStream(model, tokens, batch_size=2))
     torch.testing.assert_close(

@@ -8,10 +8,12 @@ import torch
 from cptquant.core.errors import ModelError
 from cptquant.core.formats import block_format
 from cptquant.core.gguf_types import BLOCK_LAYOUTS
+from cptquant.quantizers.block_affine import fit_affine
 from cptquant.quantizers.block_descent import descend_blocks_, empty_placed
 from cptquant.quantizers.block_gptq import BlockLoop
-from cptquant.quantizers.block_grid import fit_affine, fit_blocks, round_to_blocks
-from cptquant.quantizers.gptq import Gptq, factor_hessian
+from cptquant.quantizers.block_grid import fit_blocks, round_to_blocks
+from cptquant.quantizers.gptq import Gptq
+from cptquant.quantizers.hessian_factor import factor_hessian
 from cptquant.quantizers.rtn import Rtn
 
 NAMES = sorted(BLOCK_LAYOUTS)

@@ -5,7 +5,8 @@ import torch
 
 from cptquant.core.formats import QuantFormat
 from cptquant.quantizers.descent import Rounded, descend_
-from cptquant.quantizers.gptq import Gptq, factor_hessian
+from cptquant.quantizers.gptq import Gptq
+from cptquant.quantizers.hessian_factor import factor_hessian
 from tests.quantizers.test_gptq import output_error, problem
 
 

@@ -7,7 +7,8 @@ import torch
 from cptquant.core.errors import DataError, ModelError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteOutcome
-from cptquant.quantizers.gptq import Gptq, factor_hessian
+from cptquant.quantizers.gptq import Gptq
+from cptquant.quantizers.hessian_factor import factor_hessian
 from cptquant.quantizers.rtn import Rtn
 from tests.oracles import gptq as oracle
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from cptquant.core.formats import QuantFormat
 from cptquant.packing.quantized_weight import decode, encode
 from cptquant.packing.segments import SegmentedWeight
-from cptquant.quantizers.gptq import Gptq, factor_hessian
+from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.grid import fit_grid
+from cptquant.quantizers.hessian_factor import factor_hessian
 from cptquant.quantizers.salience import group_salience, salience
 from cptquant.quantizers.slim import PUBLISHED, Slim
 from cptquant.quantizers.slim_allocation import allocate_bits, widths_for

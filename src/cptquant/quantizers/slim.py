@@ -30,7 +30,8 @@ from torch import Tensor
 from cptquant.core.formats import QuantFormat
 from cptquant.packing.segments import SegmentedWeight, group_size
 from cptquant.quantizers.descent import descend_
-from cptquant.quantizers.gptq import Gptq, GptqResult, HessianFactor, factor_hessian, relative_output_error
+from cptquant.quantizers.gptq import Gptq, GptqResult, relative_output_error
+from cptquant.quantizers.hessian_factor import HessianFactor, factor_hessian
 from cptquant.quantizers.salience import group_salience
 from cptquant.quantizers.slim_allocation import Objective, Ranking, allocate_bits, widths_for
 from cptquant.quantizers.slim_loop import SegmentLoop, assemble

@@ -15,8 +15,8 @@ from cptquant.packing.segments import (
     group_size,
 )
 from cptquant.quantizers.descent import Rounded
-from cptquant.quantizers.gptq import HessianFactor
 from cptquant.quantizers.grid import Grid
+from cptquant.quantizers.hessian_factor import HessianFactor
 from cptquant.quantizers.salience import salience
 from cptquant.quantizers.slim_scale import ScaleSearch, fit_scale
 

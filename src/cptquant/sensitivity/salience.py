@@ -9,8 +9,8 @@ from torch import Tensor
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, site_modules
 from cptquant.models.text import TokenSet
-from cptquant.quantizers.gptq import factor_hessian
 from cptquant.quantizers.hessian import collect_block_hessians
+from cptquant.quantizers.hessian_factor import factor_hessian
 from cptquant.quantizers.salience import group_salience
 from cptquant.sensitivity.perturbation import original_weight
 
