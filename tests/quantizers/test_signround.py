@@ -57,24 +57,33 @@ def output_error(stored: StoredWeight, weight: torch.Tensor, inputs: list[torch.
     return float((states @ (stored.dequantize() - weight).double().t()).square().sum())
 
 
-def test_no_rounding_found_beats_brute_force_and_most_of_the_gap_is_closed() -> None:
-    inputs = correlated(6, 6)
-    ratios = []
-    for seed in range(4):
-        weight = torch.randn(1, 6, generator=torch.Generator().manual_seed(seed))
-        start = Rtn()(weight, QuantFormat.parse("int2-channel"), torch.bfloat16)
-        method = replace(COARSE_FREE, scale_rate=0.0, reach=3.0, code_rate=0.02)
-        _, learned = learn(weight, start, inputs, method)
+def least_error(start: QuantizedWeight, weight: torch.Tensor, inputs: list[torch.Tensor]) -> float:
+    """Of all codes within one of the start's, row by row: rows do not depend on each other."""
+    states = torch.cat([batch.flatten(0, 1) for batch in inputs]).double()
+    hessian, total = states.t() @ states, 0.0
+    moves = torch.tensor(list(product((-1, 0, 1), repeat=weight.shape[1])))
+    for codes, scale, row in zip(start.codes, start.scales, weight, strict=True):
+        values = (codes.int() + moves).clamp(-4, 3) * scale.double()
+        error = values - row.double()
+        total += float(((error @ hessian) * error).sum(dim=1).min())
+    return total
+
+
+def test_half_of_the_gap_to_brute_force_is_closed_where_inputs_share_a_direction() -> None:
+    left = []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        shared = torch.randn(6, 4, 16, 1, generator=generator)
+        inputs = list(torch.randn(6, 4, 16, 8, generator=generator) + 2 * shared)
+        weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
+        start = Rtn()(weight, QuantFormat.parse("int3-channel"), torch.bfloat16)
+        _, learned = learn(weight, start, inputs, replace(COARSE_FREE, scale_rate=0.0))
         assert isinstance(start, QuantizedWeight) and isinstance(learned, QuantizedWeight)
         assert torch.equal(learned.scales, start.scales)
-        everything = [
-            output_error(replace(start, codes=torch.tensor([codes], dtype=torch.int8)), weight, inputs)
-            for codes in product(range(-2, 2), repeat=6)
-        ]
-        found, before = output_error(learned, weight, inputs), output_error(start, weight, inputs)
-        assert found >= min(everything) * (1 - 1e-9)
-        ratios.append((found - min(everything)) / max(before - min(everything), 1e-9))
-    assert sum(ratios) / len(ratios) < 0.35
+        best = least_error(start, weight, inputs)
+        left.append((output_error(learned, weight, inputs) - best) / (output_error(start, weight, inputs) - best))
+    assert min(left) >= 0, "a code left its reach"
+    assert sum(left) / len(left) < 0.6, left  # 0.52 ± 0.06 over 20 seeds; 1: learning moves nothing
 
 
 @pytest.mark.parametrize("name", ("int3-g8", "int4-g8-asym", "Q4_K"))
