@@ -46,6 +46,8 @@ def refused(outcome, *fragments: str) -> None:
         (("--budget", "10bpw", "--baselines", "best"), ("--baselines 'best' is unknown", "uniform")),
         (("--budget", "4bpw", "--calibration", "nowhere.txt"), ("--calibration 'nowhere.txt' does not exist",)),
         (("--budget", "4bpw", "--eval-text", "nowhere.txt"), ("--eval-text 'nowhere.txt' does not exist",)),
+        (("--budget", "4bpw", "--seed", -1), ("--seed -1 is out of range; give 0 to 9223372036854775807",)),
+        (("--budget", "4bpw", "--seed", 2**63), (f"--seed {2**63} is out of range", "--seed 1")),
         ((), ("no budget was given", "--budget")),
     ],
 )

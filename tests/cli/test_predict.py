@@ -60,6 +60,7 @@ def test_every_plan_has_an_interval(cptquant: Callable, folder: Path, law: Path,
         (("--group", "many"), ("format 'int2-gmany' is not readable",)),
         (("--quantizer", "awq"), ("--quantizer 'awq' is unknown; choose one of: rtn, gptq, or both",)),
         (("--budget", "lots"), ("--budget 'lots' is not readable",)),
+        (("--seed", -1), ("--seed -1 is out of range; give 0 to",)),
         (("--law", "nowhere.json"), ("nowhere.json does not exist", "cptquant law fit ptq")),
     ],
 )

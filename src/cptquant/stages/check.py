@@ -13,8 +13,8 @@ from cptquant.engines.llamacpp_python import find_llamacpp
 
 SENSITIVITY_METHODS = ("cmpq", "pmpq", "tdmpq", "ablation")
 QUANTIZERS = ("gptq", "rtn", "signround", "kl-rounding")
-
-
+_LARGEST_SEED = 2**63 - 1
+"""Larger ones overflow the frameworks' generators."""
 TEXTS = ("calibration", "eval_text")
 
 
@@ -38,12 +38,23 @@ def check_choices(settings: RunSettings, texts: tuple[str, ...] = TEXTS) -> None
     find_allocator(settings.allocator)
     _check_name("--sensitivity", settings.sensitivity, SENSITIVITY_METHODS)
     _check_name("--quantizer", settings.quantizer, QUANTIZERS)
+    check_seed(settings.seed)
     for name in settings.baselines or ():
         _check_name("--baselines", name, BASELINES)
     for field in TEXTS:
         flag, text = f"--{field.replace('_', '-')}", getattr(settings, field)
         if field in texts and text is not None and not Path(text).exists():
             raise DataError(f"{flag} {text!r} does not exist; give a .txt, a .jsonl or a saved `datasets` folder")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that not every generator takes.
+
+    Raises:
+        UserError: below 0, or above 2**63 - 1.
+    """
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise UserError(f"--seed {seed} is out of range; give 0 to {_LARGEST_SEED}, e.g. --seed 1")
 
 
 def check_target(layout: ModelLayout, name: str) -> None:

@@ -25,6 +25,7 @@ from cptquant.laws.ptq_table import SHIPPED_LAW, PtqObservation, append_observat
 from cptquant.models.load import load_model
 from cptquant.models.text import load_tokens
 from cptquant.sensitivity.model_noise import MOMENT_SEQUENCES, measure_landscapes, measure_model_noise
+from cptquant.stages.check import check_seed
 from cptquant.stages.run import Run
 
 Formats = Mapping[str, QuantFormat]
@@ -85,6 +86,7 @@ def predict_model(request: ForecastRequest, progress: Progress = ignore_progress
     budget = None if request.budget is None else Budget.parse(request.budget)
     methods = _methods(request.methods)
     find_target(request.target)
+    check_seed(request.seed)
     law = load_ptq_law(request.law)
     _check_law(law, request, methods)
     model = load_model(request.model, trust_remote_code=request.trust_remote_code)
