@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from cptquant.quantizers.slim import Slim as Slim
     from cptquant.reports.html import render_report as render_report
     from cptquant.sensitivity.measure import measure_sensitivity as measure_sensitivity
+    from cptquant.sensitivity.salience import measure_group_salience as measure_group_salience
     from cptquant.stages.compare import diff_plans as diff_plans
     from cptquant.stages.explain import explain as explain
     from cptquant.stages.frontier import FrontierRequest as FrontierRequest
@@ -81,6 +82,7 @@ _HOME = {
     "load_tokens": "models.text",
     "predict_law": "laws.predict",
     "read_observations": "laws.observations",
+    "measure_group_salience": "sensitivity.salience",
     "measure_sensitivity": "sensitivity.measure",
     "quantize_model": "pipeline",
     "quantize_run": "pipeline",

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 import transformers as hf
 
+import cptquant
 from cptquant.models.load import load_model
 from cptquant.models.text import TokenSet
-from cptquant.sensitivity.salience import measure_group_salience
 
 
 def test_salience_is_that_of_the_inputs_the_layer_sees(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_salience_is_that_of_the_inputs_the_layer_sees(tmp_path: Path) -> None:
     model = load_model(str(tmp_path))
     ids = torch.randint(0, 60, (16, 20))
     tokens = TokenSet.build(ids, torch.ones_like(ids), None, torch.arange(16), "random tokens")
-    found = measure_group_salience(model, tokens, 16)
+    found = cptquant.measure_group_salience(model, tokens, 16)
     assert len(found) == 14 and {len(groups) for groups in found.values()} == {2, 3}
     name = "model.layers.1.mlp.down_proj"
     layer, seen = model.module.get_submodule(name), []
