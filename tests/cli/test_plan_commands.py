@@ -11,9 +11,13 @@ from allocation.made_layouts import TRANSFORMERS, make_layout, make_table, parse
 
 from cptquant.allocation.allocate import allocate
 from cptquant.allocation.knapsack import Knapsack
+from cptquant.core.artifact import digest_json
 from cptquant.core.budget import Budget
+from cptquant.core.evaluation import EvaluationReport, Measurement
+from cptquant.core.manifest import Manifest
 from cptquant.core.plan import Plan
 from cptquant.core.settings import RunSettings
+from cptquant.stages.calibration import find_measured
 
 FORMATS = parse_formats("int2-g64", "int3-g64", "int4-g64", "int8-g64")
 LAYOUT = make_layout([[(64, 64), (128, 64)]] * 4, embedding=(100, 64))
@@ -135,6 +139,30 @@ def test_what_if_refuses(cptquant: Callable, run: Path, tmp_path: Path) -> None:
     )
 
 
+def test_what_if_counts_what_the_budget_counts(cptquant: Callable, run: Path, tmp_path: Path) -> None:
+    one, two = (cptquant("what-if", run, "--more", text, "--json") for text in ("0.5bpw", "0.5bpw@sites"))
+    assert one.code == 0, one.err
+    first, second = (json.loads(outcome.out)["after"] for outcome in (one, two))
+    assert {**first, "label": ""} == {**second, "label": ""}
+    whole = write_run(tmp_path / "whole", "6bpw")
+    refused(
+        cptquant("what-if", whole, "--more", "0.5bpw@sites"),
+        "--more '0.5bpw@sites' counts the sites, the plan's budget the whole file; leave @sites out",
+    )
+    assert cptquant("what-if", whole, "--more", "0.5bpw").code == 0
+    refused(cptquant("what-if", run, "--less", "1kB@sites"), "--less '1kB@sites': @sites goes with bpw only")
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", "²", ""])
+def test_what_if_refuses_a_plan_with_a_damaged_seed(cptquant: Callable, run: Path, seed: str) -> None:
+    plan = Plan.load(run / "plan.json")
+    plan.model_copy(update={"inputs": {**plan.inputs, "seed": seed}}).save(run / "plan.json")
+    refused(
+        cptquant("what-if", run, "--more", "1kB"),
+        f"{run}: inputs.seed is {seed!r}, expected a whole number; allocate the plan again",
+    )
+
+
 def test_diff_is_symmetric(cptquant: Callable, run: Path, tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", "5bpw@sites")
     one, two = (json.loads(cptquant("diff", *pair, "--json").out) for pair in ((run, other), (other, run)))
@@ -173,6 +201,60 @@ def test_diff_does_not_compare_damages_of_different_tables(cptquant: Callable, r
     assert outcome.code == 0, outcome.err
     assert "Made from different sensitivity tables: their damages do not compare." in outcome.out
     assert "after over before" not in outcome.out
+
+
+def test_diff_says_that_a_table_is_not_the_plans_own(cptquant: Callable, run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", "5bpw@sites")
+    for folder in (run, other):
+        make_table(LAYOUT, FORMATS, typical_damage(3)).save(folder / "sensitivity.json")
+    outcome = cptquant("diff", run, other)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("The plan was made from another table than the one at hand, ablation.") == 1
+    assert "different sensitivity tables" not in outcome.out
+
+
+def quantized_with(folder: Path, quantizer: str) -> None:
+    """What `quantize` and `evaluate` leave of a run, without the weights."""
+    plan = Plan.load(folder / "plan.json")
+    Manifest(quantizer=quantizer, sites=(), tensor_bytes=plan.size_bytes, plan_digest=plan.digest(), parameters=1).save(
+        folder / "manifest.json"
+    )
+    loss = Measurement(name="kl_nats_per_token", subject="quantized", value=0.25, unit="nats/token", n=99, stderr=0.01)
+    EvaluationReport(inputs={"plan quantized": digest_json(plan.formats)}, measurements=(loss,)).save(
+        folder / "evaluation.json"
+    )
+
+
+def test_diff_gives_no_ratio_between_quantizers(cptquant: Callable, tmp_path: Path) -> None:
+    known = TABLE.model_copy(update={"method": "tdmpq", "metadata": {"order": "second", "variant": "weight"}})
+    runs = [
+        write_run(tmp_path / name, budget, table=known) for name, budget in (("a", "3.5bpw@sites"), ("b", "5bpw@sites"))
+    ]
+    for run in runs:
+        quantized_with(run, "gptq")
+    alike = json.loads(cptquant("diff", *runs, "--json").out)
+    assert alike["ratio"] is not None and alike["notes"] == []
+    quantized_with(runs[1], "rtn")  # settings.json still says gptq: what was done counts
+    assert RunSettings.load(runs[1] / "settings.json").quantizer == "gptq"
+    found = json.loads(cptquant("diff", *runs, "--json").out)
+    assert found["ratio"] is None
+    assert found["notes"] == ["carried out with gptq and rtn: their damages alone say no ratio"]
+    assert found["before"]["measured"] == found["after"]["measured"] == 0.25
+    text = cptquant("diff", *reversed(runs)).out
+    assert "Carried out with rtn and gptq: their damages alone say no ratio." in text
+    assert "after over before" not in text
+
+
+def test_a_measured_loss_is_that_of_the_quantizer(run: Path) -> None:
+    quantized_with(run, "rtn")
+    plan = Plan.load(run / "plan.json")
+    found = find_measured(run, "kl_nats_per_token", plan, "rtn")
+    assert found is not None and (found.value, found.stderr, found.n) == (0.25, 0.01, 99)
+    assert find_measured(run, "kl_nats_per_token", plan, "gptq") is None
+    other = plan.model_copy(update={"formats": {**plan.formats, "block.0.0": "float16"}})
+    assert find_measured(run, "kl_nats_per_token", other, "rtn") is None
+    (run / "manifest.json").unlink()  # then nothing says what carried it out
+    assert find_measured(run, "kl_nats_per_token", plan, "rtn") is None
 
 
 @pytest.mark.parametrize("arguments", [("explain",), ("what-if", "--more", "1kB"), ("diff", "RUN")])

@@ -5,15 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from exporters.gguf_toys import save_toy
 
 from cptquant.core.budget import Budget
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.frontier import Frontier
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
+from cptquant.stages.calibration import find_measured
 from cptquant.stages.frontier import FrontierRequest, frontier_model
 
 QUICK = ("--calibration-sequences", 8, "--eval-sequences", 8, "--sequence-length", 32)
+QUICKLY = {"formats": ("int2-g16", "int3-g16", "int4-g16", "int8-g16"), "calibration_sequences": 8, "eval_sequences": 8,
+           "sequence_length": 32, "quantizer": "rtn"}  # fmt: skip
 FLAGS = ("--formats", "int2-g16,int3-g16,int4-g16,int8-g16", *QUICK)
 
 
@@ -77,6 +81,8 @@ def test_points_are_what_quantize_gives(cptquant: Callable, folder: Path, tmp_pa
     assert diff["ratio"]["value"] < 1 and diff["after"]["predicted"]["value"] < diff["before"]["predicted"]["value"]
     explained = json.loads(cptquant("explain", run, "--json").out)
     assert explained["predicted"] == diff["before"]["predicted"]
+    baseline = cptquant("diff", run, run / "plan-random.json")
+    assert "The plan was made without a table; it is judged by the one at hand, tdmpq." in baseline.out, baseline.err
     assert cptquant("report", run).code == 0
     assert "Predicted damage against size" in (run / "report.html").read_text()
 
@@ -105,6 +111,59 @@ def test_a_killed_frontier_goes_on(folder: Path, tmp_path: Path, monkeypatch: py
     assert len(damages) == 3 and damages == sorted(damages, reverse=True)
 
 
+BUDGETS = ("3.2bpw@sites", "4bpw@sites", "4.0001bpw@sites", "6bpw@sites", "16bpw@sites")
+
+
+def trace(work: Path) -> tuple[Frontier, list[str]]:
+    """Trace and measure `BUDGETS` in work/run, plain rounding; what was said comes along."""
+    said: list[str] = []
+    request = FrontierRequest(budgets=BUDGETS, measure=5)
+    found = frontier_model(str(work / "model"), work / "run", request, lambda stage, *_: said.append(stage), **QUICKLY)
+    return found, said
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("traced")
+    save_toy("opt", work / "model", hidden_size=64, ffn_dim=64, word_embed_proj_dim=64)
+    trace(work)
+    return work
+
+
+def test_a_plan_counts_once_and_no_damage_is_not_checked(traced: Path) -> None:
+    run = traced / "run"
+    frontier = Frontier.load(run / "frontier.json")
+    _, four, same, _, whole = frontier.points
+    assert (four.plan_digest, four.measured) == (same.plan_digest, same.measured)
+    assert frontier.calibration is not None and frontier.calibration.points == 3
+    assert four.check is not None and four.check == same.check, "a plan was checked with its own measurement"
+    assert whole.damage == 0 and whole.measured is not None
+    assert whole.check is None and whole.inside is None and frontier.checked == 4
+    assert frontier.inputs["target"] == "transformers"
+    # the losses are those of rounding: a plan that another quantizer carries out was not measured
+    plan = Plan.load(run / four.plan_file)
+    assert find_measured(run, frontier.measure, plan, "rtn") == four.measured
+    assert find_measured(run, frontier.measure, plan, "gptq") is None
+    assert find_measured(run, frontier.measure, plan.model_copy(update={"target": "torch"}), "rtn") is None
+
+
+def test_damaged_files_of_a_frontier_are_made_again(traced: Path) -> None:
+    before = Frontier.load(traced / "run/frontier.json")
+    names = ("frontier/evaluation-4bpw@sites.json", "frontier/plan-6bpw@sites.json", "frontier.json")
+    paths = [traced / "run" / name for name in names]
+    for path in paths:
+        path.write_text(path.read_text()[:-40])
+    pieces = {path: path.stat().st_mtime_ns for path in (traced / "run").rglob("*.safetensors")}
+    after, said = trace(traced)
+    assert (after.points, after.vertices, after.calibration) == (before.points, before.vertices, before.calibration)
+    for path in paths:
+        assert any(f"made anew: {path} is not valid JSON" in sentence for sentence in said), (path, said)
+    assert Plan.load(paths[1]).predicted_damage == before.points[3].damage
+    assert EvaluationReport.load(paths[0]).find(before.measure, "4bpw@sites") is not None
+    assert Frontier.load(paths[2]) == after
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in pieces.items()), "a finished stage ran again"
+
+
 @pytest.mark.parametrize(
     ("flags", "fragments"),
     [
@@ -113,7 +172,16 @@ def test_a_killed_frontier_goes_on(folder: Path, tmp_path: Path, monkeypatch: py
         (("--points", 4, "--measure", 5), ("--measure 5 must be 0 to 4, the number of points",)),
         (("--budgets", "4bpw,3bpw@sites"), ("--budgets mixes '4bpw'", "'3bpw@sites'", "a frontier has one scale")),
         (("--budgets", "4bpw,lots"), ("--budgets 'lots' is not readable",)),
-        (("--budgets", "1bpw@sites"), ("--budget 1bpw@sites allows", "too few; reachable")),
+        (("--budgets", ","), ("--budgets ',' names no budget; give e.g. 3bpw,4bpw, or leave it out",)),
+        (
+            ("--budgets", "4bpw@sites", "--scope", "file"),
+            ("--scope file contradicts --budgets 4bpw@sites, which counts the sites; leave --scope out",),
+        ),
+        (
+            ("--budgets", "4bpw", "--scope", "sites"),
+            ("--scope sites contradicts --budgets 4bpw, which counts the whole file; leave --scope out",),
+        ),
+        (("--budgets", "1bpw@sites"), ("--budgets 1bpw@sites allows", "too few; reachable")),
         (("--scope", "galaxy"), ("--scope 'galaxy' is unknown; choose one of: file, sites",)),
         (("--quantizer", "awq"), ("--quantizer 'awq' is unknown",)),
     ],

@@ -23,8 +23,12 @@ _Points = Annotated[
     ),
 ]
 _Scope = Annotated[
-    str,
-    typer.Option("--scope", help="What spread budgets count: the whole file, or sites (linear layers of the blocks)."),
+    str | None,
+    typer.Option(
+        "--scope",
+        help="What spread budgets count: file, or sites (linear layers of the blocks).  [default: file]",
+        show_default=False,
+    ),
 ]
 _Measure = Annotated[
     int | None,
@@ -41,7 +45,7 @@ def frontier(
     output: options.Output = None,
     budgets: _Budgets = None,
     points: _Points = None,
-    scope: _Scope = "file",
+    scope: _Scope = None,
     measure: _Measure = None,
     sensitivity: options.Sensitivity = None,
     quantizer: options.Quantizer = None,
@@ -61,6 +65,7 @@ def frontier(
     Writes frontier.json, frontier.html and the plan of each point. With a RUN folder, its sensitivity table is used.
     """
     from cptquant.cli.terminal import print_json, print_text, watch
+    from cptquant.core.errors import UserError
     from cptquant.reports.frontier import frontier_table
     from cptquant.stages.frontier import FrontierRequest, frontier_model
 
@@ -78,6 +83,8 @@ def frontier(
         trust_remote_code=trust_remote_code,
     )
     wanted = () if budgets is None else tuple(part.strip() for part in budgets.split(",") if part.strip())
+    if budgets is not None and not wanted:
+        raise UserError(f"--budgets {budgets!r} names no budget; give e.g. 3bpw,4bpw, or leave it out")
     request = FrontierRequest(budgets=wanted, points=points, measure=measure, scope=scope)  # type: ignore[arg-type]
     with watch(quiet=as_json) as progress:
         found = frontier_model(model, output, request, progress, **choices)

@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from cptquant.core.artifact import Artifact, Frozen
 from cptquant.core.forecast import Interval
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class BandPrior(Frozen):
@@ -45,8 +49,8 @@ class DamageCalibration(Frozen):
 
     center: float
     mean: tuple[float, float]
-    covariance: tuple[float, float, float]
-    scatter: float
+    covariance: tuple[NonNegative, float, NonNegative]
+    scatter: NonNegative
     degrees: float
     quantile: float
     damages: tuple[float, float] | None
@@ -169,7 +173,7 @@ class Frontier(Artifact):
     formats: tuple[str, ...]
     parameters: int
     block_weights: int
-    vertices: tuple[FrontierVertex, ...]
+    vertices: Annotated[tuple[FrontierVertex, ...], Field(min_length=1)]
     points: tuple[BudgetPoint, ...]
     calibration: DamageCalibration | None
 

@@ -8,6 +8,7 @@ from cptquant.core.evaluation import DAMAGE_NAMES, EvaluationReport
 from cptquant.core.formats import QuantFormat
 from cptquant.core.frontier import BandPrior, DamageCalibration, Frontier, MeasuredLoss
 from cptquant.core.layout import ModelLayout
+from cptquant.core.manifest import Manifest
 from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
 from cptquant.laws.frontier_band import calibrate, observed_prior, vague_prior
@@ -63,22 +64,27 @@ def run_calibration(
         return None
     own = folder / "plan.json"
     judged = Plan.load(own) if own.exists() else plan
-    loss = find_measured(folder, DAMAGE_NAMES[layout.task], judged)
+    loss = find_measured(folder, DAMAGE_NAMES[layout.task], judged, quantizer)
     if loss is None or judged.predicted_damage is None or judged.inputs.get("table") != table.digest():
         return calibrate([], [], prior)
     return calibrate([judged.predicted_damage], [loss.value], prior)
 
 
-def find_measured(folder: Path, measure: str, plan: Plan) -> MeasuredLoss | None:
-    """Held-out loss of a plan: a measured point of frontier.json, or the run's evaluation where it is of this plan."""
+def find_measured(folder: Path, measure: str, plan: Plan, quantizer: str) -> MeasuredLoss | None:
+    """Held-out loss of a plan carried out with a quantizer: the run's evaluation, or a point of frontier.json."""
+    own = _evaluated(folder, measure, plan, quantizer)
     path = folder / "frontier.json"
-    if path.exists():
-        digest = digest_json(plan.formats)
-        for point in Frontier.load(path).points:
-            if point.plan_digest == digest and point.measured is not None:
-                return point.measured
-    path, own = folder / "evaluation.json", folder / "plan.json"
-    if not path.exists() or not own.exists():
+    if own is not None or not path.exists():
+        return own
+    frontier, digest = Frontier.load(path), digest_json(plan.formats)
+    if (frontier.quantizer, frontier.target) != (quantizer, plan.target):
+        return None
+    return next((point.measured for point in frontier.points if point.plan_digest == digest and point.measured), None)
+
+
+def _evaluated(folder: Path, measure: str, plan: Plan, quantizer: str) -> MeasuredLoss | None:
+    path, manifest = folder / "evaluation.json", folder / "manifest.json"
+    if not path.exists() or not manifest.exists() or Manifest.load(manifest).quantizer != quantizer:
         return None
     report = EvaluationReport.load(path)
     # `plan quantized` is what was evaluated; plan.json may have been made anew since

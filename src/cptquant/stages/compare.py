@@ -35,13 +35,18 @@ def diff_plans(first: Path, second: Path) -> PlanComparison:
         for source, layout, table in zip(sources, layouts, tables, strict=True)
     ]
     summaries = [
-        summarize(source, layout, table, calibration)
+        summarize(source, layout, table, calibration, source.quantizer)
         for source, layout, table, calibration in zip(sources, layouts, tables, calibrations, strict=True)
     ]
     alike = tables[0] is not None and tables[1] is not None and tables[0].digest() == tables[1].digest()
     notes: list[str] = []
     if tables[0] is not None and tables[1] is not None and not alike:
         notes.append("made from different sensitivity tables: their damages do not compare")
+    pairs = zip(sources, tables, strict=True)
+    notes.extend(dict.fromkeys(note for source, table in pairs if table is not None for note in source.stale(table)))
+    if before.quantizer != after.quantizer:
+        alike = False
+        notes.append(f"carried out with {before.quantizer} and {after.quantizer}: their damages alone say no ratio")
     return PlanComparison(
         measure=DAMAGE_NAMES[layouts[0].task],
         before=summaries[0],
@@ -58,8 +63,8 @@ def compare_under_table(
     """A plan beside another one for the same table, as `what-if` makes it."""
     calibration = run_calibration(source.folder, layout, table, source.plan, source.quantizer)
     other = PlanSource(Path(label), source.folder, after)
-    before = summarize(source, layout, table, calibration)
-    changed = summarize(other, layout, table, calibration)
+    before = summarize(source, layout, table, calibration, source.quantizer)
+    changed = summarize(other, layout, table, calibration, source.quantizer)
     return PlanComparison(
         measure=DAMAGE_NAMES[layout.task],
         before=before,
@@ -71,12 +76,16 @@ def compare_under_table(
 
 
 def summarize(
-    source: PlanSource, layout: ModelLayout, table: SensitivityTable | None, calibration: DamageCalibration | None
+    source: PlanSource,
+    layout: ModelLayout,
+    table: SensitivityTable | None,
+    calibration: DamageCalibration | None,
+    quantizer: str,
 ) -> PlanSummary:
     """Sizes, damage by the table, predicted and measured loss of one plan."""
     plan = source.plan
     damage = None if table is None else sum_damages(table, layout, plan.quant_formats)
-    measured = find_measured(source.folder, DAMAGE_NAMES[layout.task], plan)
+    measured = find_measured(source.folder, DAMAGE_NAMES[layout.task], plan, quantizer)
     return PlanSummary(
         label=source.label,
         budget=plan.budget,
@@ -116,7 +125,7 @@ def _site_bytes(layout: ModelLayout, plan: Plan, name: str) -> int | None:
 
 
 def _table_of(source: PlanSource) -> SensitivityTable | None:
-    """The very table a plan was made from; a plan made without one (uniform, random) is judged by the one at hand."""
+    """The table a plan was made from; where that is gone or there was none, the one at hand, as `stale` says."""
     try:
         table = source.table()
     except ArtifactError:

@@ -14,7 +14,7 @@ from cptquant.allocation.reach import check_budget
 from cptquant.core.artifact import digest_json, output_error
 from cptquant.core.budget import Budget
 from cptquant.core.engine_memory import find_context
-from cptquant.core.errors import BudgetError, UserError
+from cptquant.core.errors import ArtifactError, BudgetError, UserError
 from cptquant.core.evaluation import DAMAGE_NAMES, EvaluationReport
 from cptquant.core.frontier import BandPrior, BudgetPoint, DamageCalibration, Frontier, MeasuredLoss
 from cptquant.core.layout import ModelLayout
@@ -50,13 +50,13 @@ class FrontierRequest:
     Attributes:
         budgets: as written, all of one scope; empty for `points` budgets spread over the frontier.
         points: how many; None for the default. measure: how many are really quantized; None for the default.
-        scope: what spread budgets count.
+        scope: what spread budgets count; None for the whole file, or what the budgets say.
     """
 
     budgets: tuple[str, ...] = ()
     points: int | None = None
     measure: int | None = None
-    scope: Scope = "file"
+    scope: Scope | None = None
 
     def check(self) -> tuple[Budget, ...]:
         """The budgets, parsed; empty where they are to be spread.
@@ -70,7 +70,7 @@ class FrontierRequest:
             )
         if self.points is not None and self.points < 2:
             raise UserError(f"--points {self.points} is too few for a frontier; give 2 or more")
-        if self.scope not in ("file", "sites"):
+        if self.scope not in (None, "file", "sites"):
             raise UserError(f"--scope {self.scope!r} is unknown; choose one of: file, sites")
         count = len(set(self.budgets)) or self.points or DEFAULT_POINTS
         if self.measure is not None and not 0 <= self.measure <= count:
@@ -78,7 +78,13 @@ class FrontierRequest:
                 f"--measure {self.measure} must be 0 to {count}, the number of points; raise --points, or name more "
                 "--budgets"
             )
-        return read_budgets(self.budgets)
+        budgets = read_budgets(self.budgets)
+        if budgets and self.scope not in (None, budgets[0].scope):
+            raise UserError(
+                f"--scope {self.scope} contradicts --budgets {budgets[0].text}, which counts "
+                f"{'the whole file' if budgets[0].scope == 'file' else 'the sites'}; leave --scope out"
+            )
+        return budgets
 
     def measured_count(self, points: int) -> int:
         """How many of so many points are quantized."""
@@ -143,7 +149,7 @@ def _trace(
     run: Run, layout: ModelLayout, table: SensitivityTable, request: FrontierRequest, budgets: Sequence[Budget]
 ) -> Frontier:
     target, formats = find_target(run.settings.target), run.settings.formats_for(layout)
-    scope: Scope = budgets[0].scope if budgets else request.scope
+    scope: Scope = budgets[0].scope if budgets else request.scope or "file"
     problem = build_problem(layout, table, target, formats, scope)
     if not problem.groups:
         raise BudgetError(f"--scope {scope}: {layout.source} has no site in the scope of this frontier")
@@ -162,11 +168,19 @@ def _trace(
         "losses": digest_json({name: loss.model_dump(mode="json") for name, loss in losses.items()}),
         "prior": "" if prior is None else digest_json(prior.model_dump(mode="json")),
         "scope": scope,
+        "target": target.name,
         "formats": ",".join(map(str, formats)),
         "tokens": run.test.digest,
         "quantizer": run.settings.quantizer,
     }
-    return run.stage("frontier.json", Frontier, inputs, lambda: _assemble(run, problem, table, plans, losses, prior))
+    return run.stage(
+        "frontier.json", Frontier, inputs, lambda: _assemble(run, problem, table, plans, losses, prior), damage=_none
+    )
+
+
+def _none(_: object) -> list[str]:
+    """Nobody edits these files: a damaged one is made again."""
+    return []
 
 
 def _plan(run: Run, layout: ModelLayout, table: SensitivityTable, budget: Budget) -> Plan:
@@ -190,6 +204,7 @@ def _plan(run: Run, layout: ModelLayout, table: SensitivityTable, budget: Budget
         Plan,
         inputs,
         lambda: allocate(layout, table, budget, target, Knapsack(), formats=formats, seed=run.settings.seed),
+        damage=_none,
     )
 
 
@@ -230,7 +245,9 @@ def _measure(run: Run, layout: ModelLayout, plans: Mapping[str, Plan]) -> dict[s
                 settings=evaluation_settings(layout.task, run.test),
             )
             inputs = _evaluation_inputs(run, sources[name])
-            found[name] = run.stage(_evaluation_file(name), EvaluationReport, inputs, lambda made=report: made)
+            found[name] = run.stage(
+                _evaluation_file(name), EvaluationReport, inputs, lambda made=report: made, damage=_none
+            )
     if plans:
         run.progress("frontier: measured", len(plans), len(plans))
     return {name: _loss(found[name], name, layout) for name in plans}
@@ -246,7 +263,10 @@ def _evaluation_inputs(run: Run, shards: ShardFolder) -> dict[str, str]:
 
 def _evaluated(run: Run, name: str, shards: ShardFolder) -> EvaluationReport | None:
     path = run.folder / _evaluation_file(name)
-    report = EvaluationReport.load(path) if path.exists() else None
+    try:
+        report = EvaluationReport.load(path) if path.exists() else None
+    except ArtifactError:
+        return None  # measured again
     return report if report is not None and report.inputs == _evaluation_inputs(run, shards) else None
 
 
@@ -273,8 +293,8 @@ def _assemble(
     calibration = _calibrated(plans, losses, prior)
     points: list[BudgetPoint] = []
     for name, plan in plans.items():
-        others = {other: loss for other, loss in losses.items() if other != name}
-        check = _calibrated(plans, others, prior) if name in losses else None
+        others = {other: loss for other, loss in losses.items() if plans[other].formats != plan.formats}
+        check = _calibrated(plans, others, prior) if name in losses and _damage(plan) > 0 else None
         points.append(
             BudgetPoint(
                 budget=name,
@@ -313,4 +333,6 @@ def _calibrated(
 ) -> DamageCalibration | None:
     if prior is None:
         return None
+    once = {digest_json(plans[name].formats): name for name in losses}  # budgets of one plan are one measurement
+    losses = {name: losses[name] for name in once.values()}
     return calibrate([_damage(plans[name]) for name in losses], [loss.value for loss in losses.values()], prior)

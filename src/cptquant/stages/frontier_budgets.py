@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from cptquant.allocation.hull import HullVertex, trace_hull
@@ -23,7 +24,7 @@ def read_budgets(texts: Sequence[str]) -> tuple[Budget, ...]:
     budgets: list[Budget] = []
     for text in dict.fromkeys(text.strip() for text in texts):
         try:
-            budgets.append(Budget.parse(text))
+            budgets.append(replace(Budget.parse(text), flag="--budgets"))
         except BudgetError as error:
             raise BudgetError(str(error).replace("--budget", "--budgets")) from None
     scopes = {budget.scope: budget.text for budget in reversed(budgets)}

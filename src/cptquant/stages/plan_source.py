@@ -6,6 +6,7 @@ from pathlib import Path
 from cptquant.core.errors import ArtifactError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
+from cptquant.core.manifest import Manifest
 from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
 from cptquant.core.settings import RunSettings
@@ -62,7 +63,7 @@ class PlanSource:
         wanted = self.plan.inputs.get("table")
         if wanted == table.digest():
             return ()
-        if wanted == "":
+        if not wanted:
             return (f"the plan was made without a table; it is judged by the one at hand, {table.method}",)
         return (f"the plan was made from another table than the one at hand, {table.method}",)
 
@@ -73,7 +74,10 @@ class PlanSource:
 
     @property
     def quantizer(self) -> str:
-        """Of the run; the default beside a plan that was copied out of its run folder."""
+        """What the plan was carried out with, or would be: the default beside a plan copied out of its run folder."""
+        manifest = self.folder / "manifest.json"
+        if self.path == self.folder / "plan.json" and manifest.exists():
+            return Manifest.load(manifest).quantizer
         path = self.folder / "settings.json"
         return (RunSettings.load(path) if path.exists() else RunSettings(model="")).quantizer
 

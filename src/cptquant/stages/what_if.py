@@ -6,7 +6,7 @@ from cptquant.allocation.allocate import allocate
 from cptquant.allocation.choices import build_problem
 from cptquant.allocation.methods import find_allocator
 from cptquant.core.budget import Budget
-from cptquant.core.errors import BudgetError, UserError
+from cptquant.core.errors import ArtifactError, BudgetError, UserError
 from cptquant.core.explanation import PlanComparison
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
@@ -43,15 +43,24 @@ def what_if(
         problem = build_problem(layout, table, target, formats, plan.budget_scope)
         span = (problem.smallest_bytes, problem.bytes_at_16_bit)
         wanted = _changed_budget(plan, layout, flags[0], more or less or "", span)
-    seed = int(plan.inputs.get("seed", "0"))
+    seed = _seed(plan, path)
     after = allocate(layout, table, wanted, target, find_allocator(plan.allocator), formats=formats, seed=seed)
     return after, compare_under_table(source, layout, table, after, f"{flags[0]} {given[flags[0]]}")
+
+
+def _seed(plan: Plan, path: Path) -> int:
+    text = plan.inputs.get("seed", "0")
+    if not text.isdecimal():
+        raise ArtifactError(f"{path}: inputs.seed is {text!r}, expected a whole number; allocate the plan again")
+    return int(text)
 
 
 def _changed_budget(plan: Plan, layout: ModelLayout, flag: str, text: str, span: tuple[int, int]) -> Budget:
     """The plan's limit with the change, in the scope of its budget; bpw counts the weights of that scope."""
     try:
-        amount = Budget.parse(text.replace("@sites", ""))
+        amount = Budget.parse(text.replace("bpw@sites", "bpw") if plan.budget_scope == "sites" else text)
+        if amount.scope != "file":
+            raise BudgetError(f"--budget {text!r} counts the sites, the plan's budget the whole file; leave @sites out")
     except BudgetError as error:
         raise BudgetError(str(error).replace("--budget", flag)) from None
     change = Budget(amount.value, amount.unit, plan.budget_scope).limit_bytes(layout)
