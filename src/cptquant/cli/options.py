@@ -105,6 +105,15 @@ CalibrationSequences = Annotated[
     int | None,
     typer.Option("--calibration-sequences", min=2, help="Calibration sequences.  [default: 128]", show_default=False),
 ]
+OwnText = Annotated[
+    int | None,
+    typer.Option(
+        "--own-text",
+        help="Sequences that the model writes itself, added to the calibration text when quantizing; 0 for none.  "
+        "[default: 0; kl-rounding 768]",
+        show_default=False,
+    ),
+]
 EvalSequences = Annotated[
     int | None,
     typer.Option("--eval-sequences", min=2, help="Evaluation sequences.  [default: 64]", show_default=False),

@@ -12,6 +12,8 @@ from cptquant.core.targets import find_target
 
 BASELINES = ("uniform", "random")
 _SMALL_MODEL_PARAMETERS = 50_000_000
+_OWN_TEXT = {"kl-rounding": 768}
+"""Sequences the model writes for its calibration where nothing was asked for: learning then sees each about once."""
 
 
 class RunSettings(Artifact):
@@ -23,6 +25,8 @@ class RunSettings(Artifact):
         formats: candidate formats beside 16 bits; None means the target's own (`Target.default_formats`).
         calibration, eval_text: the person's own text; None means the embedded text.
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
+    own_text: sequences that a causal language model writes itself, added to the calibration text when quantizing; None
+        decides by quantizer and size (`own_text_for`).
     baselines: "uniform" and "random" at no more bytes; None decides by size (`baselines_for`).
     predict: whether a causal language model's losses are predicted before it is quantized (forecast.json); None
         decides by size (`forecasts`).
@@ -45,6 +49,7 @@ class RunSettings(Artifact):
     calibration_sequences: int = 128
     eval_sequences: int = 64
     sequence_length: int = 256
+    own_text: int | None = None
     baselines: tuple[str, ...] | None = None
     seed: int = 0
     trust_remote_code: bool = False
@@ -93,6 +98,30 @@ class RunSettings(Artifact):
         if self.budget is not None:
             raise UserError("--budget and --memory were both given; --memory already decides the bytes of the weights")
         return memory_budget(layout, self.memory, self.context, self.target)
+
+    def own_text_for(self, layout: ModelLayout) -> int:
+        """How many sequences the model writes for its own calibration.
+
+        By default none, except for `kl-rounding` of a causal language model.
+
+        Raises:
+            UserError: asked for of another kind of model, or of a quantizer that reads no text.
+        """
+        if self.own_text and self.quantizer == "rtn":
+            raise UserError(f"--own-text {self.own_text}: --quantizer rtn reads no text; leave the flag out")
+        if layout.task != "causal_lm":
+            if self.own_text:
+                raise UserError(
+                    f"--own-text {self.own_text}: {layout.source} is for {layout.task}, and only causal language "
+                    "models write text; leave the flag out"
+                )
+            return 0
+        return _OWN_TEXT.get(self.quantizer, 0) if self.own_text is None else self.own_text
+
+    @property
+    def carried_out_with(self) -> str:
+        """The quantizer as records name it: losses with and without own text do not compare."""
+        return f"{self.quantizer} + own text" if self.own_text else self.quantizer
 
     def forecasts(self, layout: ModelLayout) -> bool:
         """Whether losses are predicted: for causal language models, which the law knows; by default below 50M

@@ -39,6 +39,8 @@ def check_choices(settings: RunSettings, texts: tuple[str, ...] = TEXTS) -> None
     _check_name("--sensitivity", settings.sensitivity, SENSITIVITY_METHODS)
     _check_name("--quantizer", settings.quantizer, QUANTIZERS)
     check_seed(settings.seed)
+    if settings.own_text is not None and settings.own_text < 0:
+        raise UserError(f"--own-text {settings.own_text} is negative; give the number of sequences, 0 for none")
     for name in settings.baselines or ():
         _check_name("--baselines", name, BASELINES)
     for field in TEXTS:

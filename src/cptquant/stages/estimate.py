@@ -48,6 +48,8 @@ _LEARNED_BYTES_PER_WEIGHT, _ACTIVATIONS_PER_WIDTH = 14, 40
 """Of `kl_rounding`: weights, offsets, momentum and codes; numbers a block keeps for each number of a token."""
 _SECONDS_PER_LEARNED_WEIGHT = 5e-8
 """One step of a code and its scale in learned rounding: some fifteen passes over memory."""
+_WRITING_PASSES = 3
+"""Time of a token the model writes, one after the other, in passes over tokens that are all there."""
 _ABLATION_SEQUENCES = 16
 
 
@@ -134,23 +136,33 @@ def _stage_seconds(layout: ModelLayout, settings: RunSettings, speed: float, coa
     length = min(settings.sequence_length, layout.max_positions or settings.sequence_length)
     validation, test = max(2, settings.eval_sequences // 2) * length, settings.eval_sequences * length
     cost, variants = _count(layout, length), 1 + len(settings.baselines_for(layout))
+    read, written = _sequences(layout, settings), settings.own_text_for(layout) * length
     per_token = (cost.block_pass + cost.outer_pass) / speed + _SECONDS_PER_LOGIT * layout.vocabulary_size
     return {
         "measure": _measure_seconds(layout, settings, cost, speed, coarse_speed)
         if needs_table(settings.allocator)
         else 0.0,
-        "quantize": variants * _quantize_seconds(settings, cost, length, speed, coarse_speed),
+        "quantize": variants
+        * _quantize_seconds(settings, cost, _sequences(layout, settings), length, speed, coarse_speed)
+        + settings.own_text_for(layout) * length * _WRITING_PASSES * (cost.block_pass + cost.outer_pass) / speed,
         "guard": 3 * validation * per_token,
         "evaluate": (1 + variants) * test * per_token,
     }
 
 
-def _quantize_seconds(settings: RunSettings, cost: _Counts, length: int, speed: float, coarse_speed: float) -> float:
+def _quantize_seconds(
+    settings: RunSettings, cost: _Counts, sequences: int, length: int, speed: float, coarse_speed: float
+) -> float:
     seconds = _ROUNDING_SECONDS_PER_WEIGHT * (cost.block_weights + cost.outer_weights)
     if settings.quantizer != "rtn":
-        seconds += settings.calibration_sequences * length * (2 * cost.block_pass + cost.hessian) / coarse_speed
+        seconds += sequences * length * (2 * cost.block_pass + cost.hessian) / coarse_speed
         seconds += (cost.factor + _DESCENT_PRODUCTS * cost.update) / speed + _SECONDS_PER_COLUMN * cost.columns
     return seconds + _learning_seconds(settings, cost, length, coarse_speed)
+
+
+def _sequences(layout: ModelLayout, settings: RunSettings) -> int:
+    """What the quantizer reads: the person's text, and what the model writes itself."""
+    return settings.calibration_sequences + settings.own_text_for(layout)
 
 
 def _learning_seconds(settings: RunSettings, cost: _Counts, length: int, coarse_speed: float) -> float:
@@ -207,7 +219,7 @@ def _peak_bytes(layout: ModelLayout, settings: RunSettings, variants: int) -> in
     changes = min(len(settings.formats_for(layout)) * block, 224 << 20)
     inputs = min(32 * layout.block_count * width // 2, 256 << 20)
     measure = 4 * block + changes + inputs + 2 * outer_codes + 3 * logits
-    quantize = 3 * block + 8 * widest + 2 * settings.calibration_sequences * width + _STACK_BYTES
+    quantize = 3 * block + 8 * widest + 2 * _sequences(layout, settings) * width + _STACK_BYTES
     method = find_quantizer(settings.quantizer)
     if isinstance(method, KlRounding):
         states = 2 * layout.block_count * settings.calibration_sequences * width // 4

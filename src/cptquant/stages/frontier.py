@@ -118,6 +118,7 @@ def frontier_model(
     check_target(layout, run.settings.target)
     for budget in budgets:
         check_budget(layout, budget, find_target(run.settings.target), run.settings.formats_for(layout))
+    run.settings.own_text_for(layout)
     _ = run.calibration, run.test  # text that is too short is refused before compute is spent
     if request.measured_count(len(budgets) or request.points or DEFAULT_POINTS):
         find_exporter(run.settings.target).check(run.model, find_context(layout, run.settings.context))
@@ -159,7 +160,7 @@ def _trace(
     places = _spread(len(plans), request.measured_count(len(plans)))
     measured = {name: plan for place, (name, plan) in enumerate(plans.items()) if place in places}
     losses = _measure(run, layout, measured)
-    prior = choose_prior(layout, table, run.settings.quantizer, [plan.quant_formats for plan in plans.values()])
+    prior = choose_prior(layout, table, run.settings.carried_out_with, [plan.quant_formats for plan in plans.values()])
     prior = prior_or_vague(prior, [_damage(plan) for plan in plans.values()])
     inputs = {
         "layout": layout.digest(),
@@ -171,7 +172,8 @@ def _trace(
         "target": target.name,
         "formats": ",".join(map(str, formats)),
         "tokens": run.test.digest,
-        "quantizer": run.settings.quantizer,
+        "quantizer": run.settings.carried_out_with,
+        "own_text": str(run.settings.own_text_for(layout)),
     }
     return run.stage(
         "frontier.json", Frontier, inputs, lambda: _assemble(run, problem, table, plans, losses, prior), damage=_none
@@ -317,7 +319,7 @@ def _assemble(
         sensitivity_method=table.method,
         damage_unit=table.unit,
         measure=DAMAGE_NAMES[layout.task],
-        quantizer=run.settings.quantizer,
+        quantizer=run.settings.carried_out_with,
         text=run.test.description,
         formats=tuple(fmt.name for fmt in problem.requested),
         parameters=layout.parameters,

@@ -79,7 +79,7 @@ class PlanSource:
         if self.path == self.folder / "plan.json" and manifest.exists():
             return Manifest.load(manifest).quantizer
         path = self.folder / "settings.json"
-        return (RunSettings.load(path) if path.exists() else RunSettings(model="")).quantizer
+        return (RunSettings.load(path) if path.exists() else RunSettings(model="")).carried_out_with
 
 
 def find_plan(path: Path) -> PlanSource:

@@ -202,13 +202,13 @@ def _mixed_plan(
 def forecast_stage(run: Run, layout: ModelLayout, plans: Mapping[str, Plan]) -> PtqForecast | None:
     """forecast.json: what the plan and its baselines are expected to cost, before they are quantized.
 
-    None (and no file) where `RunSettings.forecasts` says no, for block formats of GGUF and learned rounding, which the
-    law has not seen, and in an installation that was built without a law (runs/ptq_grid.sh makes it). The second-order
-    KL is taken from the sensitivity table where TDMPQ made it.
+    None (and no file) where `RunSettings.forecasts` says no, for block formats of GGUF, learned rounding and own text,
+    which the law has not seen, and in an installation that was built without a law (runs/ptq_grid.sh makes it). The
+    second-order KL is taken from the sensitivity table where TDMPQ made it.
     """
     path = run.folder / "forecast.json"
     unseen = any(fmt.block is not None for plan in plans.values() for fmt in plan.quant_formats.values())
-    unseen = unseen or run.settings.quantizer not in METHODS
+    unseen = unseen or run.settings.carried_out_with not in METHODS
     if unseen or not run.settings.forecasts(layout) or not SHIPPED_LAW.exists():
         path.unlink(missing_ok=True)
         return None

@@ -52,10 +52,10 @@ def quantize_stage(
         _make_pieces(run, layout, plan, quantizer, shards, name)
         records = {record.site: record for record in shards.records()}
         return Manifest(
-            quantizer=run.settings.quantizer,
+            quantizer=run.settings.carried_out_with,
             settings={
                 "options": repr(quantizer),
-                "calibration": run.calibration.description,
+                "calibration": run.quantizer_text.description,
                 "arithmetic": inputs["arithmetic"],
                 **_describe_learning(quantizer, list(records.values())),
             },
@@ -76,7 +76,7 @@ def _open_pieces(run: Run, layout: ModelLayout, plan: Plan, quantizer: Quantizer
     """What the pieces depend on, and the folder named after it."""
     inputs = {
         "plan": digest_json(plan.formats),
-        "tokens": run.calibration.digest,
+        "tokens": run.quantizer_text.digest,
         "quantizer": repr(quantizer),
         "arithmetic": describe_arithmetic(getattr(quantizer, "coarse_products", False)),
         "layout": layout.digest(),
@@ -106,12 +106,12 @@ def _make_pieces(
         if not first.labels.issuperset([*labels, block_label(None)]):
             _make_pieces(run, layout, plan, quantizer.start, first, name)
         refine_sites(
-            run.model, quantizer, run.calibration, first, keep,
+            run.model, quantizer, run.quantizer_text, first, keep,
             lambda done, total: run.progress(f"learn rounding ({name})", done, total),
         )  # fmt: skip
         return
     quantize_sites(
-        run.model, plan, quantizer, run.calibration, keep,
+        run.model, plan, quantizer, run.quantizer_text, keep,
         resume={index: shards.piece(label) for index, label in enumerate(labels) if label in shards.labels},
         progress=lambda done, total: run.progress(f"quantize ({name})", done, total),
     )  # fmt: skip

@@ -105,8 +105,15 @@ class Run:
 
     @cached_property
     def calibration(self) -> "TokenSet":
-        """Text for measuring and quantizing."""
+        """Text for measuring, and what quantizing starts from."""
         return self._tokens("calibration", self.settings.calibration, self.settings.calibration_sequences)
+
+    @cached_property
+    def quantizer_text(self) -> "TokenSet":
+        """Text for quantizing: the calibration text, and what the model writes itself."""
+        from cptquant.stages.own_text import enlarge_calibration
+
+        return enlarge_calibration(self)
 
     @cached_property
     def validation(self) -> "TokenSet":
@@ -122,8 +129,10 @@ class Run:
         """Read every text the run will need, so that one that is too short is refused before compute is spent.
 
         Raises:
-            DataError: unusable text. ModelError: the model or its tokenizer cannot be loaded.
+            DataError: unusable text. ModelError: the model or its tokenizer cannot be loaded. UserError: own
+            text was asked for of a model that writes none.
         """
+        self.settings.own_text_for(self.model.layout)
         _ = self.calibration, self.validation, self.test
 
     def _tokens(self, split: "Split", source: str | None, sequences: int) -> "TokenSet":

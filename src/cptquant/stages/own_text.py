@@ -1,0 +1,77 @@
+"""Calibration text for quantizing: the person's, and what the model writes itself where that is asked for."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cptquant.core.artifact import digest_json, output_error
+
+if TYPE_CHECKING:
+    from cptquant.models.text import TokenSet
+    from cptquant.stages.run import Run
+
+
+def enlarge_calibration(run: "Run") -> "TokenSet":
+    """The calibration text, with `--own-text` sequences written by the model after it.
+
+    These are kept in work/own-text-DIGEST.safetensors, so that every plan of the run and every later stage reads the
+    same ones; a file that was cut short or changed is written again.
+
+    Raises:
+        ModelError: own text was asked for of a model that writes none. OutputError: the disk is full.
+    """
+    from cptquant.models.own_text import join_texts, write_own_text
+
+    count = run.settings.own_text_for(run.model.layout)
+    if count == 0:
+        return run.calibration
+    wanted = {
+        "layout": run.model.layout.digest(),
+        "tokens": run.calibration.digest,
+        "sequences": str(count),
+        "seed": str(run.settings.seed),
+    }
+    path = run.folder / "work" / f"own-text-{digest_json(wanted)[:16]}.safetensors"
+    written = _read(run, path, count) if path.exists() else None
+    if written is None:
+        written = write_own_text(
+            run.model, run.calibration, count, seed=run.settings.seed,
+            progress=lambda done, total: run.progress("write calibration text", done, total),
+        )  # fmt: skip
+        _save(written, path)
+    return join_texts(run.calibration, written)
+
+
+def _read(run: "Run", path: Path, count: int) -> "TokenSet | None":
+    """None where the file is not what was written."""
+    import torch
+
+    from cptquant.models.own_text import NO_DOCUMENT
+    from cptquant.models.text import TokenSet
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            ids, metadata = file.get_tensor("input_ids"), file.metadata()
+    except (OSError, SafetensorError):
+        ids, metadata = None, {}
+    if ids is not None:
+        documents = torch.full((count,), NO_DOCUMENT, dtype=torch.int64)
+        found = TokenSet.build(ids, torch.ones_like(ids), None, documents, metadata.get("description", ""))
+        if found.digest == metadata.get("digest"):
+            return found
+    run.progress(f"made anew: {path} was cut short or changed after it was written", 1, 1)
+    return None
+
+
+def _save(written: "TokenSet", path: Path) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"digest": written.digest, "description": written.description}
+        save_file({"input_ids": written.input_ids}, partial, metadata=metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise output_error(path, error) from None
