@@ -142,9 +142,8 @@ def _stage_seconds(layout: ModelLayout, settings: RunSettings, speed: float, coa
         "measure": _measure_seconds(layout, settings, cost, speed, coarse_speed)
         if needs_table(settings.allocator)
         else 0.0,
-        "quantize": variants
-        * _quantize_seconds(settings, cost, _sequences(layout, settings), length, speed, coarse_speed)
-        + settings.own_text_for(layout) * length * _WRITING_PASSES * (cost.block_pass + cost.outer_pass) / speed,
+        "quantize": variants * _quantize_seconds(settings, cost, read, length, speed, coarse_speed)
+        + written * _WRITING_PASSES * (cost.block_pass + cost.outer_pass) / speed,
         "guard": 3 * validation * per_token,
         "evaluate": (1 + variants) * test * per_token,
     }
