@@ -30,6 +30,7 @@ from cptquant.stages.measure import measure_stage
 from cptquant.stages.predict import forecast_stage
 from cptquant.stages.quantize import Variant, quantize_stage, write_stage
 from cptquant.stages.run import Run
+from cptquant.stages.variants import quantize_variants
 from cptquant.stages.written import check_run, drop_other_exports, written_plan
 
 
@@ -120,8 +121,7 @@ def _plans(run: Run, layout: ModelLayout) -> dict[str, Plan]:
 
 def _quantize_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:
     """The plan and its baselines, each quantized the same way."""
-    plans = _plans(run, layout)
-    return {name: Variant(plans[name], quantize_stage(run, layout, plans[name], name)) for name in plans}
+    return quantize_variants(run, layout, _plans(run, layout))
 
 
 def export_run(

@@ -38,7 +38,8 @@ def guard_stage(run: Run, variants: dict[str, Variant]) -> tuple[str, str]:
         return "quantized", "the plan is uniform itself"
     sources = {name: variants[name].shards for name in ("quantized", "uniform")}
     measured = evaluate(run.model, sources, run.validation, progress=run.progress)
-    return choose(measured, run.model.layout.task)
+    written, sentence = choose(measured, run.model.layout.task)
+    return written, "; ".join([sentence, *(variant.note for variant in variants.values() if variant.note)])
 
 
 def evaluate_stage(

@@ -25,10 +25,15 @@ from cptquant.stages.run import Run
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of spending the bytes: its plan and its quantized weights."""
+    """One way of spending the bytes: its plan and its quantized weights.
+
+    Attributes:
+        note: what was done otherwise than for the plan, for the report; empty where nothing was.
+    """
 
     plan: Plan
     shards: ShardFolder
+    note: str = ""
 
 
 def quantize_stage(
@@ -42,17 +47,48 @@ def quantize_stage(
     Args:
         name: for progress, and of the manifest. manifest: its file where the name does not say it.
     """
+    quantizer = find_quantizer(run.settings.quantizer)
+    file_name = manifest or manifest_name(name)
+    return _stage(run, layout, plan, _Work(name, file_name, quantizer, run.settings.carried_out_with))
+
+
+def first_pass_stage(run: Run, layout: ModelLayout, plan: Plan, name: str) -> ShardFolder:
+    """As `quantize_stage`, up to what learning on the whole model starts from."""
+    quantizer = find_quantizer(run.settings.quantizer)
+    if not isinstance(quantizer, KlRounding):
+        raise TypeError(f"{run.settings.quantizer} has no first pass of its own")
+    label = "gptq + own text" if run.settings.own_text_for(layout) else "gptq"
+    file_name = "work/manifest-start.json" if name == "quantized" else manifest_name(name)
+    return _stage(run, layout, plan, _Work(name, file_name, quantizer.start, label))
+
+
+def manifest_name(name: str) -> str:
+    """Of a variant's manifest in the run folder."""
+    return "manifest.json" if name == "quantized" else f"manifest-{name}.json"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """name: for progress. file_name: the manifest's. label: how records name the quantizer."""
+
+    name: str
+    file_name: str
+    quantizer: Quantizer
+    label: str
+
+
+def _stage(run: Run, layout: ModelLayout, plan: Plan, work: _Work) -> ShardFolder:
     check_plan(plan, layout)
     find_exporter(plan.target).check(run.model, find_context(layout, run.settings.context))
-    quantizer = find_quantizer(run.settings.quantizer)
+    quantizer = work.quantizer
     inputs, shards = _open_pieces(run, layout, plan, quantizer)
     labels = [block_label(index) for index in range(layout.block_count)]
 
     def make() -> Manifest:
-        _make_pieces(run, layout, plan, quantizer, shards, name)
+        _make_pieces(run, layout, plan, quantizer, shards, work.name)
         records = {record.site: record for record in shards.records()}
         return Manifest(
-            quantizer=run.settings.carried_out_with,
+            quantizer=work.label,
             settings={
                 "options": repr(quantizer),
                 "calibration": run.quantizer_text.description,
@@ -65,10 +101,9 @@ def quantize_stage(
             parameters=layout.parameters,
         )
 
-    file_name = manifest or ("manifest.json" if name == "quantized" else f"manifest-{name}.json")
     if not shards.labels.issuperset([*labels, block_label(None)]):  # pieces were removed after the manifest was made
-        (run.folder / file_name).unlink(missing_ok=True)
-    run.stage(file_name, Manifest, inputs, make)
+        (run.folder / work.file_name).unlink(missing_ok=True)
+    run.stage(work.file_name, Manifest, inputs, make)
     return shards
 
 
