@@ -10,6 +10,7 @@ both pictures of what the results hold and runs nothing).
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from machine import describe_machine
 from measured_process import CPTQUANT
 from peer_cells import Bench, Setting, Tool, cell_folder, measure_cell, peer_command
 from peer_tools import TOOLS, applicable, write_calibration
-from peers_page import write_page
+from peers_page import is_ours, write_page
 from results_file import FOLDER, REPOSITORY, model_folder, write_results
 from ruler import Ruler, cut_windows
 
@@ -32,6 +33,8 @@ def main() -> None:
     args = read_arguments()
     if not args.page:
         pythons = dict(pair.split("=", 1) for pair in args.python)
+        if strangers := [pair for pair in args.recipe if not is_ours(pair) or "=" not in pair]:
+            sys.exit(f"--recipe {strangers[0]!r}: write NAME=FLAGS with a name that begins with cptquant")
         recipes = {name: RECIPES[name] for name in args.ours} | dict(pair.split("=", 1) for pair in args.recipe)
         for model in args.models:
             run_model(model, args, pythons, recipes)
@@ -49,6 +52,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recipe", action="append", default=[], metavar="NAME=FLAGS", help="one of ours more, e.g. rtn=--quantizer rtn"
     )
+    parser.add_argument("--settings", default="", metavar="REGEX", help="only the peers' settings whose label matches")
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help="bpw@sites of ours")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=REPOSITORY / "build" / "peers", help="where cells are kept")
@@ -65,7 +69,7 @@ def run_model(model: str, args: argparse.Namespace, pythons: dict[str, str], rec
     for tool in TOOLS:
         if tool.name not in args.tools:
             continue
-        for setting in applicable(tool, folder):
+        for setting in (found for found in applicable(tool, folder) if re.search(args.settings, found.label)):
             keep_row(run_peer(tool, setting, bench, pythons))
     for name, flags in recipes.items():
         for budget in args.budgets:

@@ -7,7 +7,7 @@ by its own `checkpoint` and solved again for each average. Its ready-made weight
 options here are its custom formats (an experimental feature, it says): integers of 2, 3, 4 and 8 bits in symmetric
 groups of 64, each calibrated by AWQ lite as its INT4_AWQ_CFG is. `effective_bits` is told to count scales and to leave
 the head out. Nothing is exported: version 0.47 refuses to ("Unsupported quantizer with num_bits: 2"). OUTPUT receives
-the fake-quantized weights, AWQ's input scales folded in (in an engine they would go into the layer before; not counted).
+the fake-quantized weights with AWQ's input scales folded in (an engine would put them into the layer before; no cost).
 """
 
 import argparse
