@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 from written_weights import count_bits, find_checkpoint, read_written
 
@@ -50,6 +52,34 @@ def test_symmetric_groups_count_codes_and_scales_only(tmp_path: Path, bits: int)
 def test_zero_points_count_where_groups_are_not_symmetric(tmp_path: Path):
     folder = gptq_folder(tmp_path / "out", 4, order=IN_ORDER, symmetric=False)
     assert count_bits(folder) == OUT * IN * 4 + (16 + 4) * OUT * IN // GROUP
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_compressed_tensors_folders_read_as_the_library_reads_them(tmp_path: Path, bits: int, symmetric: bool):
+    weights = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="group", group_size=GROUP)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    generator = torch.Generator().manual_seed(bits)
+    shape = (OUT, IN // GROUP)
+    layer = {
+        "weight": torch.randn(OUT, IN, generator=generator),
+        "weight_scale": torch.rand(shape, generator=generator).to(torch.bfloat16) + 0.25,
+        "weight_zero_point": torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape, generator=generator).to(
+            torch.int8
+        ),
+    }
+    if symmetric:
+        layer["weight_zero_point"] = torch.zeros(shape, dtype=torch.int8)
+    stored = PackedQuantizationCompressor.compress(layer, scheme)
+    save_file({f"block.q_proj.{name}": tensor for name, tensor in stored.items()}, tmp_path / "model.safetensors")
+    group = {"targets": ["Linear"], "weights": {"num_bits": bits}}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    written = read_written(tmp_path, set())
+    expected = PackedQuantizationCompressor.decompress(stored, scheme)["weight"].float()
+    # The library multiplies in bfloat16, the ruler in float32.
+    torch.testing.assert_close(written.weights["block.q_proj.weight"], expected, rtol=2**-8, atol=0)
+    assert written.bits_per_weight == bits + (16 + (0 if symmetric else bits)) / GROUP
 
 
 def test_an_order_of_columns_counts_where_it_says_something(tmp_path: Path):
