@@ -7,6 +7,9 @@ Its documented recipe (examples/awq): asymmetric groups, scales searched with an
 preceding norm or layer, so norms in OUTPUT differ from the original's. OPT has no mapping of its own in version
 0.14: its names are given here, q and k and v behind the norm before attention, out behind v, fc1 behind the last norm,
 fc2 behind fc1 (exact, because ReLU commutes with positive scales).
+
+Without an accelerator AWQ of version 0.14 stops when it pins cached activations ("Cannot access accelerator device when
+none is available"); pinning, which changes no value, is left out here.
 """
 
 import argparse
@@ -27,6 +30,8 @@ def main() -> None:
         from transformers import AutoModelForCausalLM
     if args.threads:
         torch.set_num_threads(args.threads)
+    if not torch.accelerator.is_available():
+        torch.Tensor.pin_memory = lambda tensor, device=None: tensor
     with account.step("load"):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
         input_ids = load_file(args.tokens)["input_ids"]
