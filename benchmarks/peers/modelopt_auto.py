@@ -86,11 +86,13 @@ def weight_only(width: int, algorithm: str) -> dict[str, Any]:
 
 def read_weights(model: Any) -> tuple[dict[str, Any], dict[str, int]]:
     """Fake-quantized weights, and the bits that codes and scales would take; layers left alone take 16 a weight."""
+    import torch
+
     weights, bits = {}, {}
     for name, module in model.named_modules():
-        quantizer = getattr(module, "weight_quantizer", None)
-        if quantizer is None or name == "lm_head":
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":  # embeddings have quantizers too, unused here
             continue
+        quantizer = module.weight_quantizer
         weight, per_weight = module.weight.detach(), 16.0
         if quantizer.is_enabled:
             weight, per_weight = quantizer(weight), quantizer.num_bits + SCALE_BITS / GROUP
