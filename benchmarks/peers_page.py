@@ -126,6 +126,9 @@ def cells(rows: Rows) -> list[str]:
             f"{start}| {point.bits:.3f} | {spell(point)} | {row['cpu_seconds']:.0f} "
             f"| {row['peak_memory_bytes'] / 1e6:.0f} |"
         )
+    for note in unique(row["note"] for row in rows if "note" in row):
+        settings = ", ".join(f"{row['tool']} {row['setting']}" for row in rows if row.get("note") == note)
+        lines += ["", f"{settings}: {note}."]
     return lines
 
 

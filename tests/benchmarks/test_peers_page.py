@@ -34,7 +34,9 @@ def test_the_summary_reads_every_tool_at_the_sizes():
 
 
 def test_every_cell_is_listed_and_failures_in_the_tools_words():
-    text = "\n".join(tables(ROWS))
+    noted = row("peer D", "W3", 3.25, 0.02) | {"note": "measured earlier"}
+    text = "\n".join(tables([*ROWS, noted]))
+    assert "\n\npeer D W3: measured earlier." in text
     assert "| peer C | W2 | failed | return code 1: a/b | 3 | |" in text
     assert "| peer A | W4 | 4.250 | 0.00160 ± 0.00002 | 21 | 500 |" in text
 
