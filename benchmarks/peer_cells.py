@@ -142,11 +142,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def measure_cell(bench: Bench, tool: str, label: str, command: list[str | Path]) -> dict[str, Any]:
-    """One row: the command must write to `cell_folder(...) / "out"`."""
-    cell = cell_folder(bench, tool, label)
-    ran = run_cell(cell, command, bench.threads)
-    row = {"model": bench.model, "tool": tool, "setting": label, **ran}
-    if "failure" not in ran:
+def measure_cell(bench: Bench, cell: Path, command: list[str | Path]) -> dict[str, Any]:
+    """What a row holds beside its names: the command must write to `cell / "out"`."""
+    row = run_cell(cell, command, bench.threads)
+    if "failure" not in row:
         row |= judge_cell(cell, bench.ruler)
     return row

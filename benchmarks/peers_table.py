@@ -84,19 +84,24 @@ def run_peer(tool: Tool, setting: Setting, bench: Bench, pythons: dict[str, str]
         return None
     # Not resolved: the interpreter of an environment is a link, and resolving it would leave the environment.
     command = peer_command(tool, setting, bench, Path(python or sys.executable).absolute(), cell / "out")
-    return measure_cell(bench, tool.name, setting.label, command)
+    return named(bench.model, tool.name, setting.label) | measure_cell(bench, cell, command)
 
 
 def run_ours(name: str, flags: str, budget: float, bench: Bench) -> dict[str, Any]:
     """`cptquant quantize` at a budget of the blocks' matrices."""
     label = f"{budget:g} bpw@sites"
-    cell = cell_folder(bench, name, label)
+    cell = cell_folder(bench, f"{name} {flags}", label)  # other flags under the same name are another cell
     command = [
         CPTQUANT, "quantize", bench.model if bench.model.startswith("embedded:") else bench.folder,
         "--budget", f"{budget:g}bpw@sites", "--calibration", bench.calibration["text"],
         "--eval-text", bench.calibration["guard"], "--output", cell / "out", *shlex.split(flags),
     ]  # fmt: skip
-    return {**measure_cell(bench, name, label, command), "flags": flags}
+    return named(bench.model, name, label) | {"flags": flags} | measure_cell(bench, cell, command)
+
+
+def named(model: str, tool: str, setting: str) -> dict[str, Any]:
+    """What a row is told by."""
+    return {"model": model, "tool": tool, "setting": setting}
 
 
 def keep_row(row: dict[str, Any] | None) -> None:
@@ -105,8 +110,7 @@ def keep_row(row: dict[str, Any] | None) -> None:
         return
     path = FOLDER / "peers.json"
     content = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    cell = ("model", "tool", "setting")
-    rows = [old for old in content["rows"] if any(old[name] != row[name] for name in cell)]
+    rows = [old for old in content["rows"] if any(old[name] != row[name] for name in named("", "", ""))]
     write_results("peers", {"machine": describe_machine(), "rows": [*rows, row]})
     said = row.get("failure") or (
         f"{row['bits_per_weight']:.4f} bpw, KL {row['kl_nats_per_token']:.5f} ± {row['stderr']:.5f}"
