@@ -11,14 +11,13 @@ every tensor. All KL on the same held-out tokens. Needs llama-cpp-python (CPTQUA
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from gguf_source import quantize_preset, write_importance, write_source
 from machine import describe_machine
 from results_file import SHARED, model_folder, write_results
 from torch import Tensor
@@ -36,14 +35,10 @@ from cptquant.core.targets import candidate_formats, find_target
 from cptquant.engines.llamacpp_python import find_llamacpp
 from cptquant.evaluation.evaluate import evaluate
 from cptquant.exporters.gguf.read_back import GgufWeights, open_gguf
-from cptquant.exporters.gguf.tensors import list_tensors
-from cptquant.exporters.gguf.write import write_file
 from cptquant.models.load import load_model
-from cptquant.models.stream import ModelStream, WeightSource, site_modules
+from cptquant.models.stream import WeightSource
 from cptquant.models.text import TokenSet, load_tokens
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.packing.shards import ShardFolder
-from cptquant.quantizers.hessian import collect_block_hessians
 from cptquant.quantizers.methods import find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
 from cptquant.sensitivity.measure import measure_sensitivity
@@ -108,44 +103,6 @@ class Bench:
         quantize_sites(self.model, plan, find_quantizer("gptq"), self.calibration, memory.keep)
         return memory
 
-    def source_file(self) -> Path:
-        """The original in 16 bits as GGUF."""
-        keep = self.model.layout.keep_format
-        kept = {site.name: keep for site in self.model.layout.sites}
-        plan = self.plan(kept, GGUF.plan_bytes(self.model.layout, {}), None)
-        path = self.folder / "original.gguf"
-        write_file(path, self.model, list_tensors(self.model, plan, ShardFolder(self.folder / "none", {}, {})))
-        return path
-
-    def importance(self) -> Path:
-        """Mean squared inputs of every matrix in the blocks, by the file's tensor names."""
-        found: dict[str, np.ndarray] = {}
-        names = GgufWeights(self.folder / "original.gguf", self.model)
-        stream = ModelStream(self.model, self.calibration)
-        for index in range(self.model.layout.block_count):
-            block = stream.load_block()
-            hessians = collect_block_hessians(stream, block, site_modules(block, self.model.layout, index))
-            for site in self.model.layout.block_sites:
-                if site.block_index == index:
-                    tensor = names.tensor_of(site)
-                    assert tensor is not None
-                    found[tensor] = hessians.hessian(site.name).diagonal().numpy()
-            stream.advance(block)
-        path = self.folder / "importance.npz"
-        np.savez(path, **found)
-        return path
-
-    def preset(self, preset: str, source: Path, importance: Path) -> Path:
-        """llama.cpp's own file."""
-        engine = find_llamacpp()
-        output = self.folder / f"{preset}.gguf"
-        request = {"source": str(source), "output": str(output), "preset": preset, "importance": str(importance)}
-        script = Path(__file__).with_name("llamacpp_quantize.py")
-        subprocess.run(
-            [engine.python, str(script)], input=json.dumps(request), text=True, check=True, stderr=subprocess.DEVNULL
-        )
-        return output
-
     def preset_formats(self, path: Path) -> dict[str, QuantFormat]:
         """Our format of every site at the preset's own type."""
         types = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(path).tensors}
@@ -161,12 +118,15 @@ class Bench:
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
     """One row a preset and method."""
-    source = bench.source_file()
-    importance = bench.importance()
+    source, importance = bench.folder / "original.gguf", bench.folder / "importance.npz"
+    write_source(bench.model, source)
+    write_importance(bench.model, bench.calibration, source, importance)
+    python = find_llamacpp().python
     table = bench.table()
     rows: list[dict[str, Any]] = []
     for preset in PRESETS:
-        path = bench.preset(preset, source, importance)
+        path = bench.folder / f"{preset}.gguf"
+        quantize_preset(python, preset, source, importance, path)
         size_bytes = sum(int(tensor.n_bytes) for tensor in open_gguf(path).tensors)
         same = bench.preset_formats(path)
         plans = {

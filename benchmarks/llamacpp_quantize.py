@@ -12,14 +12,12 @@ import sys
 import llama_cpp
 import numpy as np
 
-PRESETS = {"Q2_K": "MOSTLY_Q2_K", "Q3_K_M": "MOSTLY_Q3_K_M", "Q4_K_M": "MOSTLY_Q4_K_M", "Q5_K_M": "MOSTLY_Q5_K_M"}
-
 
 def main() -> None:
     request = json.load(sys.stdin)
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.nthread = 1
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{PRESETS[request['preset']]}")
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request['preset']}")
     parameters.allow_requantize = True
     stored = np.load(request["importance"])
     arrays = {name: np.ascontiguousarray(stored[name], np.float32) for name in stored.files}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -44,12 +44,13 @@ def cut_windows(model: Path, text: str, windows: int, length: int) -> Tensor:
 
 
 class Ruler:
-    """Holds the original model in float32 and its log-probabilities on the test windows."""
+    """Holds the original model in float32, and after the first judgement its log-probabilities on the test windows."""
 
     def __init__(self, model: Path, test_windows: Tensor, *, batch_size: int = 4) -> None:
         self.original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.original.requires_grad_(False)
         self.batches = test_windows.split(batch_size)
+        self._references: list[Tensor] = []
 
     @torch.inference_mode()
     def judge(self, weights: dict[str, Tensor]) -> Divergence:
@@ -65,9 +66,9 @@ class Ruler:
                 raise ValueError(f"{name}: {tuple(weight.shape)} instead of {tuple(parameters[name].shape)}")
             parameters[name].copy_(weight)
         means, agreements = [], []
-        for batch in self.batches:
-            reference = self.original(batch).logits[:, :-1].log_softmax(-1)
-            candidate = changed(batch).logits[:, :-1].log_softmax(-1)
+        self._references = self._references or [self._log_probabilities(self.original, batch) for batch in self.batches]
+        for batch, reference in zip(self.batches, self._references, strict=True):
+            candidate = self._log_probabilities(changed, batch)
             means.append((reference.exp() * (reference - candidate)).sum(-1).double().mean(1))
             agreements.append((reference.argmax(-1) == candidate.argmax(-1)).double().mean(1))
         kl = torch.cat(means)
@@ -77,6 +78,10 @@ class Ruler:
             windows=len(kl),
             top1_agreement=torch.cat(agreements).mean().item(),
         )
+
+    @staticmethod
+    def _log_probabilities(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).logits[:, :-1].log_softmax(-1)
 
 
 def decode_checkpoint(folder: Path) -> dict[str, Tensor]:
@@ -98,7 +103,7 @@ def decode_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 
 def _decode_compressed_tensors(stored: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    """Symmetric groups or rows in dense int32 words; the width is the group's, or follows from the words."""
+    """Groups or rows in dense int32 words, zero points packed along the rows; the width is the group's."""
     dense = {}
     for packed_name in [name for name in stored if name.endswith(".weight_packed")]:
         module = packed_name.removesuffix(".weight_packed")
@@ -110,6 +115,9 @@ def _decode_compressed_tensors(stored: dict[str, Tensor], config: dict) -> dict[
             columns = stored[f"{module}.weight_g_idx"].long()
         else:
             columns = torch.arange(shape[1]) // (shape[1] // scales.shape[1])
+        if f"{module}.weight_zero_point" in stored:
+            zeros = unpack_from_int32(stored[f"{module}.weight_zero_point"], bits, scales.shape, packed_dim=0)
+            codes -= zeros.float()[:, columns]
         dense[f"{module}.weight"] = codes * scales[:, columns]
     return dense
 

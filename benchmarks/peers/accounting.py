@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 def processor_seconds() -> float:
@@ -39,6 +40,23 @@ class Account:
         self.figures[f"{name}_wall_seconds"] = time.perf_counter() - wall
         self.figures[f"{name}_cpu_seconds"] = processor_seconds() - cpu
         self.figures[f"{name}_peak_memory_bytes"] = peak_resident_bytes()
+
+    @contextmanager
+    def shared_step(self, name: str, folder: Path) -> Iterator[bool]:
+        """Work that all settings of a tool share and do once; yields whether it is still to be done.
+
+        What it cost is kept beside it and told again by every later run (`shared_earlier`), so that the harness can
+        charge each setting as if it stood alone.
+        """
+        record = folder / f"{name}.json"
+        if record.exists():
+            self.figures["shared_earlier"] = json.loads(record.read_text())
+            yield False
+            return
+        with self.step(name):
+            yield True
+        cost = {key: self.figures[f"{name}_{key}"] for key in ("wall_seconds", "cpu_seconds", "peak_memory_bytes")}
+        record.write_text(json.dumps(cost))
 
     def print_figures(self) -> None:
         """Print everything as one line of JSON that begins with `RESULT `."""
