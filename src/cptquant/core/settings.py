@@ -133,9 +133,10 @@ class RunSettings(Artifact):
     def baselines_for(self, layout: ModelLayout) -> tuple[str, ...]:
         """Which baselines are quantized and evaluated beside the plan.
 
-        Each costs a quantization of its own, so above 50M parameters only uniform bits, which the guard needs, are the
-        default.
+        Each costs a quantization of its own, so above 50M parameters, and where learning makes that costly, only
+        uniform bits, which the guard needs, are the default.
         """
         if self.baselines is None:
-            return BASELINES if layout.parameters < _SMALL_MODEL_PARAMETERS else ("uniform",)
+            cheap = layout.parameters < _SMALL_MODEL_PARAMETERS and self.quantizer != "kl-rounding"
+            return BASELINES if cheap else ("uniform",)
         return self.baselines
