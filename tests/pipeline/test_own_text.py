@@ -125,3 +125,13 @@ def test_a_baseline_far_behind_is_not_learned(cptquant: Callable, folder: Path, 
         assert "report" in (run / "report.html").read_text()
     before, after = (reports[limit].find("kl_nats_per_token", "quantized") for limit in reports)
     assert before is not None and after is not None and before.value == after.value
+
+
+def test_fast_is_what_its_flags_say(cptquant: Callable, folder: Path, tmp_path: Path) -> None:
+    assert (
+        cptquant("quantize", folder, "--budget", "10bpw", "--output", tmp_path / "run", "--fast", *QUICK[:2]).code == 0
+    )
+    settings = RunSettings.load(tmp_path / "run/settings.json")
+    assert (settings.calibration_sequences, settings.eval_sequences) == (4, 32)  # the first was given
+    assert settings.baselines == ("uniform",) and settings.predict is False
+    assert not (tmp_path / "run/forecast.json").exists() and not (tmp_path / "run/plan-random.json").exists()

@@ -10,12 +10,27 @@ from cptquant.cli import options
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print sizes, expected time and memory; spend neither, write nothing.")
 ]
+FAST: dict[str, object] = {
+    "calibration_sequences": 64,
+    "eval_sequences": 32,
+    "baselines": ("uniform",),
+    "predict": False,
+}
+"""What `--fast` stands for; flags that are given go before it."""
+_Fast = Annotated[
+    bool,
+    typer.Option(
+        "--fast",
+        help="Half the text, no forecast, no random baseline: --calibration-sequences 64 --eval-sequences 32 "
+        "--baselines uniform --no-predict, each unless given.",
+    ),
+]
 _Baselines = Annotated[
     str | None,
     typer.Option(
         "--baselines",
         help="Also quantize and evaluate at no more bytes: uniform, random, or both. The guard needs uniform.  "
-        "[default: uniform,random below 50M parameters, else uniform]",
+        "[default: uniform,random below 50M parameters, else and for kl-rounding uniform]",
         show_default=False,
     ),
 ]
@@ -63,6 +78,7 @@ def quantize(
     tokens_seen: _TokensSeen = None,
     seed: options.Seed = None,
     trust_remote_code: options.TrustRemoteCode = None,
+    fast: _Fast = False,
     dry_run: _DryRun = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -90,6 +106,8 @@ def quantize(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
+    if fast:
+        changes = FAST | changes
     if dry_run:
         _print_estimate(model, changes, as_json)
         return
