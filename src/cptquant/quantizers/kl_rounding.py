@@ -153,7 +153,9 @@ def _split(tokens: TokenSet, method: KlRounding) -> tuple[TokenSet, TokenSet]:
     chosen = torch.linspace(0, given - 1, held + 2)[1:-1].round().long() if held < given - 1 else torch.tensor([0])
     rest = torch.ones(tokens.sequence_count, dtype=torch.bool)
     rest[chosen] = False
-    return tokens.subset(chosen), tokens.subset(rest.nonzero().flatten())
+    left = rest.nonzero().flatten()
+    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(method.seed))
+    return tokens.subset(chosen), tokens.subset(left[order])  # batches of both kinds of text
 
 
 def _some(tokens: TokenSet) -> TokenSet:
