@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/joint_formats.py
     ... --target onnx --models reference-llama reference-opt
 
-TDMPQ scores the longest list once (its CPU seconds, and those of the first list alone, are in the results); the knapsack
-chooses from each list under the same budget; GPTQ carries the plans out. Budgets count the blocks' linear layers, scales
-and zero points included. Validation text (on which the default list was chosen) and test text apart, n = windows x 255
-tokens each; standard errors by document, differences between lists paired. Goes on where an earlier call stopped.
+TDMPQ scores the longest list once (its CPU seconds, and those of the first list alone, are in the results); the
+knapsack chooses from each list under the same budget; GPTQ carries the plans out. Budgets count the blocks' linear
+layers, scales and zero points included. Validation text (on which the default list was chosen) and test text apart,
+n = windows x 255 tokens each, standard errors by document. Goes on where an earlier call stopped.
 Writes results/joint_formats.json.
 """
 
@@ -53,9 +53,11 @@ LISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "onnx": {
         "g64": _names(_KERNELS, "g64"),
         "g32, g64, g128": _names(_KERNELS, "g32", "g64", "g128"),
-        "g32, g64, g128, both asym too": _names(_KERNELS, *[g + a for g in ("g32", "g64", "g128") for a in ("", "-asym")]),
+        "g32, g64, g128, both asym too": _names(
+            _KERNELS, *[group + zeros for group in ("g32", "g64", "g128") for zeros in ("", "-asym")]
+        ),
     },
-}  # fmt: skip
+}
 
 
 class Bench:
@@ -121,9 +123,10 @@ class Bench:
         return found
 
 
-def run(bench: Bench, lists: dict[str, tuple[str, ...]], budgets: list[str]) -> dict[str, Any]:
-    """All budgets of one model."""
-    first, last = next(iter(lists.values())), list(lists.values())[-1]
+def run(bench: Bench, every: dict[str, tuple[str, ...]], wanted: list[str], budgets: list[str]) -> dict[str, Any]:
+    """All budgets of one model, for the wanted lists."""
+    first, last = next(iter(every.values())), list(every.values())[-1]
+    lists = {name: formats for name, formats in every.items() if name in wanted}
     table = bench.table(last)
     cost = {"first list": bench.table(first).metadata["cpu_seconds"], "last list": table.metadata["cpu_seconds"]}
     rows: list[dict[str, Any]] = []
@@ -147,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["reference-llama", "reference-opt", "embedded:opt-mini"])
     parser.add_argument("--target", choices=list(LISTS), default="transformers")
+    parser.add_argument("--lists", nargs="+", help="names in LISTS; all of the target")
     parser.add_argument("--budgets", nargs="+", default=["2.5bpw@sites", "3bpw@sites", "3.5bpw@sites", "4bpw@sites"])
     parser.add_argument("--windows", type=int, default=64, help="of 256 tokens, of each of the two texts")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "joint_formats")
@@ -156,8 +160,12 @@ def main() -> None:
     content = json.loads(path.read_text()) if path.exists() else {"targets": {}}
     content["machine"] = describe_machine()
     for name in args.models:
-        found = run(Bench(name, args), LISTS[args.target], args.budgets)
-        content["targets"].setdefault(args.target, {})[name] = found
+        lists = LISTS[args.target]
+        found = run(Bench(name, args), lists, args.lists or list(lists), args.budgets)
+        before = content["targets"].setdefault(args.target, {}).get(name, {"rows": []})["rows"]
+        keys = {(row["budget"], row["list"]) for row in found["rows"]}
+        found["rows"] = [row for row in before if (row["budget"], row["list"]) not in keys] + found["rows"]
+        content["targets"][args.target][name] = found
         write_results("joint_formats", content)
 
 

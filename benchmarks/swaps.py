@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/swaps.py [--models reference-llama] [--budgets 3bpw@sites] [--rounds 4]
 
-TDMPQ's table, the knapsack, GPTQ on 128 x 256 calibration tokens; the search sees those tokens only. Both plans are then
-quantized by `quantize_sites` and judged on validation and test text, n = windows x 255 tokens each; the difference is
-paired, standard errors by document. Goes on where an earlier call stopped. Writes results/swaps.json.
+TDMPQ's table, the knapsack, GPTQ on 128 x 256 calibration tokens; the search sees those tokens only. Both plans are
+then quantized by `quantize_sites` and judged on validation and test text, n = windows x 255 tokens each; the difference
+is paired, standard errors by document. Goes on where an earlier call stopped. Writes results/swaps.json.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from equal_bytes import MemoryWeights
 from joint_formats import LISTS, Bench
 from machine import describe_machine
 from results_file import FOLDER, REPOSITORY, write_results
@@ -28,7 +29,6 @@ from cptquant.quantizers.methods import find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
 from cptquant.sensitivity.plan_loss import PlanLoss
 from cptquant.stages.refine import QuantizedPlan, search_swaps
-from equal_bytes import MemoryWeights
 
 
 def carry_out(bench: Bench, plan: Plan) -> tuple[MemoryWeights, float]:
@@ -43,7 +43,10 @@ def compare(bench: Bench, before: MemoryWeights, after: MemoryWeights) -> dict[s
     found: dict[str, Any] = {}
     for split, tokens in bench.texts.items():
         every = range(tokens.sequence_count)
-        kl = [torch.from_numpy(PlanLoss(bench.model, weights, tokens).losses([{}], every)[0]) for weights in (before, after)]
+        kl = [
+            torch.from_numpy(PlanLoss(bench.model, weights, tokens).losses([{}], every)[0])
+            for weights in (before, after)
+        ]
         per, clusters = tokens.input_ids.shape[1] - 1, cluster_by_document(tokens.documents)
         sizes = torch.full((len(kl[0]),), per)
         for name, values in (("before", kl[0]), ("after", kl[1]), ("difference", kl[1] - kl[0])):
@@ -64,7 +67,6 @@ def run(bench: Bench, formats: tuple[str, ...], budget: str, search: SwapSearch,
     start = time.process_time()
     quantized = QuantizedPlan(plan, weights, find_quantizer("gptq"), bench.calibration)
 
-
     def tell(stage: str, done: int, total: int) -> None:
         print(f"{bench.name} {budget} {stage} {done}/{total} {time.process_time() - start:.0f} CPU s", flush=True)
 
@@ -80,7 +82,8 @@ def run(bench: Bench, formats: tuple[str, ...], budget: str, search: SwapSearch,
         "limit_bytes": plan.limit_bytes,
         "rounds": [
             {"steps": r.step_count, "moves": r.move_count, "passes": r.passes, "taken": r.taken,
-             "changes": 0 if r.move is None else len(r.move.changes), "expected": 0 if r.move is None else r.move.expected,
+             "changes": 0 if r.move is None else len(r.move.changes),
+             "expected": 0 if r.move is None else r.move.expected,
              "difference": r.difference, "stderr": r.stderr, "n": r.sequence_count}
             for r in refined.rounds
         ],

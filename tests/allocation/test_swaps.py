@@ -130,9 +130,7 @@ def test_two_for_one_where_no_pair_fits():
     """One up costs what two downs save."""
     steps = [Move(((0, 0),), -10, 1.0), Move(((1, 0),), -10, 1.5), Move(((2, 1),), 20, -4.0)]
     moves = list_moves(steps, 0, 8)
-    assert [(move.changes, move.more_bytes) for move in moves if move.expected < 0] == [
-        (((0, 0), (1, 0), (2, 1)), 0)
-    ]
+    assert [(move.changes, move.more_bytes) for move in moves if move.expected < 0] == [(((0, 0), (1, 0), (2, 1)), 0)]
     assert moves[0].expected == -1.5
     one_for_two = [Move(((0, 0),), -20, 1.0), Move(((1, 1),), 10, -0.9), Move(((2, 1),), 10, -0.8)]
     assert list_moves(one_for_two, 0, 8)[0].changes == ((0, 0), (1, 1), (2, 1))

@@ -1,4 +1,4 @@
-"""Better plans than the table's: budget-neutral swaps, each judged by the loss of the whole model, by successive halving.
+"""Better plans than the table's: budget-neutral swaps, judged by the loss of the whole model, by successive halving.
 
 A knapsack believes that damages of single sites add up. Near its optimum many choices are predicted to be about equal,
 and the model's own loss tells them apart (EvoPress, arXiv 2410.14649, which evolves from random swaps; successive
@@ -251,9 +251,9 @@ class _RoundOfSwaps:
 def list_moves(steps: Sequence[Move], spare_bytes: int, count: int) -> list[Move]:
     """The most promising moves that single steps make up and that take at most `spare_bytes` more.
 
-    Steps alone, one down for one up, two for one and one for two, by expected change, then by bytes; beside them bundles
-    of the best disjoint ones, 2, 4, 8, ... together. No step is in more than an eighth of the moves (at least two), so
-    that one wrong measurement does not fill the list.
+    Steps alone, one down for one up, two for one and one for two, by expected change, then by bytes; beside them
+    bundles of the best disjoint ones, 2, 4, 8, ... together. No step is in more than an eighth of the moves (at least
+    two), so that one wrong measurement does not fill the list.
     """
     downs = sorted((s for s in steps if s.more_bytes < 0), key=lambda s: s.expected / -s.more_bytes)
     ups = sorted((s for s in steps if s.more_bytes >= 0), key=lambda s: s.expected / max(1, s.more_bytes))

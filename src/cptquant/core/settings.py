@@ -10,7 +10,7 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.targets import find_target
 
-BASELINES = ("uniform", "random")
+BASELINES = ("uniform", "random", "preset")
 _SMALL_MODEL_PARAMETERS = 50_000_000
 
 
@@ -23,7 +23,8 @@ class RunSettings(Artifact):
         formats: candidate formats beside 16 bits; None means the target's own (`Target.default_formats`).
         calibration, eval_text: the person's own text; None means the embedded text.
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
-    baselines: "uniform" and "random" at no more bytes; None decides by size (`baselines_for`).
+    baselines: "uniform", "random" and, of llama.cpp, "preset" at no more bytes; None decides (`baselines_for`).
+    refine_swaps: rounds of swaps between sites after allocation, judged on the model's own loss; 0 leaves them out.
     predict: whether a causal language model's losses are predicted before it is quantized (forecast.json); None
         decides by size (`forecasts`).
     """
@@ -46,6 +47,7 @@ class RunSettings(Artifact):
     eval_sequences: int = 64
     sequence_length: int = 256
     baselines: tuple[str, ...] | None = None
+    refine_swaps: int = 0
     seed: int = 0
     trust_remote_code: bool = False
     predict: bool | None = None
@@ -104,9 +106,10 @@ class RunSettings(Artifact):
     def baselines_for(self, layout: ModelLayout) -> tuple[str, ...]:
         """Which baselines are quantized and evaluated beside the plan.
 
-        Each costs a quantization of its own, so above 50M parameters only uniform bits, which the guard needs, are the
-        default.
+        Each costs a quantization of its own, so above 50M parameters only those that the guard needs are the default:
+        uniform bits, and under --target gguf llama.cpp's own choice of types.
         """
-        if self.baselines is None:
-            return BASELINES if layout.parameters < _SMALL_MODEL_PARAMETERS else ("uniform",)
-        return self.baselines
+        if self.baselines is not None:
+            return self.baselines
+        guard = ("uniform", "preset") if self.target == "gguf" else ("uniform",)
+        return (*guard, "random") if layout.parameters < _SMALL_MODEL_PARAMETERS else guard

@@ -1,8 +1,8 @@
 """Other formats for single sites of a model that is quantized already: what a swap would put in their place.
 
-Each is quantized as `quantize_sites` would have: on the inputs that the quantized blocks before it produce. What it would
-change in the inputs of later sites, and hence in their codes, is left out, so that swaps can be judged without quantizing
-anything anew.
+Each is quantized as `quantize_sites` would have: on the inputs that the quantized blocks before it produce. What it
+would change in the inputs of later sites, and hence in their codes, is left out, so that swaps can be judged without
+quantizing anything anew.
 """
 
 from collections.abc import Callable, Mapping, Sequence

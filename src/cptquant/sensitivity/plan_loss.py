@@ -1,8 +1,8 @@
-"""The divergence of many plans that differ in a few sites: one walk through the blocks, each plan from its first change.
+"""The divergence of many plans that differ in a few sites: one walk through the blocks, each from its first change.
 
 KL(original ‖ plan) per sequence, as `KL = sum p log p - <p, z> + log sum exp z` with p the original's predictions and z
-the plan's logits: the original's part is computed once for all plans. In float32 this is off by about 1e-6 nats a token,
-far below what swaps change.
+the plan's logits: the original's part is computed once for all plans. In float32 this is off by about 1e-6 nats a
+token, far below what swaps change.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ class PlanLoss:
         tokens: what it is judged on; the original runs over all of it once, and its last hidden states are kept.
 
     Raises:
-        UserError: a bare encoder, which has no divergence of predictions. DataError: a classifier's text without labels.
+        UserError: a bare encoder, which has no divergence of predictions. DataError: a classifier without labels.
     """
 
     def __init__(self, model: LoadedModel, weights: WeightSource, tokens: TokenSet) -> None:

@@ -16,7 +16,7 @@ from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.packing.shards import ShardFolder
 from cptquant.quantizers.goes_on import GoesOn
 from cptquant.quantizers.kl_rounding import KlRounding
-from cptquant.quantizers.methods import Quantizer, find_quantizer
+from cptquant.quantizers.methods import Quantizer, find_quantizer, spelling_of
 from cptquant.quantizers.quantize import quantize_sites
 from cptquant.quantizers.refine import refine_sites
 from cptquant.stages.allocate import check_plan
@@ -32,7 +32,13 @@ class Variant:
 
 
 def quantize_stage(
-    run: Run, layout: ModelLayout, plan: Plan, name: str = "quantized", *, manifest: str | None = None
+    run: Run,
+    layout: ModelLayout,
+    plan: Plan,
+    name: str = "quantized",
+    *,
+    manifest: str | None = None,
+    quantizer: Quantizer | None = None,
 ) -> ShardFolder:
     """plan.json -> quantized pieces under work/ (one file a block, with records) and manifest.json.
 
@@ -41,10 +47,11 @@ def quantize_stage(
 
     Args:
         name: for progress, and of the manifest. manifest: its file where the name does not say it.
+        quantizer: the run's own where None.
     """
     check_plan(plan, layout)
     find_exporter(plan.target).check(run.model, find_context(layout, run.settings.context))
-    quantizer = find_quantizer(run.settings.quantizer)
+    quantizer = quantizer or find_quantizer(run.settings.quantizer)
     inputs, shards = _open_pieces(run, layout, plan, quantizer)
     labels = [block_label(index) for index in range(layout.block_count)]
 
@@ -52,7 +59,7 @@ def quantize_stage(
         _make_pieces(run, layout, plan, quantizer, shards, name)
         records = {record.site: record for record in shards.records()}
         return Manifest(
-            quantizer=run.settings.quantizer,
+            quantizer=spelling_of(quantizer),
             settings={
                 "options": repr(quantizer),
                 "calibration": run.calibration.description,

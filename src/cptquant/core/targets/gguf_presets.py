@@ -1,9 +1,10 @@
 """Which type llama.cpp's presets give each tensor: the hand rules that a plan has to beat at no more bytes.
 
 Rules as in llama.cpp's quantizer (`llama_tensor_get_type`): value and down projections of the first eighth, the last
-eighth and every third block between get more bits, an attention's fused q, k, v counts as a value projection, the output
-tensor (the token embedding where it is the head too) has 6 bits. Rows that a K type does not divide get llama.cpp's own
-replacements. Mixtures of experts are not among our models. Checked against the engine (tests/engines).
+eighth and every third block between get more bits, an attention's fused q, k, v counts as a value projection, the
+output tensor (the token embedding where it is the head too) has 6 bits. Rows that a K type does not divide get
+llama.cpp's own replacements. Mixtures of experts are not among our models. The tests compare with the engine's own
+files (tests/exporters/test_llamacpp_presets.py; not the extra bits of 80 blocks).
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ _OTHER_ROWS: Mapping[GgufType, GgufType] = {
     "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
 }  # fmt: skip
 """What llama.cpp replaces a type by where 256 does not divide the row (before 2026 Q4_0 was IQ4_NL, of equal bytes)."""
+_ATTENTION_OUTPUT: Mapping[str, GgufType] = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K"}
 _70B_BLOCKS = 80
 
 
@@ -45,11 +47,11 @@ class _Rules:
         if place is None or not _is_quantized(place.tensor):
             return self._layout.keep_format
         chosen = self._choose(site, place.tensor)
-        if site.in_features % BLOCK_LAYOUTS[chosen].block_columns:
-            chosen = _OTHER_ROWS[chosen]
-            if site.in_features % BLOCK_LAYOUTS[chosen].block_columns:
-                return self._layout.keep_format
-        return block_format(chosen)
+        if site.in_features % BLOCK_LAYOUTS[chosen].block_columns == 0:
+            return block_format(chosen)
+        other = _OTHER_ROWS.get(chosen)
+        fits = other is not None and site.in_features % BLOCK_LAYOUTS[other].block_columns == 0
+        return block_format(other) if other is not None and fits else self._layout.keep_format
 
     def _choose(self, site: Site, tensor: str) -> GgufType:
         if site.block_index is None:
@@ -63,7 +65,7 @@ class _Rules:
         if kind == "ffn_down":
             return self._down(site.block_index)
         if kind == "attn_output":
-            return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K"}.get(self._preset, self._base)  # type: ignore[return-value]
+            return _ATTENTION_OUTPUT.get(self._preset, self._base)
         return self._base
 
     @property
@@ -72,7 +74,7 @@ class _Rules:
         return self._layout.shared_head is not None or not any(site.role == "head" for site in self._layout.sites)
 
     def _value(self, block_index: int) -> GgufType:
-        chosen = self._base
+        chosen: GgufType = self._base
         if self._preset == "Q2_K":
             chosen = "Q4_K" if self._shares_values else "Q3_K"
         elif self._preset == "Q3_K_M":
