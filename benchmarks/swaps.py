@@ -117,6 +117,8 @@ def main() -> None:
             if any(all(row[field] == value for field, value in key.items()) for row in content["rows"]):
                 continue
             row = run(bench, LISTS[args.target][args.list], budget, search, args.seed)
+            if path.exists():  # another call may have written meanwhile
+                content["rows"] = json.loads(path.read_text())["rows"]
             content["rows"].append({**row, "formats": list(row["formats"])})
             print(json.dumps(row), flush=True)
             write_results("swaps", content)

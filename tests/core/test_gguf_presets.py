@@ -20,9 +20,10 @@ def llama(blocks: int, width: int, inner: int, *, key_width: int | None = None, 
     }  # fmt: skip
     for index in range(blocks):
         sites += [
-            Site(name=f"model.layers.{index}.{path}", out_features=rows, in_features=columns, block_index=index, role=role)
+            Site(name=f"model.layers.{index}.{path}", out_features=rows, in_features=columns, block_index=index,
+                 role=role)
             for path, (role, rows, columns) in shapes.items()
-        ]
+        ]  # fmt: skip
     sites.append(Site(name="lm_head", out_features=vocabulary, in_features=width, role="head"))
     kept = [KeptTensor(name="model.norm.weight", shape=(width,), stored_bytes=2 * width)]
     for index in range(blocks):

@@ -73,7 +73,7 @@ def test_allocate_refines_too(cptquant: Callable, loud: Path, tmp_path: Path) ->
     ("flags", "message"),
     [
         (("--allocator", "uniform"), "--refine-swaps orders formats by a sensitivity table, and --allocator uniform"),
-        (("--calibration-sequences", 12), "--refine-swaps needs 16 calibration sequences or more, half of them to judge"),
+        (("--calibration-sequences", 12), "--refine-swaps needs 16 calibration sequences or more, half of them to"),
         (("--refine-swaps", -1), "Invalid value for '--refine-swaps'"),
     ],
 )

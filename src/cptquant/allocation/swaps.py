@@ -102,14 +102,15 @@ class SwapSearch:
     """Hyper-parameters.
 
     Attributes:
-        rounds: at most. moves: judged in the first rung. first_sequences: of the steps and of the first rung.
+        rounds: at most. moves: judged in the first rung. first_sequences: of the steps, and of the first rung, which
+            are others.
         reach: steps a group may go from where it started: what `reachable` lists, and what a judge must know.
         confidence: standard errors by which a swap must be better.
     """
 
-    rounds: int = 4
+    rounds: int = 2
     moves: int = 32
-    first_sequences: int = 8
+    first_sequences: int = 4
     reach: int = 1
     confidence: float = 2.0
 
@@ -231,14 +232,16 @@ class _RoundOfSwaps:
         """The last two, the better half at each rung judged on twice as many sequences."""
         left: list[Move] = list(moves)
         sums: FloatArray = np.zeros(len(moves))
-        start, stop = 0, min(self._search.first_sequences, len(self._choosing))
+        # Not the steps' own sequences, unless there are no others.
+        unused = self._choosing[self._search.first_sequences :] or self._choosing
+        start, stop = 0, self._search.first_sequences
         while left:
-            sums = sums + self._differences(left, self._choosing[start:stop]).sum(axis=1)
+            sums = sums + self._differences(left, unused[start:stop]).sum(axis=1)
             best = np.argsort(sums, kind="stable")[: max(2, len(left) // 2)]
             left, sums = [left[int(i)] for i in best], sums[best]
-            if len(left) <= 2 or stop == len(self._choosing):
+            start, stop = stop, 2 * stop
+            if len(left) <= 2 or start >= len(unused):
                 break
-            start, stop = stop, min(2 * stop, len(self._choosing))
         return left[:2]
 
     def _differences(self, moves: Sequence[Move], sequences: Sequence[int]) -> FloatArray:

@@ -37,7 +37,8 @@ def preset_formats(layout: ModelLayout, preset: str) -> dict[str, QuantFormat]:
 
 class _Rules:
     def __init__(self, layout: ModelLayout, preset: str) -> None:
-        self._layout, self._preset, self._base = layout, preset, PRESETS[preset]
+        self._layout, self._preset = layout, preset
+        self._base: GgufType = PRESETS[preset]
         roles = {site.role: site for site in layout.block_sites}
         queries, keys = roles.get("q"), roles.get("k")
         self._shares_values = bool(queries and keys and queries.out_features >= 4 * keys.out_features)
