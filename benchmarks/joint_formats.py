@@ -162,6 +162,8 @@ def main() -> None:
     for name in args.models:
         lists = LISTS[args.target]
         found = run(Bench(name, args), lists, args.lists or list(lists), args.budgets)
+        if path.exists():  # another call may have written meanwhile
+            content["targets"] = json.loads(path.read_text())["targets"]
         before = content["targets"].setdefault(args.target, {}).get(name, {"rows": []})["rows"]
         keys = {(row["budget"], row["list"]) for row in found["rows"]}
         found["rows"] = [row for row in before if (row["budget"], row["list"]) not in keys] + found["rows"]

@@ -1,5 +1,6 @@
 """`--refine-swaps` end to end: the plan keeps its bytes, the search is kept, and the guard has the last word."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def test_the_whole_chain(cptquant: Callable, loud: Path, tmp_path: Path) -> None
     assert outcome.code == 0, outcome.err
     assert Plan.load(run / "plan.json").formats == before.formats
     assert not (run / "refinement.json").exists() and not (run / "plan-unrefined.json").exists()
+
+
+def test_a_dry_run_counts_the_search(cptquant: Callable, folder: Path) -> None:
+    flags = ("quantize", folder, "--budget", "4bpw@sites", "--dry-run", "--json")
+    plain, more = (json.loads(cptquant(*flags, *extra).out)["stage_seconds"] for extra in ((), SWAPS))
+    assert "swaps" not in plain and more["swaps"] > 0
+    assert more["quantize"] > plain["quantize"] / 2  # timings of the machine differ between the two calls
 
 
 def test_allocate_refines_too(cptquant: Callable, loud: Path, tmp_path: Path) -> None:
