@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/preset_guard.py [--models reference-opt]
 
-At the bytes of each preset: the knapsack's plan, the preset's own types (`core.targets.gguf_presets`, no engine needed),
-the predicted damage of both by TDMPQ, and the KL of both under GPTQ as results/gguf_presets.json has it.
+At the bytes of each preset: the knapsack's plan, the preset's own types (`core.targets.gguf_presets`, no engine
+needed), the predicted damage of both by TDMPQ, and the KL of both under GPTQ as results/gguf_presets.json has it.
 Writes results/preset_guard.json.
 """
 

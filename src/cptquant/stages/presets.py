@@ -13,7 +13,7 @@ from cptquant.core.targets import find_target
 from cptquant.core.targets.gguf_presets import PRESETS, preset_formats
 
 TARGET = "gguf"
-CLEARLY_WORSE = 3.0
+CLEARLY_WORSE = 2.0
 """A preset whose predicted damage is this many times the plan's is not quantized. On three models, twelve cells,
 presets' types cost 1.2 to 2.0 times the KL of a mixed plan of their bytes (docs/engines.md)."""
 
