@@ -73,13 +73,14 @@ def run(bench: Bench, formats: tuple[str, ...], budget: str, search: SwapSearch,
     refined = search_swaps(bench.model, problem, quantized, search, seed=seed, progress=tell)
     seconds = time.process_time() - start
     chosen = {name: fmt.name for name, fmt in problem.formats(refined.choice).items()}
-    after = plan.model_copy(update={"formats": chosen})
+    after = Plan.model_validate({**plan.model_dump(), "formats": chosen})  # a copy would keep the parsed formats
     other = weights if chosen == plan.formats else carry_out(bench, after)[0]
     return {
         "model": bench.name, "budget": budget, "formats": formats, "seed": seed, "search": asdict(search),
         "gptq_cpu_seconds": gptq_seconds, "search_cpu_seconds": seconds,
         "bytes": [plan.site_bytes, problem.counted_bytes(refined.choice)],
         "limit_bytes": plan.limit_bytes,
+        "changed": {name: [plan.formats[name], fmt] for name, fmt in chosen.items() if fmt != plan.formats[name]},
         "rounds": [
             {"steps": r.step_count, "moves": r.move_count, "passes": r.passes, "taken": r.taken,
              "changes": 0 if r.move is None else len(r.move.changes),
