@@ -5,9 +5,9 @@
 
 Damages are measured once per method and model (cptquant's defaults, but groups of 64 only). Budgets count the blocks'
 linear layers, scales included; embedding and head stay in 16 bits. Beside the plain budgets stand the exact bytes of
-uniform 3 and 4 bits with groups of 64, so that uniform bits are also met where they fit without a rest. k-means has a size of its own: it is
-given under each budget (widths stepped down) and as the paper has it (16/8/4 bits), each next to the knapsack at the
-same bytes. Held-out text; standard errors are clustered by document.
+uniform 3 and 4 bits with groups of 64, so that uniform bits are also met where they fit without a rest. k-means has a
+size of its own: it is given under each budget (widths stepped down) and as the paper has it (16/8/4 bits), each next to
+the knapsack at the same bytes. Held-out text; standard errors are clustered by document.
 Writes results/equal_bytes.json, docs/equal_bytes.md.
 """
 
