@@ -3,11 +3,11 @@
     python benchmarks/equal_bytes.py                        # all; goes on where an earlier call stopped
     python benchmarks/equal_bytes.py --models reference-opt --budgets 3bpw@sites
 
-Damages are measured once per method and model (cptquant's defaults). Budgets count the blocks' linear layers, scales
-included; embedding and head stay in 16 bits. Beside the plain budgets stand the exact bytes of uniform 3 and 4 bits
-with groups of 64, so that uniform bits are also met where they fit without a rest. k-means has a size of its own: it is
-given under each budget (widths stepped down) and as the paper has it (16/8/4 bits), each next to the knapsack at the
-same bytes. Held-out text; standard errors are clustered by document.
+Damages are measured once per method and model (cptquant's defaults, but groups of 64 only). Budgets count the blocks'
+linear layers, scales included; embedding and head stay in 16 bits. Beside the plain budgets stand the exact bytes of
+uniform 3 and 4 bits with groups of 64, so that uniform bits are also met where they fit without a rest. k-means has a
+size of its own: it is given under each budget (widths stepped down) and as the paper has it (16/8/4 bits), each next to
+the knapsack at the same bytes. Held-out text; standard errors are clustered by document.
 Writes results/equal_bytes.json, docs/equal_bytes.md.
 """
 
@@ -37,7 +37,7 @@ from cptquant.core.manifest import SiteRecord
 from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
 from cptquant.core.targets import candidate_formats, find_target
-from cptquant.core.targets.compressed_tensors import DEFAULT_FORMATS
+from cptquant.core.targets.compressed_tensors import GROUPS_OF_64
 from cptquant.evaluation.evaluate import evaluate
 from cptquant.models.load import LoadedModel, load_model
 from cptquant.models.text import TokenSet, load_tokens
@@ -53,7 +53,7 @@ METHODS = ("cmpq", "pmpq", "tdmpq")
 QUANTIZERS = ("rtn", "gptq")
 RANDOM_SEEDS = 5
 TARGET = find_target("transformers")
-FORMATS = tuple(QuantFormat.parse(name) for name in DEFAULT_FORMATS)
+FORMATS = tuple(QuantFormat.parse(name) for name in GROUPS_OF_64)
 EVALUATED_TOGETHER = 4
 """Models judged in one pass beside the original: bounds memory, shares the original's pass."""
 
@@ -111,7 +111,7 @@ class Laboratory:
             "layout": layout.digest(),
             "tokens": self.calibration.digest,
             "method": repr(find_method(method)),
-            "formats": ",".join(DEFAULT_FORMATS),
+            "formats": ",".join(GROUPS_OF_64),
         }
         path = self.folder / f"sensitivity-{method}.json"
         if path.exists() and (found := SensitivityTable.load(path)).inputs == inputs:

@@ -21,7 +21,7 @@ from cptquant.core.settings import RunSettings
 from cptquant.core.targets import find_target
 from cptquant.exporters.export import find_exporter
 from cptquant.reports.html import render_report
-from cptquant.stages.allocate import allocate_stage, baseline_plans, check_plan, needs_table
+from cptquant.stages.allocate import baseline_plans, check_plan, needs_table, unrefined_plan
 from cptquant.stages.check import check_choices, check_target
 from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
 from cptquant.stages.export import ENGINE_TARGETS, export_stage, retarget
@@ -29,6 +29,7 @@ from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
 from cptquant.stages.predict import forecast_stage
 from cptquant.stages.quantize import Variant, quantize_stage, write_stage
+from cptquant.stages.refine import plan_stage
 from cptquant.stages.run import Run
 from cptquant.stages.variants import quantize_variants
 from cptquant.stages.written import check_run, drop_other_exports, written_plan
@@ -81,7 +82,7 @@ def quantize_model(
     find_exporter(settings.target).check(run.model, context)
     run.keep_settings()
     table = measure_stage(run, layout) if needs_table(settings.allocator) else None
-    allocate_stage(run, layout, table)
+    plan_stage(run, layout, table)
     return _from_plan(run, layout)
 
 
@@ -116,7 +117,7 @@ def _plans(run: Run, layout: ModelLayout) -> dict[str, Plan]:
     plan = run.load("plan.json", Plan)
     check_plan(plan, layout)
     run.read_all_text()
-    return {"quantized": plan, **baseline_plans(run, layout, plan)}
+    return {"quantized": plan, **unrefined_plan(run, plan), **baseline_plans(run, layout, plan)}
 
 
 def _quantize_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:

@@ -35,7 +35,7 @@ def explain_plan(
     used = [fmt for fmt in dict.fromkeys(plan.quant_formats.values()) if not fmt.is_float]
     strange = [fmt for fmt in used if not _reached(layout, target, formats, fmt)]
     problem = build_problem(layout, table, target, (*formats, *strange), plan.budget_scope)
-    choice = [_chosen_option(group, plan) for group in problem.groups]
+    choice = [chosen_option(group, plan) for group in problem.groups]
     price, least = _price(problem.with_limit(plan.limit_bytes))
     counted, damage = problem.counted_bytes(choice), problem.damage(choice)
     best = least is not None and counted <= plan.limit_bytes and damage <= least * (1 + _CLOSE)
@@ -71,7 +71,12 @@ def _reached(layout: ModelLayout, target: Target, formats: tuple[QuantFormat, ..
     return any(fmt in (asked, *(target.fit(site, asked) for site in layout.sites)) for asked in formats)
 
 
-def _chosen_option(group: ChoiceGroup, plan: Plan) -> int:
+def chosen_option(group: ChoiceGroup, plan: Plan) -> int:
+    """Index of the option that the plan has at a group.
+
+    Raises:
+        ArtifactError: it has formats that are none of the group's options.
+    """
     wanted = tuple(plan.formats[site.name] for site in group.sites)
     for index, option in enumerate(group.options):
         if tuple(fmt.name for fmt in option.formats) == wanted:

@@ -85,6 +85,16 @@ Formats = Annotated[
         show_default=False,
     ),
 ]
+RefineSwaps = Annotated[
+    int | None,
+    typer.Option(
+        "--refine-swaps",
+        min=0,
+        help="After allocation, up to N rounds of swaps between sites at no more bytes, each judged by the KL of the "
+        "whole quantized model on calibration text; the guard compares with the plan before.  [default: 0]",
+        show_default=False,
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(

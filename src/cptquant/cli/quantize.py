@@ -29,8 +29,9 @@ _Baselines = Annotated[
     str | None,
     typer.Option(
         "--baselines",
-        help="Also quantize and evaluate at no more bytes: uniform, random, or both. The guard needs uniform.  "
-        "[default: uniform,random below 50M parameters, else and for kl-rounding uniform]",
+        help="Also quantize and evaluate at no more bytes: uniform, random, and under --target gguf preset (types of "
+        "llama.cpp's presets). The guard needs uniform and preset.  [default: all below 50M parameters, else and for "
+        "kl-rounding without random]",
         show_default=False,
     ),
 ]
@@ -63,6 +64,7 @@ def quantize(
     output: options.Output = None,
     sensitivity: options.Sensitivity = None,
     allocator: options.Allocator = None,
+    refine_swaps: options.RefineSwaps = None,
     quantizer: options.Quantizer = None,
     target: options.TargetName = None,
     formats: options.Formats = None,
@@ -92,6 +94,7 @@ def quantize(
         context=context,
         sensitivity=sensitivity,
         allocator=allocator,
+        refine_swaps=refine_swaps,
         quantizer=quantizer,
         target=target,
         formats=formats,

@@ -10,7 +10,7 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.targets import find_target
 
-BASELINES = ("uniform", "random")
+BASELINES = ("uniform", "random", "preset")
 _SMALL_MODEL_PARAMETERS = 50_000_000
 _OWN_TEXT = {"kl-rounding": 768}
 """Sequences the model writes for its calibration where nothing was asked for: learning then sees each about once."""
@@ -27,7 +27,8 @@ class RunSettings(Artifact):
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
     own_text: sequences that a causal language model writes itself, added to the calibration text when quantizing; None
         decides by quantizer and size (`own_text_for`).
-    baselines: "uniform" and "random" at no more bytes; None decides by size (`baselines_for`).
+    baselines: "uniform", "random" and, of llama.cpp, "preset" at no more bytes; None decides (`baselines_for`).
+    refine_swaps: rounds of swaps between sites after allocation, judged on the model's own loss; 0 leaves them out.
     predict: whether a causal language model's losses are predicted before it is quantized (forecast.json); None
         decides by size (`forecasts`).
     """
@@ -51,6 +52,7 @@ class RunSettings(Artifact):
     sequence_length: int = 256
     own_text: int | None = None
     baselines: tuple[str, ...] | None = None
+    refine_swaps: int = 0
     seed: int = 0
     trust_remote_code: bool = False
     predict: bool | None = None
@@ -133,10 +135,11 @@ class RunSettings(Artifact):
     def baselines_for(self, layout: ModelLayout) -> tuple[str, ...]:
         """Which baselines are quantized and evaluated beside the plan.
 
-        Each costs a quantization of its own, so above 50M parameters, and where learning makes that costly, only
-        uniform bits, which the guard needs, are the default.
+        Each costs a quantization of its own, so above 50M parameters, and where learning makes that costly, only those
+        that the guard needs are the default: uniform bits, and under --target gguf llama.cpp's own choice of types.
         """
-        if self.baselines is None:
-            cheap = layout.parameters < _SMALL_MODEL_PARAMETERS and self.quantizer != "kl-rounding"
-            return BASELINES if cheap else ("uniform",)
-        return self.baselines
+        if self.baselines is not None:
+            return self.baselines
+        guard = ("uniform", "preset") if self.target == "gguf" else ("uniform",)
+        cheap = layout.parameters < _SMALL_MODEL_PARAMETERS and self.quantizer != "kl-rounding"
+        return (*guard, "random") if cheap else guard

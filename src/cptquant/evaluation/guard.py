@@ -1,33 +1,39 @@
-"""The guard: a plan is written only if it is no worse than uniform bits at no more bytes, on held-out text."""
+"""The guard: a plan is written only if nothing else at no more bytes is better on held-out text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cptquant.core.evaluation import DAMAGE_NAMES, Measurement
 from cptquant.core.layout import Task
 
 
-def choose(measurements: Sequence[Measurement], task: Task) -> tuple[str, str]:
-    """Choose between "quantized" (the plan) and "uniform" by their distance to the original.
+def choose(measurements: Sequence[Measurement], task: Task, rivals: Mapping[str, str]) -> tuple[str, str]:
+    """Choose between "quantized" (the plan) and its rivals by their distance to the original.
 
     Args:
-        measurements: of both, on text that is neither calibrated on nor reported on.
+        measurements: of all of them, on text that is neither calibrated on nor reported on.
         task: decides which measurement is the distance (`DAMAGE_NAMES`).
+        rivals: subject -> what it is, for the sentence, e.g. {"uniform": "uniform bits"}; at least one.
 
     Returns:
-        The subject to write ("uniform" only if strictly closer to the original) and one sentence that says so.
+        The subject to write (a rival only if strictly closer to the original; of several the closest) and one sentence
+        that says so.
     """
     name = DAMAGE_NAMES[task]
-    plan, uniform = (_find(measurements, name, subject) for subject in ("quantized", "uniform"))
-    written = "uniform" if uniform.value < plan.value else "quantized"
+    found = {subject: _find(measurements, name, subject) for subject in ("quantized", *rivals)}
+    written = min(found, key=lambda subject: found[subject].value)  # of equals the first, hence the plan
     verdict = (
-        "uniform bits are better, so uniform bits were written"
-        if written == "uniform"
-        else "the plan is no worse, so the plan was written"
+        "the plan is no worse, so the plan was written"
+        if written == "quantized"
+        else f"{rivals[written]} {'are' if written == 'uniform' else 'is'} better, so {rivals[written]} "
+        f"{'were' if written == 'uniform' else 'was'} written"
     )
-    return written, (
-        f"{name} on validation text: plan {_spell(plan)}, uniform at no more bytes {_spell(uniform)} "
-        f"(n = {plan.n}): {verdict}"
-    )
+    against = ", ".join(f"{_short(subject, label)} {_spell(found[subject])}" for subject, label in rivals.items())
+    plan = found["quantized"]
+    return written, f"{name} on validation text: plan {_spell(plan)}, {against} (n = {plan.n}): {verdict}"
+
+
+def _short(subject: str, label: str) -> str:
+    return f"{'uniform' if subject == 'uniform' else label} at no more bytes"
 
 
 def _find(measurements: Sequence[Measurement], name: str, subject: str) -> Measurement:

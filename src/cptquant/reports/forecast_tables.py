@@ -59,8 +59,8 @@ def beside_measured(forecast: PtqForecast, evaluation: EvaluationReport) -> list
     """Variant, quantity, predicted with interval, measured with error, and whether the interval holds it."""
     rows: list[list[str]] = []
     for row in forecast.rows:
-        if row.plan == "quantized" and evaluation.written == "uniform":
-            continue  # the guard wrote uniform bits: the plan itself was not evaluated
+        if row.plan == "quantized" and evaluation.written not in (None, "quantized"):
+            continue  # the guard wrote something else: the plan itself was not evaluated
         for label, field, name in _MEASURED:
             found = evaluation.find(name, row.plan)
             if found is None:

@@ -22,9 +22,14 @@ SUBJECT_LABELS = {
     "original": "Original",
     "quantized": "Quantized",
     "uniform": "Uniform bits",
+    "preset": "Types of llama.cpp's preset",
+    "unrefined": "Plan before swaps",
     "random": "Random bits",
 }
 """Subjects of an evaluation for people, in reading order."""
+
+BASELINES = ("uniform", "preset", "unrefined", "random")
+"""Subjects that the plan is compared with."""
 
 DISTANCES = ("kl_nats_per_token", "kl_nats_per_example", "embedding_cosine_distance")
 """Measurements that say how far a model is from the original, whichever its task has."""
@@ -126,8 +131,8 @@ def _distance_card(evaluation: EvaluationReport | None) -> Card | None:
     if evaluation is None or found is None:
         return None
     others = [
-        f"{SUBJECT_LABELS[subject].lower()} {spell_value(other)}"
-        for subject in ("uniform", "random")
+        f"{_lower(SUBJECT_LABELS[subject])} {spell_value(other)}"
+        for subject in BASELINES
         if (other := evaluation.find(found.name, subject)) is not None
     ]
     unit = spell_unit(found.name) if found.name.startswith("kl_") else ""
@@ -162,12 +167,13 @@ def comparison_rows(evaluation: EvaluationReport, written: str, *, brief: bool =
     """One row per subject that was measured; `written` marks what stands in checkpoint/."""
     columns = comparison_columns(evaluation)
     subjects = {measurement.subject for measurement in evaluation.measurements}
+    instead = f" ({_lower(SUBJECT_LABELS[written])})" if written in BASELINES else ""
     return [
         VariantRow(
             subject,
-            f"{label} (uniform bits)" if subject == "quantized" and written == "uniform" else label,
+            f"{label}{instead}" if subject == "quantized" else label,
             tuple(_cell(evaluation.find(name, subject), name, subject, brief) for name in columns),
-            is_written=subject == "quantized" and written in ("quantized", "uniform"),
+            is_written=subject == "quantized" and written in ("quantized", *BASELINES),
         )
         for subject, label in SUBJECT_LABELS.items()
         if subject in subjects
@@ -184,7 +190,7 @@ def spell_baselines(evaluation: EvaluationReport, plan: Plan | None) -> str:
     """Whether the baselines really took no more bytes than the plan."""
     found = [
         (SUBJECT_LABELS[subject], size.value)
-        for subject in ("uniform", "random")
+        for subject in BASELINES
         if (size := evaluation.find("weight_bytes", subject)) is not None
     ]
     if plan is None or not found:
@@ -196,7 +202,11 @@ def spell_baselines(evaluation: EvaluationReport, plan: Plan | None) -> str:
 
 
 def _join(labels: Sequence[str]) -> str:
-    return " and ".join([labels[0], *(label.lower() for label in labels[1:])])
+    return " and ".join([labels[0], *(_lower(label) for label in labels[1:])])
+
+
+def _lower(label: str) -> str:
+    return f"{label[0].lower()}{label[1:]}"
 
 
 def spell_change(layout: ModelLayout, plan: Plan, asked: Plan | None = None) -> str:

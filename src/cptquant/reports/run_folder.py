@@ -54,14 +54,14 @@ class RunRecord:
 
     @property
     def written(self) -> str:
-        """Which variant's weights are in checkpoint/: "quantized", or "uniform" where the guard chose it."""
+        """Which variant's weights are in checkpoint/: "quantized", or a baseline where the guard chose it."""
         chosen = self.evaluation.written if self.evaluation else None
-        return "uniform" if chosen == "uniform" and "uniform" in (self.baselines or {}) else "quantized"
+        return chosen if chosen is not None and chosen in (self.baselines or {}) else "quantized"
 
     @property
     def written_plan(self) -> Plan | None:
         """The plan of what was written."""
-        return (self.baselines or {})["uniform"] if self.written == "uniform" else self.plan
+        return self.plan if self.written == "quantized" else (self.baselines or {})[self.written]
 
     @property
     def written_manifest(self) -> Manifest | None:

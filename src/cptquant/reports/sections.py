@@ -100,12 +100,13 @@ class PlanSection:
 
 
 def plan_sections(record: RunRecord) -> list[PlanSection]:
-    """The plan that was written; before it the allocator's own, where the guard preferred uniform bits."""
+    """The plan that was written; before it the allocator's own, where the guard preferred another."""
     if record.plan is None:
         return []
-    if record.written == "uniform" and record.written_plan is not None:
+    if record.written != "quantized" and record.written_plan is not None:
+        label = SUBJECT_LABELS[record.written]
         return [
-            _plan_section(record.written_plan, record.layout, "What was written: uniform bits"),
+            _plan_section(record.written_plan, record.layout, f"What was written: {label[0].lower()}{label[1:]}"),
             _plan_section(record.plan, record.layout, "What the allocator proposed, and the guard turned down"),
         ]
     return [_plan_section(record.plan, record.layout, "")]
@@ -172,7 +173,7 @@ def _variant_points(record: RunRecord) -> tuple[str, list[VariantPoint]]:
     evaluation = record.evaluation
     if evaluation is None:
         return "", []
-    name, pairs = damage_points(evaluation, ("quantized", "uniform", "random"))
+    name, pairs = damage_points(evaluation, [subject for subject in SUBJECT_LABELS if subject != "original"])
     plans = {"quantized": record.written_plan, **(record.baselines or {})}
     points: list[VariantPoint] = []
     for subject, found in pairs:

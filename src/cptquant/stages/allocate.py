@@ -11,7 +11,11 @@ from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
 from cptquant.core.settings import RunSettings
 from cptquant.core.targets import candidate_formats, find_target, list_refusals
+from cptquant.stages.presets import TARGET, PresetBaseline, find_preset
 from cptquant.stages.run import Run
+
+UNREFINED = "plan-unrefined.json"
+"""The allocator's plan, where swaps went on from it."""
 
 _LISTED = 8
 """Illegal places spelled out in a message."""
@@ -37,7 +41,7 @@ def site_formats(run: Run, layout: ModelLayout) -> dict[str, tuple[QuantFormat, 
     return candidates
 
 
-def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None) -> Plan:
+def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None, file_name: str = "plan.json") -> Plan:
     """sensitivity.json -> plan.json: which format each site gets under the budget and the target."""
     settings = run.settings
     inputs = {
@@ -49,7 +53,7 @@ def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None
         "formats": ",".join(map(str, settings.formats_for(layout))),
         "seed": str(settings.seed),
     }
-    return run.stage("plan.json", Plan, inputs, lambda: _allocate_within(settings, layout, table))
+    return run.stage(file_name, Plan, inputs, lambda: _allocate_within(settings, layout, table))
 
 
 def _allocate_within(settings: RunSettings, layout: ModelLayout, table: SensitivityTable | None) -> Plan:
@@ -81,11 +85,29 @@ def baseline_plans(run: Run, layout: ModelLayout, plan: Plan) -> dict[str, Plan]
     """
     plans: dict[str, Plan] = {}
     for name in run.settings.baselines_for(layout):
+        if name == "preset" and plan.target != TARGET:
+            continue
         try:
-            plans[name] = _baseline_plan(run, layout, plan, name)
+            found = _preset_plan(run, layout, plan) if name == "preset" else _baseline_plan(run, layout, plan, name)
         except BudgetError:
+            found = None
+        if found is None:
             (run.folder / f"plan-{name}.json").unlink(missing_ok=True)
+        else:
+            plans[name] = found
     return plans
+
+
+def _preset_plan(run: Run, layout: ModelLayout, plan: Plan) -> Plan | None:
+    """plan-preset.json; None where there is no preset to compare with."""
+    made = preset_baseline(run, layout, plan).plan
+    return None if made is None else run.stage("plan-preset.json", Plan, made.inputs, lambda: made)
+
+
+def preset_baseline(run: Run, layout: ModelLayout, plan: Plan) -> PresetBaseline:
+    """llama.cpp's preset that the plan is compared with, or why there is none."""
+    path = run.folder / "sensitivity.json"
+    return find_preset(layout, plan, SensitivityTable.load(path) if path.exists() else None)
 
 
 def _baseline_plan(run: Run, layout: ModelLayout, plan: Plan, allocator: str) -> Plan:
@@ -106,6 +128,14 @@ def _baseline_plan(run: Run, layout: ModelLayout, plan: Plan, allocator: str) ->
             seed=run.settings.seed,
         ),
     )  # fmt: skip
+
+
+def unrefined_plan(run: Run, plan: Plan) -> dict[str, Plan]:
+    """The plan before swaps, by name, where the plan came from it and differs."""
+    if "refinement" not in plan.inputs or not (run.folder / UNREFINED).exists():
+        return {}
+    before = run.load(UNREFINED, Plan)
+    return {} if before.formats == plan.formats else {"unrefined": before}
 
 
 def check_plan(plan: Plan, layout: ModelLayout) -> None:

@@ -41,8 +41,18 @@ def check_choices(settings: RunSettings, texts: tuple[str, ...] = TEXTS) -> None
     check_seed(settings.seed)
     if settings.own_text is not None and settings.own_text < 0:
         raise UserError(f"--own-text {settings.own_text} is negative; give the number of sequences, 0 for none")
+    if settings.refine_swaps and settings.memory is not None:
+        raise UserError(
+            "--refine-swaps keeps the bytes of the weights, not the engine's memory; give --budget instead of "
+            "--memory, or leave --refine-swaps out"
+        )
     for name in settings.baselines or ():
         _check_name("--baselines", name, BASELINES)
+    if "preset" in (settings.baselines or ()) and settings.target != "gguf":
+        raise UserError(
+            f"--baselines preset compares with llama.cpp's types, and --target {settings.target} is another engine; "
+            "leave it out, or use --target gguf"
+        )
     for field in TEXTS:
         flag, text = f"--{field.replace('_', '-')}", getattr(settings, field)
         if field in texts and text is not None and not Path(text).exists():

@@ -6,12 +6,14 @@ Constants were fitted to the stages of `benchmarks/rehearsal.py` and `benchmarks
 the time.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
 import torch
 
 from cptquant.allocation.reach import check_budget, find_reach
+from cptquant.allocation.swaps import SwapSearch
 from cptquant.core.estimate import RunEstimate
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
@@ -135,7 +137,8 @@ def _stage_seconds(layout: ModelLayout, settings: RunSettings, speed: float, coa
     """Args: speed, coarse_speed: operations a second that passes reach in float32 and in calibration."""
     length = min(settings.sequence_length, layout.max_positions or settings.sequence_length)
     validation, test = max(2, settings.eval_sequences // 2) * length, settings.eval_sequences * length
-    cost, variants = _count(layout, length), 1 + len(settings.baselines_for(layout))
+    refined = settings.refine_swaps > 0
+    cost, variants = _count(layout, length), 1 + len(settings.baselines_for(layout)) + refined
     read, written = _sequences(layout, settings), settings.own_text_for(layout) * length
     per_token = (cost.block_pass + cost.outer_pass) / speed + _SECONDS_PER_LOGIT * layout.vocabulary_size
     return {
@@ -144,9 +147,24 @@ def _stage_seconds(layout: ModelLayout, settings: RunSettings, speed: float, coa
         else 0.0,
         "quantize": variants * _quantize_seconds(settings, cost, read, length, speed, coarse_speed)
         + written * _WRITING_PASSES * (cost.block_pass + cost.outer_pass) / speed,
-        "guard": 3 * validation * per_token,
+        "guard": (1 + variants - ("random" in settings.baselines_for(layout))) * validation * per_token,
         "evaluate": (1 + variants) * test * per_token,
-    }
+    } | ({"swaps": _swap_seconds(layout, settings, cost, speed, coarse_speed)} if refined else {})
+
+
+def _swap_seconds(
+    layout: ModelLayout, settings: RunSettings, cost: _Counts, speed: float, coarse_speed: float
+) -> float:
+    """Two neighbouring formats of every site, and the search: half a pass for each plan and sequence it judges."""
+    search = SwapSearch(rounds=settings.refine_swaps)
+    length = min(settings.sequence_length, layout.max_positions or settings.sequence_length)
+    rungs = 1 + math.log2(search.moves) / 2
+    judged = (2 * len(layout.block_sites) + rungs * search.moves) * search.first_sequences
+    judged += 1.5 * settings.calibration_sequences  # the last two and what they are compared with, on half the text
+    passes = (cost.block_pass / 2 + cost.outer_pass) / speed + _SECONDS_PER_LOGIT * layout.vocabulary_size / 2
+    as_gptq = settings.model_copy(update={"quantizer": "gptq"})
+    neighbours = 2 * _quantize_seconds(as_gptq, cost, _sequences(layout, settings), length, speed, coarse_speed)
+    return neighbours + search.rounds * judged * length * passes
 
 
 def _quantize_seconds(

@@ -5,6 +5,7 @@ import torch
 from cptquant.core.artifact import digest_json
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.layout import ModelLayout
+from cptquant.core.manifest import Manifest
 from cptquant.core.progress import Progress
 from cptquant.core.provenance import Stopwatch
 from cptquant.core.settings import RunSettings
@@ -16,30 +17,69 @@ from cptquant.models.checkpoint_weights import CheckpointWeights
 from cptquant.models.load import load_any, load_model
 from cptquant.models.stream import WeightSource
 from cptquant.models.text import load_tokens
+from cptquant.stages.allocate import preset_baseline
 from cptquant.stages.export import ENGINE_TARGETS
+from cptquant.stages.presets import TARGET, preset_label
 from cptquant.stages.quantize import Variant
 from cptquant.stages.run import Run
 
 
 def guard_stage(run: Run, variants: dict[str, Variant]) -> tuple[str, str]:
-    """Compare the plan with uniform bits on validation text; uniform is written where it is better.
+    """Compare the plan with uniform bits, and with what else there is at no more bytes, on validation text.
+
+    Others are llama.cpp's preset (`presets.py`) and the plan before swaps (`refine.py`). The best is written.
 
     Returns:
         The name of the variant to write, and one sentence for the report.
     """
+    rivals = _rivals(variants)
+    missing = _missing(run, variants)
+    written, sentence = "quantized", "" if missing else "the plan is uniform itself"
+    if rivals:
+        sources = {name: variants[name].shards for name in ("quantized", *rivals)}
+        measured = evaluate(run.model, sources, run.validation, progress=run.progress)
+        written, sentence = choose(measured, run.model.layout.task, rivals)
+    notes = [variant.note for variant in variants.values()]
+    sentence = "; ".join(part for part in (sentence, *missing, *notes) if part)
+    _note_in_manifest(run, written, sentence)
+    return written, sentence
+
+
+def _note_in_manifest(run: Run, written: str, guard: str) -> None:
+    """manifest.json tells of the plan's own weights; whether they were written is known only now."""
+    path = run.folder / "manifest.json"
+    manifest = Manifest.load(path)
+    settings = {**manifest.settings, "written": written, "guard": guard}
+    if settings != manifest.settings:
+        manifest.model_copy(update={"settings": settings}).save(path)
+
+
+def _rivals(variants: dict[str, Variant]) -> dict[str, str]:
+    """Variants that differ from the plan and may be written instead, and what each is."""
+    labels = {"uniform": "uniform bits", "unrefined": "the plan before swaps"}
+    if "preset" in variants:
+        labels["preset"] = preset_label(variants["preset"].plan)
+    plan = variants["quantized"].plan
+    return {
+        name: labels[name]
+        for name in ("uniform", "preset", "unrefined")
+        if name in variants and variants[name].plan.formats != plan.formats
+    }
+
+
+def _missing(run: Run, variants: dict[str, Variant]) -> list[str]:
+    """What the plan is not compared with, and why."""
+    wanted, layout = run.settings.baselines_for(run.model.layout), run.model.layout
+    reasons: list[str] = []
     if "uniform" not in variants:
-        reason = (
-            "no uniform plan takes as few bytes"
-            if "uniform" in run.settings.baselines_for(run.model.layout)
-            else "--baselines leaves out uniform"
+        why = "no uniform plan takes as few bytes" if "uniform" in wanted else "--baselines leaves out uniform"
+        reasons.append(f"not run: {why}" if not _rivals(variants) else f"not compared with uniform bits: {why}")
+    plan = variants["quantized"].plan
+    if plan.target == TARGET and "preset" not in variants:
+        reasons.append(
+            preset_baseline(run, layout, plan).reason if "preset" in wanted else "--baselines leaves out preset"
         )
-        return "quantized", f"not run: {reason}"
-    if variants["uniform"].plan.formats == variants["quantized"].plan.formats:
-        return "quantized", "the plan is uniform itself"
-    sources = {name: variants[name].shards for name in ("quantized", "uniform")}
-    measured = evaluate(run.model, sources, run.validation, progress=run.progress)
-    written, sentence = choose(measured, run.model.layout.task)
-    return written, "; ".join([sentence, *(variant.note for variant in variants.values() if variant.note)])
+    return reasons
 
 
 def evaluate_stage(
@@ -69,7 +109,7 @@ def evaluate_stage(
         return EvaluationReport(
             measurements=(*measured, *measure_sizes(layout, weight_bytes)),
             settings=evaluation_settings(layout.task, run.test),
-            written="uniform" if written == "uniform" else "quantized",
+            written=written,
             guard=guard,
         )
 

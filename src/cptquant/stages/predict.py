@@ -299,8 +299,8 @@ def record_run(folder: Path, table: Path, *, tokens_seen: float | None = None) -
     observations: list[PtqObservation] = []
     for row in forecast.rows:
         subject = "quantized" if row.plan == evaluation.written else row.plan
-        if row.plan == "quantized" and evaluation.written == "uniform":
-            continue  # the guard wrote uniform bits: the plan itself was not evaluated
+        if row.plan == "quantized" and evaluation.written not in (None, "quantized"):
+            continue  # the guard wrote something else: the plan itself was not evaluated
         kl, rise = (evaluation.find(m, subject) for m in ("kl_nats_per_token", "nll_increase_nats_per_token"))
         original = evaluation.find("nll_nats_per_token", "original")
         if kl is None or rise is None or original is None:

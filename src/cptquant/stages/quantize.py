@@ -16,7 +16,7 @@ from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.packing.shards import ShardFolder
 from cptquant.quantizers.goes_on import GoesOn
 from cptquant.quantizers.kl_rounding import KlRounding
-from cptquant.quantizers.methods import Quantizer, find_quantizer
+from cptquant.quantizers.methods import Quantizer, find_quantizer, spelling_of
 from cptquant.quantizers.quantize import quantize_sites
 from cptquant.quantizers.refine import refine_sites
 from cptquant.stages.allocate import check_plan
@@ -37,7 +37,13 @@ class Variant:
 
 
 def quantize_stage(
-    run: Run, layout: ModelLayout, plan: Plan, name: str = "quantized", *, manifest: str | None = None
+    run: Run,
+    layout: ModelLayout,
+    plan: Plan,
+    name: str = "quantized",
+    *,
+    manifest: str | None = None,
+    quantizer: Quantizer | None = None,
 ) -> ShardFolder:
     """plan.json -> quantized pieces under work/ (one file a block, with records) and manifest.json.
 
@@ -46,49 +52,21 @@ def quantize_stage(
 
     Args:
         name: for progress, and of the manifest. manifest: its file where the name does not say it.
+        quantizer: the run's own where None.
     """
-    quantizer = find_quantizer(run.settings.quantizer)
-    file_name = manifest or manifest_name(name)
-    return _stage(run, layout, plan, _Work(name, file_name, quantizer, run.settings.carried_out_with))
-
-
-def first_pass_stage(run: Run, layout: ModelLayout, plan: Plan, name: str) -> ShardFolder:
-    """As `quantize_stage`, up to what learning on the whole model starts from."""
-    quantizer = find_quantizer(run.settings.quantizer)
-    if not isinstance(quantizer, KlRounding):
-        raise TypeError(f"{run.settings.quantizer} has no first pass of its own")
-    label = "gptq + own text" if run.settings.own_text_for(layout) else "gptq"
-    file_name = "work/manifest-start.json" if name == "quantized" else manifest_name(name)
-    return _stage(run, layout, plan, _Work(name, file_name, quantizer.start, label))
-
-
-def manifest_name(name: str) -> str:
-    """Of a variant's manifest in the run folder."""
-    return "manifest.json" if name == "quantized" else f"manifest-{name}.json"
-
-
-@dataclass(frozen=True)
-class _Work:
-    """name: for progress. file_name: the manifest's. label: how records name the quantizer."""
-
-    name: str
-    file_name: str
-    quantizer: Quantizer
-    label: str
-
-
-def _stage(run: Run, layout: ModelLayout, plan: Plan, work: _Work) -> ShardFolder:
     check_plan(plan, layout)
     find_exporter(plan.target).check(run.model, find_context(layout, run.settings.context))
-    quantizer = work.quantizer
+    label = run.settings.carried_out_with if quantizer is None else _label(run, layout, quantizer)
+    quantizer = quantizer or find_quantizer(run.settings.quantizer)
+    file_name = manifest or manifest_name(name)
     inputs, shards = _open_pieces(run, layout, plan, quantizer)
     labels = [block_label(index) for index in range(layout.block_count)]
 
     def make() -> Manifest:
-        _make_pieces(run, layout, plan, quantizer, shards, work.name)
+        _make_pieces(run, layout, plan, quantizer, shards, name)
         records = {record.site: record for record in shards.records()}
         return Manifest(
-            quantizer=work.label,
+            quantizer=label,
             settings={
                 "options": repr(quantizer),
                 "calibration": run.quantizer_text.description,
@@ -102,9 +80,28 @@ def _stage(run: Run, layout: ModelLayout, plan: Plan, work: _Work) -> ShardFolde
         )
 
     if not shards.labels.issuperset([*labels, block_label(None)]):  # pieces were removed after the manifest was made
-        (run.folder / work.file_name).unlink(missing_ok=True)
-    run.stage(work.file_name, Manifest, inputs, make)
+        (run.folder / file_name).unlink(missing_ok=True)
+    run.stage(file_name, Manifest, inputs, make)
     return shards
+
+
+def first_pass_stage(run: Run, layout: ModelLayout, plan: Plan, name: str) -> ShardFolder:
+    """As `quantize_stage`, up to what learning on the whole model starts from."""
+    quantizer = find_quantizer(run.settings.quantizer)
+    if not isinstance(quantizer, KlRounding):
+        raise TypeError(f"{run.settings.quantizer} has no first pass of its own")
+    manifest = "work/manifest-start.json" if name == "quantized" else manifest_name(name)
+    return quantize_stage(run, layout, plan, name, manifest=manifest, quantizer=quantizer.start)
+
+
+def manifest_name(name: str) -> str:
+    """Of a variant's manifest in the run folder."""
+    return "manifest.json" if name == "quantized" else f"manifest-{name}.json"
+
+
+def _label(run: Run, layout: ModelLayout, quantizer: Quantizer) -> str:
+    """As `RunSettings.carried_out_with`, of another quantizer than the run's."""
+    return spelling_of(quantizer) + (" + own text" if run.settings.own_text_for(layout) else "")
 
 
 def _open_pieces(run: Run, layout: ModelLayout, plan: Plan, quantizer: Quantizer) -> tuple[dict[str, str], ShardFolder]:

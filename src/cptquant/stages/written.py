@@ -33,15 +33,13 @@ def check_run(folder: Path) -> None:
 
 
 def written_plan(folder: Path) -> tuple[str, Plan]:
-    """(name, plan) of the weights that were written: "uniform" where the guard preferred it, else "quantized".
+    """(name, plan) of the weights that were written: "quantized", or what the guard preferred.
 
     Raises:
         ArtifactError: the run was not evaluated, so nothing was chosen yet.
     """
-    uniform = EvaluationReport.load(folder / "evaluation.json").written == "uniform"
-    return ("uniform", Plan.load(folder / "plan-uniform.json")) if uniform else (
-        "quantized", Plan.load(folder / "plan.json")
-    )  # fmt: skip
+    name = EvaluationReport.load(folder / "evaluation.json").written or "quantized"
+    return name, Plan.load(folder / ("plan.json" if name == "quantized" else f"plan-{name}.json"))
 
 
 def engine_record(folder: Path, target: str, engine: str) -> ExportRecord:

@@ -6,7 +6,10 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout, Site, Tie
 from cptquant.core.targets.base import Target
 
-DEFAULT_FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
+_WIDTHS = (2, 3, 4, 5, 6, 8)
+GROUPS_OF_64 = tuple(f"int{bits}-g64" for bits in _WIDTHS)
+DEFAULT_FORMATS = tuple(f"int{bits}-g{group}" for bits in _WIDTHS for group in (64, 128))
+"""Two group sizes a width: docs/decisions/0008-two-group-sizes.md."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class VariantPoint:
     """One variant: size and distance to the original.
 
     Attributes:
-        subject: "quantized", "uniform" or "random"; also the CSS class of its mark.
+        subject: "quantized" or a baseline; also the CSS class of its mark.
         label: for people.
     """
 
@@ -111,11 +111,13 @@ def _draw_size_axis(canvas: Canvas, frame: Frame, sizes: Sequence[float]) -> Sca
 
 
 def draw_mark(canvas: Canvas, subject: str, x: float, y: float, *, title: str = "") -> None:
-    """A mark whose shape as well as colour tells the variant: disc, square, triangle."""
+    """A mark whose shape as well as colour tells the variant: disc, square, triangle; other baselines a diamond."""
     style = f"s-{subject}"
     if subject == "uniform":
         canvas.rect(x - 5.5, y - 5.5, 11, 11, style, title=title, radius=1)
     elif subject == "random":
         canvas.shape(f"M{x:.1f} {y - 7:.1f}l7 12h-14z", style, title=title)
+    elif subject in ("preset", "unrefined"):
+        canvas.shape(f"M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z", style, title=title)
     else:
         canvas.dot(x, y, 6.5, style, title=title)

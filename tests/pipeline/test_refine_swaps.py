@@ -1,0 +1,104 @@
+"""`--refine-swaps` end to end: the plan keeps its bytes, the search is kept, and the guard has the last word."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from cptquant.core.evaluation import EvaluationReport
+from cptquant.core.plan import Plan
+from cptquant.core.refinement import Refinement
+
+QUICK = ("--calibration-sequences", 16, "--eval-sequences", 4, "--sequence-length", 32, "--baselines", "uniform")
+SWAPS = ("--refine-swaps", 2)
+FORMATS = ("--formats", "int2-g32,int3-g32,int4-g32,int8-g32")
+
+
+@pytest.fixture
+def loud(folder: Path) -> Path:
+    """Larger weights, so that bits matter on this untrained model."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith("weight") and ".layers." in name and tensors[name].dim() == 2:
+            tensors[name] *= 8
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_the_whole_chain(cptquant: Callable, loud: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ("--budget", "3.2bpw@sites", "--output", run, *FORMATS, *QUICK)
+    outcome = cptquant("quantize", loud, *flags, *SWAPS)
+    assert outcome.code == 0, outcome.err
+    plan, before = Plan.load(run / "plan.json"), Plan.load(run / "plan-unrefined.json")
+    found, evaluation = Refinement.load(run / "refinement.json"), EvaluationReport.load(run / "evaluation.json")
+    assert plan.site_bytes <= plan.limit_bytes == before.limit_bytes and plan.allocator == "knapsack"
+    assert plan.formats == found.formats and plan.notes[0] == found.sentence
+    assert 1 <= len(found.rounds) <= 2 and found.rounds[0].steps and found.rounds[0].passes
+    walked = dict(before.formats)
+    for step in found.rounds:
+        assert all(walked[name] == fmt for name, fmt in step.before.items())
+        assert step.taken is (step.difference + 2 * step.stderr < 0)
+        if step.taken:
+            walked.update(step.after)
+    assert walked == plan.formats
+    if plan.formats != before.formats:
+        assert "the plan before swaps at no more bytes" in evaluation.guard
+        assert evaluation.find("kl_nats_per_token", "unrefined") is not None
+        assert "Plan before swaps" in (run / "report.html").read_text()
+    stamps = {path.name: path.stat().st_mtime_ns for path in run.glob("*.json")}
+    assert cptquant("quantize", loud, *flags, *SWAPS).code == 0
+    same = {name for name in stamps if (run / name).stat().st_mtime_ns == stamps[name]}
+    assert {"plan.json", "plan-unrefined.json", "refinement.json", "evaluation.json"} <= same
+    assert cptquant("what-if", run, "--more", "2kB").code == 0 and cptquant("explain", run).code == 0
+    outcome = cptquant("quantize", loud, *flags, "--refine-swaps", 0)
+    assert outcome.code == 0, outcome.err
+    assert Plan.load(run / "plan.json").formats == before.formats
+    assert not (run / "refinement.json").exists() and not (run / "plan-unrefined.json").exists()
+
+
+def test_a_dry_run_counts_the_search(cptquant: Callable, folder: Path) -> None:
+    flags = ("quantize", folder, "--budget", "4bpw@sites", "--dry-run", "--json")
+    plain, more = (json.loads(cptquant(*flags, *extra).out)["stage_seconds"] for extra in ((), SWAPS))
+    assert "swaps" not in plain and more["swaps"] > 0
+    assert more["quantize"] > plain["quantize"] / 2  # timings of the machine differ between the two calls
+
+
+def test_allocate_refines_too(cptquant: Callable, loud: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cptquant("inspect", loud, "--output", run).code == 0
+    assert cptquant("measure", run, *FORMATS, *QUICK[:2], *QUICK[4:6]).code == 0
+    outcome = cptquant("allocate", run, "--budget", "3.2bpw@sites", "--refine-swaps", 1)
+    assert outcome.code == 0, outcome.err
+    refinement = Refinement.load(run / "refinement.json")
+    assert Plan.load(run / "plan.json").notes[0] == refinement.sentence
+    assert len(refinement.rounds) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--allocator", "uniform"), "--refine-swaps orders formats by a sensitivity table, and --allocator uniform"),
+        (("--calibration-sequences", 12), "--refine-swaps needs 16 calibration sequences or more, half of them to"),
+        (("--refine-swaps", -1), "Invalid value for '--refine-swaps'"),
+    ],
+)
+def test_refusals(cptquant: Callable, folder: Path, tmp_path: Path, flags: tuple, message: str) -> None:
+    common = ("--budget", "4bpw@sites", "--output", tmp_path / "run", "--sensitivity", "cmpq", *QUICK, *SWAPS)
+    outcome = cptquant("quantize", folder, *common, *flags)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert not (tmp_path / "run/plan.json").exists()
+
+
+def test_a_memory_limit_is_refused_before_anything_is_measured(
+    cptquant: Callable, folder: Path, tmp_path: Path
+) -> None:
+    outcome = cptquant(
+        "quantize", folder, "--memory", "1GB", "--target", "onnx", "--output", tmp_path / "run", *QUICK, *SWAPS
+    )
+    assert outcome.code == 2
+    assert "--refine-swaps keeps the bytes of the weights, not the engine's memory" in outcome.err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,54 @@
+"""A site in another format is what `quantize_sites` would have made of it, had the plan said so."""
+
+import pytest
+import torch
+from quantizers.test_quantize import make_model, make_plan, make_tokens
+
+from cptquant.core.errors import UserError
+from cptquant.core.formats import QuantFormat
+from cptquant.quantizers.alternatives import quantize_alternatives
+from cptquant.quantizers.gptq import Gptq
+from cptquant.quantizers.quantize import quantize_sites
+from cptquant.quantizers.rtn import Rtn
+
+
+class Kept:
+    def __init__(self):
+        self.found = {}
+
+    def keep(self, _index, weights, _records):
+        self.found.update(weights)
+
+    def weight(self, name):
+        return self.found[name].dequantize() if name in self.found else None
+
+
+@pytest.mark.parametrize("name", ["llama", "bert-classifier"])
+@pytest.mark.parametrize("quantizer", [Gptq(coarse_products=False), Rtn()], ids=["gptq", "rtn"])
+def test_equals_the_plan_with_that_format(name, quantizer, tmp_path):
+    model, tokens = make_model(name, tmp_path), make_tokens()
+    start = Kept()
+    quantize_sites(model, make_plan(model), quantizer, tokens, start.keep)
+    sites = [site.name for site in model.layout.block_sites]
+    chosen = [sites[1], sites[-1]]
+    formats = {site: [QuantFormat.parse(text) for text in ("int2-g16", "int6-g16", "bfloat16")] for site in chosen}
+    steps = []
+    found = quantize_alternatives(
+        model, start, formats, quantizer, tokens, progress=lambda done, total: steps.append((done, total))
+    )
+    assert steps == [(1, 3), (2, 3), (3, 3)] and set(found) == set(chosen)
+    for site in chosen:
+        assert list(found[site]) == ["int2-g16", "int6-g16"]
+        for fmt, weight in found[site].items():
+            other = Kept()
+            plan = make_plan(model)
+            plan = plan.model_copy(update={"formats": {**plan.formats, site: fmt}})
+            quantize_sites(model, plan, quantizer, tokens, other.keep)
+            assert torch.equal(weight.dequantize(), other.found[site].dequantize()), (site, fmt)
+
+
+def test_groups_of_mixed_width_are_refused(tmp_path):
+    model, tokens = make_model("llama", tmp_path), make_tokens()
+    site = model.layout.block_sites[3].name
+    with pytest.raises(UserError, match=f"--refine-swaps cannot judge groups of mixed width \\(at {site}\\)"):
+        quantize_alternatives(model, Kept(), {site: [QuantFormat.parse("slim3-g32")]}, Gptq(), tokens)
