@@ -31,3 +31,14 @@ def test_a_plan_parses_its_formats():
         bits_per_weight_sites=4.0, status=SolverStatus.HEURISTIC,
     )  # fmt: skip
     assert plan.quant_formats == {"a": QuantFormat(code_bits=4, granularity=64), "b": FLOAT16}
+
+
+def test_a_copy_of_a_plan_parses_its_own_formats():
+    plan = Plan(
+        target="transformers", allocator="knapsack", budget="4bpw", budget_scope="file", limit_bytes=10,
+        formats={"a": "int4-g64"}, size_bytes=9, site_bytes=9, bits_per_weight=4.0, bits_per_weight_sites=4.0,
+        status=SolverStatus.OPTIMAL,
+    )  # fmt: skip
+    assert plan.quant_formats["a"].code_bits == 4  # parsed, and kept, before the copy is made
+    assert plan.model_copy(update={"formats": {"a": "int3-g64"}}).quant_formats["a"].code_bits == 3
+    assert plan.model_copy().quant_formats == plan.quant_formats

@@ -1,8 +1,9 @@
 """The plan: which format each site gets, what that costs in bytes, and how sure the solver is."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from cptquant.core.artifact import Artifact
 from cptquant.core.formats import QuantFormat
@@ -57,6 +58,12 @@ class Plan(Artifact):
     status: SolverStatus
     optimality_gap: float | None = None
     notes: tuple[str, ...] = ()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, which would take along formats parsed before they were changed."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("quant_formats", None)
+        return copied
 
     @cached_property
     def quant_formats(self) -> dict[str, QuantFormat]:
