@@ -32,10 +32,12 @@ from cptquant.sensitivity.ablation import Ablation
 from cptquant.sensitivity.correlation import Cmpq
 from cptquant.sensitivity.loss import pick_sequences
 from cptquant.sensitivity.measure import measure_sensitivity
+from cptquant.sensitivity.path_integral import PathIntegral
 from cptquant.sensitivity.perturbation import integer_formats
 from cptquant.sensitivity.pruning import Pmpq
 from cptquant.sensitivity.relative_error import relative_errors
 from cptquant.sensitivity.scores import SensitivityMethod
+from cptquant.sensitivity.sketch import Sketch
 from cptquant.sensitivity.taylor import Tdmpq
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +67,11 @@ METHODS: dict[str, SensitivityMethod] = {
     "TDMPQ, first order": Tdmpq(order="first"),
     "TDMPQ, first + second order": Tdmpq(order="sum"),
     "TDMPQ, input noise": Tdmpq(variant="input"),
+    "path": PathIntegral(),
+    "path, one point": PathIntegral(points=1),
+    "path, curvature along 3 bits": PathIntegral(variant="curvature"),
+    "sketch": Sketch(),
+    "sketch, half its squared length": Sketch(diagonal="sketch"),
 }
 CONTROL = "no score: relative output error alone"
 ORACLE = "oracle (ablation)"
@@ -88,6 +95,11 @@ def find_subjects(wanted: list[str] | None) -> list[Subject]:
             Subject(folder.parent.name, str(folder.parent), str(text / "train.txt"), str(text / "valid.txt"))
         )
     return [subject for subject in subjects if not wanted or subject.label in wanted]
+
+
+def table_path(subject: Subject, method: str) -> Path:
+    """Where a method's finished table is kept."""
+    return WORK / subject.label.replace(":", "-") / f"{re.sub(r'[^a-z0-9.]+', '-', method.lower())}.json"
 
 
 def measure_once(
@@ -123,8 +135,9 @@ def measure_subject(subject: Subject, oracle_sequences: int) -> dict[str, object
     tables: dict[str, SensitivityTable] = {}
     seconds: dict[str, float] = {}
     for name, method in {ORACLE: Ablation(sequences=oracle_sequences, examples=128), **METHODS}.items():
-        path = WORK / subject.label.replace(":", "-") / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.json"
-        tables[name] = measure_once(path, model, held_out if name == ORACLE else tokens, candidates, method)
+        tables[name] = measure_once(
+            table_path(subject, name), model, held_out if name == ORACLE else tokens, candidates, method
+        )
         seconds[name] = tables[name].provenance.cpu_seconds or 0.0
         print(f"{subject.label}: {name}: {seconds[name]:.0f} CPU seconds", flush=True)
     oracle = tables[ORACLE]

@@ -1,0 +1,259 @@
+"""KL sketches: one forward pass for each site and format, kept as a short vector whose products are interactions.
+
+Rounding one site to one format moves the logits z of every scored token by some dz. To second order
+
+    KL(p ‖ q) ~ 1/2 dz' F dz,   F = diag(p) - p p' = A A',   A' dz = sqrt(p) (dz - <p, dz>) =: u
+
+so a change is a vector u of tokens x vocabulary entries, its KL is 1/2 |u|^2, and where changes of several sites add up in
+the logits the KL of a plan is
+
+    1/2 |sum_l u_l|^2 = sum_l 1/2 |u_l|^2 + sum_{l < m} <u_l, u_m>
+
+u itself is large; kept is a count sketch of it (Charikar, Chen, Farach-Colton 2002): every entry has a random sign and
+is added to one of `width` places of its sequence. Products of sketches are unbiased estimates of products of vectors,
+with relative standard error sqrt(2 / (sequences x width)) or less, and exact where everything has a place of its own.
+
+Of a bare encoder u is the change of the normalised pooled embedding; 1 - cosine is 1/2 |u|^2 exactly.
+
+Cost: half a forward pass for each site and format on average, because a change starts at its own block, on few tokens.
+What is missing from the sum: everything beyond second order, and changes that are no sum in the logits. The score of a
+single option is therefore not the sketch but the divergence itself, which the same pass gives (`diagonal`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from cptquant.core.progress import Progress
+from cptquant.models.load import LoadedModel
+from cptquant.models.losses import sequence_kl
+from cptquant.models.text import TokenSet
+from cptquant.sensitivity.ablation import changes_of_block
+from cptquant.sensitivity.estimates import Estimate, estimate_ratio
+from cptquant.sensitivity.loss import Objective, pick_for_task, pose_question, random_signs
+from cptquant.sensitivity.perturbation import BLOCK_SCORE_BITS, integer_formats, nearest_format
+from cptquant.sensitivity.scores import Scores, SiteFormats
+from cptquant.sensitivity.sweep import ChangedEnd, ChangeSweep
+
+_OUTPUT_ENTRIES = 1 << 24
+"""Logits of the original that are kept, 64 MB in float32; with a larger vocabulary fewer positions are looked at."""
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Hyper-parameters.
+
+    Attributes:
+        width: places in a sketch, for each sequence.
+        sequences, examples: how much calibration text is used: windows for a language model, texts for a classifier or
+            a bare encoder.
+        length: tokens of each window that a causal language model reads; what it says there does not depend on the
+            rest, so this is a choice of positions. Other models read whole sequences.
+        diagonal: score of a single option: its "divergence", or half the squared length of its "sketch".
+        seed: of the random signs.
+    """
+
+    name: ClassVar[str] = "sketch"
+
+    width: int = 512
+    sequences: int = 8
+    examples: int = 32
+    length: int = 64
+    diagonal: Literal["divergence", "sketch"] = "divergence"
+    seed: int = 0
+
+    def __call__(self, model: LoadedModel, tokens: TokenSet, formats: SiteFormats, progress: Progress) -> Scores:
+        """Divergence of each site and format; per block that of its sites together near 4 bits, by the sketches."""
+        return self.measure(model, tokens, formats, progress).scores(model, formats)
+
+    def measure(self, model: LoadedModel, tokens: TokenSet, formats: SiteFormats, progress: Progress) -> "Sketches":
+        """The sketches themselves: interactions, and the divergence that a plan is expected to have."""
+        chosen = integer_formats(formats, model.layout)
+        used = pick_for_task(model, tokens, self.sequences, self.examples)
+        if model.layout.task == "causal_lm":
+            used = replace(
+                used, input_ids=used.input_ids[:, : self.length], attention_mask=used.attention_mask[:, : self.length]
+            )
+        question = pose_question(model, used)
+        sweep = ChangeSweep(model, question.tokens)
+        stride = -(-question.tokens.input_ids.numel() * max(1, model.layout.vocabulary_size) // _OUTPUT_ENTRIES)
+        objective = Objective(sweep.stream, question, stride=max(1, stride))
+        end = sweep.original_end()
+        judge = _Judge(objective, end, self)
+        found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        total = sum(len(row) for row in chosen.values())
+
+        def take(changed: ChangedEnd) -> None:
+            ((name, fmt),) = changed.change.items()
+            found[name, fmt.name] = judge.look(changed)
+            progress("sketches", len(found), total)
+
+        for changed in sweep.inside_blocks(lambda index: changes_of_block(model.layout, chosen, index)[0]):
+            take(changed)
+        for changed in sweep.outside_blocks(chosen, end):
+            take(changed)
+        options = tuple((name, fmt.name) for name, row in chosen.items() for fmt in row)
+        return Sketches(
+            options=options,
+            vectors=torch.stack([found[option][0] for option in options]),
+            divergences=torch.stack([found[option][1] for option in options]),
+            counts=judge.counts,
+            documents=question.tokens.documents,
+            unit=objective.unit,
+            method=self,
+        )
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """What a pass for each option left behind.
+
+    Attributes:
+        options: (site name, format name), in the layout's order.
+        vectors: (options, n, width) float32, sketches per sequence. divergences: (options, n) float64, summed per
+            sequence. counts: (n,) int64, scored positions. documents: (n,) int64.
+        unit: of divergences a count.
+    """
+
+    options: tuple[tuple[str, str], ...]
+    vectors: Tensor
+    divergences: Tensor
+    counts: Tensor
+    documents: Tensor
+    unit: str
+    method: Sketch
+
+    @cached_property
+    def place(self) -> dict[tuple[str, str], int]:
+        """Option -> its row."""
+        return {option: index for index, option in enumerate(self.options)}
+
+    def interactions(self) -> Tensor:
+        """(options, options) float64: G with 1/2 sum G_ab over a plan's options a, b the divergence of the plan.
+
+        Off the diagonal <u_a, u_b> a scored position; on it twice the score of the option alone (`Sketch.diagonal`).
+        Pairs of one site have a value too, which no plan uses.
+        """
+        flat = self.vectors.flatten(1).double()
+        products = flat @ flat.t() / self.counts.sum()
+        products.diagonal().copy_(2 * self._alone().sum(dim=1) / self.counts.sum())
+        return products
+
+    def plan(self, formats: Mapping[str, str]) -> Estimate:
+        """The divergence of a whole plan, with its interactions.
+
+        Args:
+            formats: site name -> format name; sites without a sketch in that format (16 bits) add nothing.
+        """
+        rows = [self.place[item] for item in formats.items() if item in self.place]
+        vectors = self.vectors[rows].double()
+        together = 0.5 * vectors.sum(dim=0).square().sum(dim=-1)
+        apart = 0.5 * vectors.square().sum(dim=-1).sum(dim=0)
+        sums = self._alone()[rows].sum(dim=0) + together - apart
+        return estimate_ratio(sums, self.counts, self.documents).floored()
+
+    def scores(self, model: LoadedModel, formats: SiteFormats) -> Scores:
+        """The single options as a method's findings."""
+        alone, layout, method = self._alone(), model.layout, self.method
+        damages: dict[str, dict[str, Estimate]] = {}
+        for (name, fmt), sums in zip(self.options, alone, strict=True):
+            damages.setdefault(name, {})[fmt] = estimate_ratio(sums, self.counts, self.documents).floored()
+        chosen = integer_formats(formats, layout)
+        near = {name: nearest_format(row).name for name, row in chosen.items()}
+        blocks = [
+            {name: near[name] for name in near if layout.site_by_name[name].block_index == index}
+            for index in range(layout.block_count)
+        ]
+        return Scores(
+            unit=self.unit,
+            damages=damages,
+            block_scores=[self.plan(block) for block in blocks],
+            metadata={
+                "diagonal": method.diagonal,
+                "quantizer": "round to nearest",
+                "width": method.width,
+                "positions": int(self.counts.sum()),
+                "seed": method.seed,
+                "stderr": "over sequences, clustered by document",
+                "block_score": f"the block's sites together at the format nearest to {BLOCK_SCORE_BITS} bits, "
+                "interactions by the sketches",
+            },
+        )
+
+    def _alone(self) -> Tensor:
+        """(options, n) float64: each option by itself, summed per sequence."""
+        if self.method.diagonal == "divergence":
+            return self.divergences
+        return 0.5 * self.vectors.double().square().sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the original says to a part of a batch's positions.
+
+    Attributes:
+        output: (b, t, V). root: (b, t, V), sqrt(p), 0 where nothing is scored; None for a bare encoder.
+        scored: (b, t) bool. signs: (b, t, V) int8.
+    """
+
+    output: Tensor
+    root: Tensor | None
+    scored: Tensor
+    signs: Tensor
+
+
+class _Judge:
+    """Sets what a changed model says against what the original says."""
+
+    def __init__(self, objective: Objective, end: Sequence[Tensor], method: Sketch) -> None:
+        self._objective, self._width = objective, method.width
+        generator = torch.Generator().manual_seed(method.seed)
+        encoder = objective.unit == "one_minus_cosine"
+        self._batches: list[list[_Part]] = []
+        for index, hidden in enumerate(end):
+            parts: list[_Part] = []
+            with torch.no_grad():
+                for output, scored in objective.outputs(index, hidden):
+                    root = None if encoder else output.softmax(dim=-1).sqrt_().mul_(scored.unsqueeze(-1))
+                    signs = random_signs(output.shape, generator).to(torch.int8)
+                    parts.append(_Part(output.clone(), root, scored, signs))
+            self._batches.append(parts)
+        self.counts = torch.cat(
+            [torch.stack([part.scored.sum(dim=1) for part in parts]).sum(dim=0) for parts in self._batches]
+        )
+
+    @torch.no_grad()
+    def look(self, end: ChangedEnd) -> tuple[Tensor, Tensor]:
+        """(n, width) float32 sketch, (n,) float64 summed divergence."""
+        sketches: list[Tensor] = []
+        divergences: list[Tensor] = []
+        for index, (hidden, parts) in enumerate(zip(end.hidden, self._batches, strict=True)):
+            sketch = torch.zeros(len(hidden), self._width)
+            divergence = torch.zeros(len(hidden), dtype=torch.float64)
+            outputs = self._objective.outputs(index, hidden, changed=end.stream)
+            for part, (output, scored) in zip(parts, outputs, strict=True):
+                change = output - part.output
+                if part.root is None:
+                    divergence += 0.5 * change.double().square().sum(dim=(1, 2))
+                else:
+                    divergence += sequence_kl(part.output, output, scored).sums
+                    change -= (part.root.square() * change).sum(dim=-1, keepdim=True)
+                    change *= part.root
+                sketch += count_sketch(change.mul_(part.signs), self._width)
+            sketches.append(sketch)
+            divergences.append(divergence)
+        return torch.cat(sketches), torch.cat(divergences)
+
+
+def count_sketch(
+    signed: Tensor,  # (b, t, V): entries times their random signs
+    width: int,
+) -> Tensor:
+    """(b, width): the entries of each sequence dealt to the places in turn and added up."""
+    flat = signed.flatten(1)
+    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % width))
+    return padded.view(len(flat), -1, width).sum(dim=1)
