@@ -10,7 +10,7 @@ has seen. The regret of a plan is a mean of paired differences, its standard err
 coincide are judged once. "sketch, pairs" starts from the knapsack's plan and exchanges formats of one or two sites as
 long as the sketches' estimate of the whole plan, interactions included, falls.
 
-CPU seconds are the process's, with one thread; GPTQ's are those of one pass of uniform 4 bits over the calibration text.
+CPU seconds are the process's, with one thread; GPTQ's are those of one pass of uniform 4 bits over the same text.
 Writes "regret" into results/sensitivity_agreement.json and its table into docs/sensitivity.md.
 """
 
@@ -200,11 +200,8 @@ def measure_subject(laboratory: Laboratory, quantizers: list[str], budgets: list
                 )  # fmt: skip
             print(f"{laboratory.subject.label}, {text}, {quantizer}", flush=True)
             for cell in cells[-len(found) :]:
-                print(
-                    f"  {cell['score']:16s} {cell['kl_nats_per_token']:.5f} regret {cell['regret_nats_per_token']:+.5f} "
-                    f"({cell['regret_stderr']:.5f}) {cell['plan']}",
-                    flush=True,
-                )
+                regret = f"{cell['regret_nats_per_token']:+.5f} ({cell['regret_stderr']:.5f})"
+                print(f"  {cell['score']:16s} {cell['kl_nats_per_token']:.5f} {regret} {cell['plan']}", flush=True)
     return {
         "calibration": laboratory.calibration.description,
         "held_out": laboratory.held_out.description,

@@ -35,7 +35,7 @@ def with_all_sites(model, formats, bits, *, only=None):
 def test_shares_of_a_path_add_up_to_the_divergence_of_the_whole_model(toy, text, candidates, name):
     model = toy(name)
     tokens, formats = text(model.layout.task, sequences=3, length=12), candidates(model, ("int4-g16", "int8-g16"))
-    table = measure_sensitivity(model, tokens, formats, PathIntegral(points=6))
+    table = measure_sensitivity(model, tokens, formats, PathIntegral(points=6, outside_sequences=1))
     for bits in (4, 8):
         whole = oracle.kl_per_token(model.module, with_all_sites(model, formats, bits), tokens)
         # OPT's ReLUs have corners, over which a quadrature of any order is as good as its spacing only.
@@ -43,14 +43,14 @@ def test_shares_of_a_path_add_up_to_the_divergence_of_the_whole_model(toy, text,
 
 
 def test_the_quadrature_converges_to_the_divergence(toy, text, candidates):
-    model = toy("opt")
-    tokens, formats = text(), candidates(model, ("int3-g16",))
-    whole = oracle.kl_per_token(model.module, with_all_sites(model, formats, 3), tokens)
+    model = toy("llama")
+    tokens, formats = text(sequences=3, length=12), candidates(model, ("int4-g16",))
+    whole = oracle.kl_per_token(model.module, with_all_sites(model, formats, 4), tokens)
     misses = []
-    for points in (1, 2, 6):
-        table = measure_sensitivity(model, tokens, formats, PathIntegral(points=points))
-        misses.append(abs(table.metadata["sum of the shares at 3 bits"] / whole - 1))
-    assert misses[2] < misses[1] < misses[0] < 0.3
+    for points in (1, 5):
+        table = measure_sensitivity(model, tokens, formats, PathIntegral(points=points, outside_sequences=1))
+        misses.append(abs(table.metadata["sum of the shares at 4 bits"] / whole - 1))
+    assert misses[1] < 0.02 < misses[0] < 0.5
 
 
 def test_one_site_that_moves_alone_gets_its_own_divergence(toy, text, candidates):
@@ -58,11 +58,12 @@ def test_one_site_that_moves_alone_gets_its_own_divergence(toy, text, candidates
     site = model.layout.block_sites[9]
     formats = candidates(model, ("int3-g16",))
     alone = {name: row if name == site.name else (model.layout.keep_format,) for name, row in formats.items()}
-    table = measure_sensitivity(model, text(), alone, PathIntegral(points=5))
-    exact = oracle.kl_per_token(model.module, with_all_sites(model, formats, 3, only=site.name), text())
+    tokens = text(sequences=3, length=12)
+    table = measure_sensitivity(model, tokens, alone, PathIntegral(points=5))
+    exact = oracle.kl_per_token(model.module, with_all_sites(model, formats, 3, only=site.name), tokens)
     found = table.damages[site.name]["int3-g16"]
     assert found.value == pytest.approx(exact, rel=2e-3)
-    assert found.n == 6
+    assert found.n == 3
 
 
 @pytest.mark.parametrize("name", ["llama", "classifier", "masked", "encoder"])
@@ -91,10 +92,10 @@ def test_the_divergence_and_its_gradient_agree_with_finite_differences(toy, text
 @pytest.mark.parametrize("variant", ["together", "curvature"])
 def test_at_8_bits_the_shares_are_near_the_oracle(toy, text, candidates, name, variant):
     model = toy(name)
-    tokens, formats = text(model.layout.task, sequences=24), candidates(model, ("int4-g16", "int8-g16"))
-    method = PathIntegral(variant=variant, sequences=24, outside_sequences=24, reference_bits=4)
+    tokens, formats = text(model.layout.task, sequences=12), candidates(model, ("int8-g16",))
+    method = PathIntegral(variant=variant, sequences=12, outside_sequences=12)
     table = measure_sensitivity(model, tokens, formats, method)
-    exact = measure_sensitivity(model, tokens, formats, Ablation(sequences=24))
+    exact = measure_sensitivity(model, tokens, formats, Ablation(sequences=12))
     assert table.unit == exact.unit
     names = [site.name for site in model.layout.block_sites]
     found, wanted = (sum(part.damages[name]["int8-g16"].value for name in names) for part in (table, exact))
@@ -112,12 +113,12 @@ def test_negative_shares_become_zero_and_the_sum_is_kept(toy, text, candidates):
 
 
 def test_repeats_and_groups_of_sequences_change_nothing(toy, text, candidates, monkeypatch):
-    model, method = toy("llama"), PathIntegral(sequences=4)
-    formats = candidates(model, WIDTHS)
-    first = measure_sensitivity(model, text(), formats, method)
-    assert measure_sensitivity(model, text(), formats, method) == first
+    model, method, tokens = toy("llama"), PathIntegral(outside_sequences=1), text(sequences=3, length=8)
+    formats = candidates(model, ("int4-g16",))
+    first = measure_sensitivity(model, tokens, formats, method)
+    assert measure_sensitivity(model, tokens, formats, method) == first
     monkeypatch.setattr("cptquant.sensitivity.path_integral._HIDDEN_BYTES", 1)  # one sequence at a time
-    apart = measure_sensitivity(model, text(), formats, method)
+    apart = measure_sensitivity(model, tokens, formats, method)
     assert apart.damages == first.damages
 
 
@@ -150,5 +151,5 @@ def test_a_weight_that_is_not_a_number_is_named(toy, text, candidates):
     broken = copy.deepcopy(model.module)
     broken.model.decoder.layers[1].fc1.weight.data[3, 4] = float("nan")
     broken = dataclasses.replace(model, module=broken)
-    with pytest.raises(ModelError, match="NaN|nan"):
+    with pytest.raises(ModelError, match="a weight to quantize is NaN or infinite; repair the model"):
         measure_sensitivity(broken, text(), candidates(model), PathIntegral())

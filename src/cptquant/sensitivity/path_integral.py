@@ -20,7 +20,8 @@ all sites at once. "curvature" walks one path only, that of `reference_bits`, an
     s_lf = integral of (1 - t) D_lf' H(t) D_lf dt,   H(t) = E[g g'] at W(t), products inside a row as in TDMPQ
 
 the exact remainder of a Taylor series where f is the path's own format and l moves alone; `points` passes for all
-formats, no completeness. The quadrature is Gauss-Legendre: with F quadratic one point is exact, two to the fourth order.
+formats, no completeness. The quadrature is Gauss-Legendre: with F quadratic one point is exact, with F of the fourth
+order two are.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -309,7 +310,7 @@ class _Spot:
 
 
 _Take = Callable[[str, Tensor, Tensor, _Spot], None]
-"""Takes a site's name, its gradient and its change on the path, both (out_features, in_features), and where that was."""
+"""Takes a site's name, its gradient and its change on the path, (out_features, in_features), and where that was."""
 
 
 class _Shares:

@@ -4,8 +4,8 @@ Rounding one site to one format moves the logits z of every scored token by some
 
     KL(p ‖ q) ~ 1/2 dz' F dz,   F = diag(p) - p p' = A A',   A' dz = sqrt(p) (dz - <p, dz>) =: u
 
-so a change is a vector u of tokens x vocabulary entries, its KL is 1/2 |u|^2, and where changes of several sites add up in
-the logits the KL of a plan is
+so a change is a vector u of tokens x vocabulary entries, its KL is 1/2 |u|^2, and where changes of several sites add up
+in the logits the KL of a plan is
 
     1/2 |sum_l u_l|^2 = sum_l 1/2 |u_l|^2 + sum_{l < m} <u_l, u_m>
 
@@ -39,7 +39,7 @@ from cptquant.sensitivity.perturbation import BLOCK_SCORE_BITS, integer_formats,
 from cptquant.sensitivity.scores import Scores, SiteFormats
 from cptquant.sensitivity.sweep import ChangedEnd, ChangeSweep
 
-_OUTPUT_ENTRIES = 1 << 24
+OUTPUT_ENTRIES = 1 << 24
 """Logits of the original that are kept, 64 MB in float32; with a larger vocabulary fewer positions are looked at."""
 
 
@@ -80,7 +80,7 @@ class Sketch:
             )
         question = pose_question(model, used)
         sweep = ChangeSweep(model, question.tokens)
-        stride = -(-question.tokens.input_ids.numel() * max(1, model.layout.vocabulary_size) // _OUTPUT_ENTRIES)
+        stride = -(-question.tokens.input_ids.numel() * max(1, model.layout.vocabulary_size) // OUTPUT_ENTRIES)
         objective = Objective(sweep.stream, question, stride=max(1, stride))
         end = sweep.original_end()
         judge = _Judge(objective, end, self)
