@@ -124,7 +124,8 @@ def measure_once(
     return made
 
 
-def measure_subject(subject: Subject, oracle_sequences: int) -> dict[str, object]:
+def measure_subject(subject: Subject, oracle_sequences: int, names: list[str]) -> dict[str, object]:
+    """The figures of some methods; others' stay as they were."""
     model = load_model(subject.source)
     length = LENGTHS[model.layout.task]
     tokens = load_tokens(model, subject.calibration, "calibration", sequences=128, length=length, seed=0)
@@ -133,8 +134,9 @@ def measure_subject(subject: Subject, oracle_sequences: int) -> dict[str, object
     formats = [QuantFormat.parse(f"int{bits}-g64") for bits in BITS]
     candidates = {site.name: candidate_formats(site, model.layout, target, formats) for site in model.layout.sites}
     tables: dict[str, SensitivityTable] = {}
+    wanted = {ORACLE: Ablation(sequences=oracle_sequences, examples=128), **{name: METHODS[name] for name in names}}
     seconds: dict[str, float] = {}
-    for name, method in {ORACLE: Ablation(sequences=oracle_sequences, examples=128), **METHODS}.items():
+    for name, method in wanted.items():
         tables[name] = measure_once(
             table_path(subject, name), model, held_out if name == ORACLE else tokens, candidates, method
         )
@@ -289,6 +291,7 @@ def depth_table(models: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", help="labels to measure (default: all that are found)")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="others stay as they are")
     parser.add_argument("--oracle-sequences", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="measure again what the results already hold")
@@ -298,7 +301,11 @@ def main() -> None:
         shutil.rmtree(WORK, ignore_errors=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
     for subject in find_subjects(options.models):
-        results["models"][subject.label] = measure_subject(subject, options.oracle_sequences)
+        found = measure_subject(subject, options.oracle_sequences, options.methods)
+        before = results["models"].get(subject.label, {})
+        results["models"][subject.label] = {
+            key: {**before.get(key, {}), **value} if isinstance(value, dict) else value for key, value in found.items()
+        }
         results["versions"], results["threads"] = installed_versions(), options.threads
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")

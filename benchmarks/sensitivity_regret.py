@@ -44,13 +44,10 @@ from cptquant.models.stream import ModelStream
 from cptquant.models.text import TokenSet, load_tokens
 from cptquant.quantizers.methods import find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
+from cptquant.sensitivity.ablation import Ablation
 from cptquant.sensitivity.estimates import estimate_ratio
 from cptquant.sensitivity.loss import Objective, SequenceTotals, pose_question
-from cptquant.sensitivity.measure import measure_sensitivity
-from cptquant.sensitivity.methods import find_method
-from cptquant.sensitivity.scores import SensitivityMethod
 from cptquant.sensitivity.sketch import Sketch, Sketches
-from cptquant.sensitivity.taylor import Tdmpq
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "sensitivity_regret"
@@ -58,15 +55,8 @@ MODELS = ("embedded:opt-mini", "reference-llama", "reference-opt")
 BUDGETS = ("2.5bpw@sites", "3bpw@sites", "4bpw@sites")
 TARGET = find_target("transformers")
 FORMATS = tuple(QuantFormat.parse(f"int{bits}-g64") for bits in BITS)
-SCORES: dict[str, SensitivityMethod] = {
-    "tdmpq": find_method("tdmpq"),
-    "path": find_method("path"),
-    "sketch": find_method("sketch"),
-    "first order": Tdmpq(order="first"),
-    "cmpq": find_method("cmpq"),
-    "pmpq": find_method("pmpq"),
-}
-PAIRS = {"sketch, pairs": "sketch", "tdmpq, pairs": "tdmpq"}
+SCORES = ("TDMPQ", "path", "path, curvature along 3 bits", "sketch", "TDMPQ, first order", "CMPQ", "PMPQ")
+PAIRS = {"sketch, pairs": "sketch", "TDMPQ, pairs of the sketches": "TDMPQ"}
 """Rows whose plans are improved with the sketches' interactions, and the score of single options they start from."""
 MARKS = ("<!-- begin benchmarks/sensitivity_regret.py -->", "<!-- end benchmarks/sensitivity_regret.py -->")
 
@@ -120,25 +110,15 @@ class Laboratory:
     def _tokens(self, source: str | None, split: Any, sequences: int) -> TokenSet:
         return load_tokens(self.model, source, split, sequences=sequences, length=256, seed=0)
 
-    def table(self, name: str, method: SensitivityMethod) -> SensitivityTable:
-        """Measured once, with the CPU seconds that took."""
-        inputs = {"method": repr(method), "tokens": self.calibration.digest, "formats": ",".join(map(str, BITS))}
-        path = WORK / self.subject.label.replace(":", "-") / f"{name.replace(' ', '-')}.json"
-        if path.exists() and (found := SensitivityTable.load(path)).inputs == inputs:
-            return found
-        path.parent.mkdir(exist_ok=True)
-        start = time.process_time()
-        made = measure_sensitivity(self.model, self.calibration, self.candidates, method)
-        seconds = time.process_time() - start
-        made = made.model_copy(update={"inputs": inputs, "metadata": {**made.metadata, "cpu_seconds": seconds}})
-        made.save(path)
-        print(f"{self.subject.label}: {name}: {seconds:.1f} CPU seconds", flush=True)
-        return made
-
     def tables(self) -> dict[str, SensitivityTable]:
-        """The oracle's (from sensitivity_agreement.py) and every score's."""
-        oracle = SensitivityTable.load(table_path(self.subject, ORACLE))
-        return {"oracle": oracle, **{name: self.table(name, method) for name, method in SCORES.items()}}
+        """The oracle's, on validation text, and every score's, on calibration text."""
+        validation = self._tokens(self.subject.validation, "validation", 128)
+        texts = {ORACLE: validation, **dict.fromkeys(SCORES, self.calibration)}
+        methods = {ORACLE: Ablation(sequences=16, examples=128), **{name: METHODS[name] for name in SCORES}}
+        return {
+            name: measure_once(table_path(self.subject, name), self.model, texts[name], self.candidates, method)
+            for name, method in methods.items()
+        }
 
     @cached_property
     def sketches(self) -> Sketches:
@@ -189,7 +169,7 @@ def measure_subject(laboratory: Laboratory, quantizers: list[str], budgets: list
             found = {row: laboratory.judge(plan, quantizer) for row, plan in plans.items()}
             for row, sums in found.items():
                 kl, stderr = laboratory.ruler.estimate(sums)
-                paired = [mine - best for mine, best in zip(sums, found["oracle"], strict=True)]
+                paired = [mine - best for mine, best in zip(sums, found[ORACLE], strict=True)]
                 regret, regret_stderr = laboratory.ruler.estimate(paired)
                 cells.append(
                     {
@@ -206,9 +186,7 @@ def measure_subject(laboratory: Laboratory, quantizers: list[str], budgets: list
         "calibration": laboratory.calibration.description,
         "held_out": laboratory.held_out.description,
         "cells": cells,
-        "cpu_seconds": {
-            name: table.metadata["cpu_seconds"] for name, table in tables.items() if "cpu_seconds" in table.metadata
-        },
+        "cpu_seconds": {name: table.provenance.cpu_seconds for name, table in tables.items()},
     }
 
 

@@ -15,7 +15,7 @@ from cptquant.sensitivity.measure import measure_sensitivity
 from cptquant.sensitivity.perturbation import original_weight, perturb
 from cptquant.sensitivity.sketch import Sketch, count_sketch
 
-ROOMY = Sketch(width=20 * 96, length=20)
+ROOMY = Sketch(width=20 * 96, sequences=6)
 """A place for every entry of a toy's sequence: nothing is lost."""
 
 
@@ -65,7 +65,7 @@ def test_narrow_sketches_are_unbiased_with_the_stated_error():
 def test_the_score_of_an_option_is_the_oracles_on_the_same_positions(toy, text, candidates):
     model = toy("opt-projected")
     tokens, formats = text(), candidates(model)
-    table = measure_sensitivity(model, tokens, formats, Sketch(length=20))
+    table = measure_sensitivity(model, tokens, formats, Sketch(sequences=6))
     exact = measure_sensitivity(model, tokens, formats, Ablation())
     assert table.unit == exact.unit
     for site, row in exact.damages.items():
@@ -115,14 +115,10 @@ def test_two_sites_that_make_the_same_change_cost_four_times_one(toy, text, cand
     assert both == pytest.approx(4 * one, rel=1e-6)
 
 
-def test_a_causal_model_reads_the_beginning_of_each_window(toy, text, candidates):
-    model = toy("llama")
-    sketches = Sketch(length=8).measure(model, text(), candidates(model), ignore_progress)
-    assert sketches.counts.tolist() == [7] * 6
-    whole = Sketch(length=8).measure(
-        toy("classifier"), text("sequence_classification"), candidates(toy("classifier")), ignore_progress
-    )
-    assert whole.counts.tolist() == [1] * 6
+def test_windows_are_read_whole_and_a_classifier_reads_more_texts(toy, text, candidates):
+    model, other, labelled = toy("llama"), toy("classifier"), text("sequence_classification")
+    assert Sketch().measure(model, text(), candidates(model), ignore_progress).counts.tolist() == [19, 19]
+    assert Sketch().measure(other, labelled, candidates(other), ignore_progress).counts.tolist() == [1] * 6
 
 
 def test_repeats_agree_and_another_seed_only_moves_the_interactions(toy, text, candidates):

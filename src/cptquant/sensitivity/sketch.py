@@ -21,7 +21,7 @@ single option is therefore not the sketch but the divergence itself, which the s
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
 
@@ -50,19 +50,17 @@ class Sketch:
     Attributes:
         width: places in a sketch, for each sequence.
         sequences, examples: how much calibration text is used: windows for a language model, texts for a classifier or
-            a bare encoder.
-        length: tokens of each window that a causal language model reads; what it says there does not depend on the
-            rest, so this is a choice of positions. Other models read whole sequences.
+            a bare encoder. Whole windows: the beginnings of more windows cost the same, and rank sites worse, since
+            attention matters less there (docs/sensitivity.md).
         diagonal: score of a single option: its "divergence", or half the squared length of its "sketch".
         seed: of the random signs.
     """
 
     name: ClassVar[str] = "sketch"
 
-    width: int = 512
-    sequences: int = 8
+    width: int = 2048
+    sequences: int = 2
     examples: int = 32
-    length: int = 64
     diagonal: Literal["divergence", "sketch"] = "divergence"
     seed: int = 0
 
@@ -74,10 +72,6 @@ class Sketch:
         """The sketches themselves: interactions, and the divergence that a plan is expected to have."""
         chosen = integer_formats(formats, model.layout)
         used = pick_for_task(model, tokens, self.sequences, self.examples)
-        if model.layout.task == "causal_lm":
-            used = replace(
-                used, input_ids=used.input_ids[:, : self.length], attention_mask=used.attention_mask[:, : self.length]
-            )
         question = pose_question(model, used)
         sweep = ChangeSweep(model, question.tokens)
         stride = -(-question.tokens.input_ids.numel() * max(1, model.layout.vocabulary_size) // OUTPUT_ENTRIES)

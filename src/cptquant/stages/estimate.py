@@ -198,7 +198,7 @@ def _measure_seconds(
     each = both - cost.block_pass / 2
     if settings.sensitivity == "sketch":
         sketch = Sketch()
-        tokens = min(sketch.sequences, settings.calibration_sequences) * min(sketch.length, length)
+        tokens = min(sketch.sequences, settings.calibration_sequences) * length
         logits = 3 * _SECONDS_PER_LOGIT * min(tokens * layout.vocabulary_size, OUTPUT_ENTRIES)
         return changes * (tokens * each / speed + logits) + rounding
     return _ABLATION_SEQUENCES * length * changes * each / speed + rounding
