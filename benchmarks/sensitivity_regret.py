@@ -27,7 +27,17 @@ from equal_bytes import MemoryWeights
 from machine import describe_machine
 from pair_swaps import improve_plan
 from results_file import write_results
-from sensitivity_agreement import BITS, ORACLE, RESULTS, Subject, find_subjects, table_path
+from sensitivity_agreement import (
+    BITS,
+    METHODS,
+    ORACLE,
+    PAGE,
+    RESULTS,
+    Subject,
+    find_subjects,
+    measure_once,
+    table_path,
+)
 
 from cptquant.allocation.allocate import allocate
 from cptquant.allocation.knapsack import Knapsack
@@ -190,6 +200,37 @@ def measure_subject(laboratory: Laboratory, quantizers: list[str], budgets: list
     }
 
 
+def write_table(results: dict[str, Any]) -> None:
+    """The section of docs/sensitivity.md between this benchmark's marks."""
+    lines: list[str] = []
+    for label, model in results["regret"]["models"].items():
+        cells = {(cell["quantizer"], cell["budget"], cell["score"]): cell for cell in model["cells"]}
+        columns = list(dict.fromkeys((quantizer, budget) for quantizer, budget, _ in cells))
+        rows = list(dict.fromkeys(score for _, _, score in cells))
+        gptq = model["gptq_cpu_seconds"]
+        lines += [f"**{label}** (n = {model['cells'][0]['n']:,} tokens; one GPTQ pass: {gptq:.1f} CPU seconds)", ""]
+        heads = [f"{quantizer}, {budget.removesuffix('bpw@sites')} bits" for quantizer, budget in columns]
+        lines += ["| score | " + " | ".join(heads) + " | CPU s / GPTQ's |", "|---|" + "---|" * (len(columns) + 1)]
+        for row in rows:
+            seconds = model["cpu_seconds"].get(row)
+            texts = [_cell_text(cells.get((*column, row)), row) for column in columns]
+            texts.append("" if seconds is None else f"{seconds / gptq:.2f}")
+            lines.append(f"| {row} | " + " | ".join(texts) + " |")
+        lines.append("")
+    page = PAGE.read_text(encoding="utf-8")
+    head, _, rest = page.partition(MARKS[0])
+    content = head + MARKS[0] + "\n\n" + "\n".join(lines) + MARKS[1] + rest.partition(MARKS[1])[2]
+    write_whole(PAGE, content.encode())
+
+
+def _cell_text(cell: dict[str, Any] | None, row: str) -> str:
+    if cell is None:
+        return ""
+    if row == ORACLE:
+        return f"KL {cell['kl_nats_per_token']:.5f} ± {cell['stderr']:.5f}"
+    return f"{cell['regret_nats_per_token']:+.5f} ± {cell['regret_stderr']:.5f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
@@ -209,6 +250,7 @@ def main() -> None:
         results.setdefault("regret", {"models": {}})["models"][subject.label] = found
         results["regret"]["machine"] = describe_machine()
         write_results("sensitivity_agreement", results)
+        write_table(results)
 
 
 if __name__ == "__main__":
