@@ -50,7 +50,7 @@ def test_products_of_sketches_are_the_exact_quadratic_form(toy, text, candidates
 
 def test_narrow_sketches_are_unbiased_with_the_stated_error():
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randn(2, 1, 30, 50, generator=generator).unbind()
+    first, second = torch.randn(2, 30, 50, generator=generator).unbind()
     second = second + 0.5 * first
     exact, found = float((first * second).sum()), []
     for _ in range(400):
@@ -144,3 +144,12 @@ def test_a_weight_that_is_not_a_number_is_named(toy, text, candidates):
     broken.model.decoder.layers[1].fc1.weight.data[3, 4] = float("nan")
     with pytest.raises(ModelError, match="a weight to quantize is NaN or infinite; repair the model"):
         measure_sensitivity(dataclasses.replace(model, module=broken), text(), candidates(model), Sketch())
+
+
+def test_changes_too_large_for_an_exponential_are_measured_too(toy, text, candidates, monkeypatch):
+    model, formats = toy("llama"), candidates(toy("llama"), ("int2-g16",))
+    ordinary = Sketch().measure(model, text(), formats, ignore_progress).divergences
+    monkeypatch.setattr("cptquant.sensitivity.sketch._FAR_NATS", 0.5)
+    far = Sketch().measure(model, text(), formats, ignore_progress).divergences
+    assert not torch.equal(far, ordinary)  # the other way was taken
+    torch.testing.assert_close(far, ordinary, rtol=1e-4, atol=1e-9)

@@ -41,6 +41,8 @@ from cptquant.sensitivity.sweep import ChangedEnd, ChangeSweep
 
 OUTPUT_ENTRIES = 1 << 24
 """Logits of the original that are kept, 64 MB in float32; with a larger vocabulary fewer positions are looked at."""
+_SLICE_ENTRIES = 1 << 18  # logits per slice: 1 MB in float32, so that the passes over a slice stay in the cache
+_FAR_NATS = 80.0
 
 
 @dataclass(frozen=True)
@@ -190,14 +192,14 @@ class _Part:
     """What the original says to a part of a batch's positions.
 
     Attributes:
-        output: (b, t, V). root: (b, t, V), sqrt(p), 0 where nothing is scored; None for a bare encoder.
-        scored: (b, t) bool. signs: (b, t, V) int8.
+        output: (b, t, V). scored: (b, t) bool. p: (b, t, V) probabilities, 0 where nothing is scored; None for a bare
+            encoder. signed: (b, t, V), sqrt(p), or 1 for a bare encoder, times the random signs.
     """
 
     output: Tensor
-    root: Tensor | None
     scored: Tensor
-    signs: Tensor
+    p: Tensor | None
+    signed: Tensor
 
 
 class _Judge:
@@ -212,9 +214,9 @@ class _Judge:
             parts: list[_Part] = []
             with torch.no_grad():
                 for output, scored in objective.outputs(index, hidden):
-                    root = None if encoder else output.softmax(dim=-1).sqrt_().mul_(scored.unsqueeze(-1))
-                    signs = random_signs(output.shape, generator).to(torch.int8)
-                    parts.append(_Part(output.clone(), root, scored, signs))
+                    p = None if encoder else output.softmax(dim=-1).mul_(scored.unsqueeze(-1))
+                    signs = random_signs(output.shape, generator)
+                    parts.append(_Part(output.clone(), scored, p, signs if p is None else signs.mul_(p.sqrt())))
             self._batches.append(parts)
         self.counts = torch.cat(
             [torch.stack([part.scored.sum(dim=1) for part in parts]).sum(dim=0) for parts in self._batches]
@@ -229,25 +231,47 @@ class _Judge:
             sketch = torch.zeros(len(hidden), self._width)
             divergence = torch.zeros(len(hidden), dtype=torch.float64)
             outputs = self._objective.outputs(index, hidden, changed=end.stream)
-            for part, (output, scored) in zip(parts, outputs, strict=True):
-                change = output - part.output
-                if part.root is None:
-                    divergence += 0.5 * change.double().square().sum(dim=(1, 2))
-                else:
-                    divergence += sequence_kl(part.output, output, scored).sums
-                    change -= (part.root.square() * change).sum(dim=-1, keepdim=True)
-                    change *= part.root
-                sketch += count_sketch(change.mul_(part.signs), self._width)
+            for part, (output, _) in zip(parts, outputs, strict=True):
+                step = max(1, _SLICE_ENTRIES // output.shape[-1])
+                for row in range(len(hidden)):
+                    for start in range(0, output.shape[1], step):
+                        spot = (row, slice(start, start + step))
+                        change, divergence_here = self._compare(part, spot, output[spot])
+                        divergence[row] += divergence_here
+                        sketch[row] += count_sketch(change, self._width)
             sketches.append(sketch)
             divergences.append(divergence)
         return torch.cat(sketches), torch.cat(divergences)
 
+    @staticmethod
+    def _compare(
+        part: _Part,
+        spot: tuple[int, slice],
+        output: Tensor,  # (t, V) of one sequence
+    ) -> tuple[Tensor, float]:
+        """(t, V): u with its signs; and the summed divergence.
+
+        With c = dz - <p, dz>, KL = log sum p exp(c) = log(1 + sum p (exp(c) - 1 - c)): a sum of terms that are never
+        negative, so nothing cancels where c is small.
+        """
+        change = output - part.output[spot]
+        if part.p is None:
+            return change * part.signed[spot], 0.5 * float(change.double().square().sum())
+        p = part.p[spot]
+        change -= torch.einsum("tv,tv->t", p, change).unsqueeze(-1)
+        if float(change.max()) > _FAR_NATS:  # exp would overflow
+            divergence = float(sequence_kl(part.output[spot][None], output[None], part.scored[spot][None]).sums)
+        else:
+            excess = torch.einsum("tv,tv->t", p, torch.expm1(change).sub_(change))
+            divergence = float(excess.double().log1p().sum())
+        return change.mul_(part.signed[spot]), divergence
+
 
 def count_sketch(
-    signed: Tensor,  # (b, t, V): entries times their random signs
+    signed: Tensor,  # (t, V): entries of one sequence times their random signs
     width: int,
 ) -> Tensor:
-    """(b, width): the entries of each sequence dealt to the places in turn and added up."""
-    flat = signed.flatten(1)
-    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % width))
-    return padded.view(len(flat), -1, width).sum(dim=1)
+    """(width,): the entries dealt to the places in turn and added up."""
+    flat = signed.flatten()
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % width))
+    return padded.view(-1, width).sum(dim=0)
