@@ -16,8 +16,9 @@ Writes "regret" into results/sensitivity_agreement.json and its table into docs/
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -147,18 +148,20 @@ class Laboratory:
             write_whole(self._path, json.dumps(self.finished).encode())
         return self.finished[key]
 
-    def plans(self, tables: Mapping[str, SensitivityTable], budget: Budget) -> dict[str, Plan]:
+    def plans(self, tables: Mapping[str, SensitivityTable], budget: Budget, rows: Collection[str]) -> dict[str, Plan]:
         """Row -> plan at one budget."""
         layout = self.model.layout
         plans = {
             name: allocate(layout, table, budget, TARGET, Knapsack(), formats=FORMATS) for name, table in tables.items()
         }
         for row, start in PAIRS.items():
+            if row not in rows:
+                continue
             formats, _ = improve_plan(
                 layout, TARGET, plans[start].formats, tables[start], self.sketches, budget.limit_bytes(layout)
             )
             plans[row] = plans[start].model_copy(update={"formats": formats})
-        return plans
+        return {row: plan for row, plan in plans.items() if row in rows}
 
     def gptq_seconds(self) -> float:
         """CPU seconds of one GPTQ pass, uniform 4 bits, over the calibration text."""
@@ -169,12 +172,14 @@ class Laboratory:
         return time.process_time() - start
 
 
-def measure_subject(laboratory: Laboratory, quantizers: list[str], budgets: list[str]) -> dict[str, Any]:
-    """Every row at every budget."""
+def measure_subject(
+    laboratory: Laboratory, quantizers: list[str], budgets: list[str], rows: list[str]
+) -> dict[str, Any]:
+    """Each row at every budget."""
     tables = laboratory.tables()
     cells: list[dict[str, Any]] = []
     for text in budgets:
-        plans = laboratory.plans(tables, Budget.parse(text))
+        plans = laboratory.plans(tables, Budget.parse(text), {ORACLE, *rows})
         for quantizer in quantizers:
             found = {row: laboratory.judge(plan, quantizer) for row, plan in plans.items()}
             for row, sums in found.items():
@@ -186,6 +191,7 @@ def measure_subject(laboratory: Laboratory, quantizers: list[str], budgets: list
                         "budget": text, "quantizer": quantizer, "score": row, "kl_nats_per_token": kl,
                         "stderr": stderr, "regret_nats_per_token": regret, "regret_stderr": regret_stderr,
                         "n": int(laboratory.ruler.counts.sum()), "plan": digest_json(plans[row].formats)[:12],
+                        **(estimates(laboratory, plans[row]) if set(rows) & set(PAIRS) else {}),
                     }
                 )  # fmt: skip
             print(f"{laboratory.subject.label}, {text}, {quantizer}", flush=True)
@@ -198,6 +204,13 @@ def measure_subject(laboratory: Laboratory, quantizers: list[str], budgets: list
         "cells": cells,
         "cpu_seconds": {name: table.provenance.cpu_seconds for name, table in tables.items()},
     }
+
+
+def estimates(laboratory: Laboratory, plan: Plan) -> dict[str, float]:
+    """What the sketches expect of a plan, without and with its pairs, in nats per token of their own text."""
+    sites = {site.name: plan.formats[site.name] for site in laboratory.model.layout.block_sites}
+    alone = [laboratory.sketches.plan({name: fmt}).value for name, fmt in sites.items()]
+    return {"expected_sum": math.fsum(alone), "expected_with_pairs": laboratory.sketches.plan(sites).value}
 
 
 def write_table(results: dict[str, Any]) -> None:
@@ -223,6 +236,10 @@ def write_table(results: dict[str, Any]) -> None:
     write_whole(PAGE, content.encode())
 
 
+def _key(cell: dict[str, Any]) -> tuple[str, str, str]:
+    return cell["quantizer"], cell["budget"], cell["score"]
+
+
 def _cell_text(cell: dict[str, Any] | None, row: str) -> str:
     if cell is None:
         return ""
@@ -236,18 +253,23 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
     parser.add_argument("--quantizers", nargs="*", default=["rtn", "gptq"])
+    parser.add_argument("--rows", nargs="*", default=[*SCORES, *PAIRS], help="of the table; others stay as they are")
     parser.add_argument("--split", default="test", choices=["validation", "test"], help="validation writes no results")
     parser.add_argument("--windows", type=int, default=32, help="of 256 held-out tokens")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for subject in find_subjects(options.models):
         laboratory = Laboratory(subject, options.split, options.windows)
-        found = measure_subject(laboratory, options.quantizers, options.budgets)
+        found = measure_subject(laboratory, options.quantizers, options.budgets, options.rows)
         if options.split == "validation":
             continue
-        found["gptq_cpu_seconds"] = laboratory.gptq_seconds()
         results = json.loads(RESULTS.read_text())
-        results.setdefault("regret", {"models": {}})["models"][subject.label] = found
+        models = results.setdefault("regret", {"models": {}})["models"]
+        before = models.get(subject.label, {"cells": []})
+        cells = {_key(cell): cell for cell in (*before["cells"], *found["cells"])}
+        found["cells"] = sorted(cells.values(), key=lambda cell: (cell["quantizer"] == "gptq", cell["budget"]))
+        found["gptq_cpu_seconds"] = before.get("gptq_cpu_seconds") or laboratory.gptq_seconds()
+        models[subject.label] = found
         results["regret"]["machine"] = describe_machine()
         write_results("sensitivity_agreement", results)
         write_table(results)
