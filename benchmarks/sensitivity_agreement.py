@@ -191,6 +191,8 @@ def agreement(found: dict[int, list[float]], oracle: SensitivityTable, sites: li
     result["spearman_all_pairs"] = correlate(flat, flat_truth)
     ratios = np.log(np.maximum(found[4], 1e-300) / np.maximum(truth[4], 1e-300))
     result["median_ratio_4_bits"] = float(np.exp(np.median(ratios)))
+    for bits in BITS:
+        result[f"sum_ratio_{bits}_bits"] = float(np.sum(found[bits]) / np.sum(truth[bits]))
     return result
 
 
@@ -248,8 +250,8 @@ def agreement_table(label: str, model: dict) -> list[str]:
         f"**{label}** ({model['sites']} sites in {model['blocks']} blocks; oracle on {model['oracle_sequences']} "
         "held-out sequences)",
         "",
-        "| method | 2 bit | 3 bit | 4 bit | 8 bit | all pairs | blocks | ratio at 4 bit | CPU s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | 2 bit | 3 bit | 4 bit | 8 bit | all pairs | blocks | ratio at 4 bit | level: 2, 4, 8 bit | CPU s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in model["agreement"].items():
         if name == ORACLE:
@@ -257,7 +259,10 @@ def agreement_table(label: str, model: dict) -> list[str]:
         cells = [show(row[f"spearman_{bits}_bits"]) for bits in BITS] + [show(row["spearman_all_pairs"])]
         blocks = model["block_agreement"].get(name)
         cells.append("" if blocks is None else show(blocks))
-        cells.append(f"{row['median_ratio_4_bits']:.2f}" if name.startswith("TDMPQ") and "input" not in name else "")
+        absolute = name.startswith(("TDMPQ", "path", "sketch")) and "input" not in name
+        cells.append(f"{row['median_ratio_4_bits']:.2f}" if absolute else "")
+        levels = [row.get(f"sum_ratio_{bits}_bits") for bits in (2, 4, 8)]
+        cells.append(", ".join(f"{level:.2f}" for level in levels if level is not None) if absolute else "")
         cells.append(f"{model['cpu_seconds'][name]:.0f}" if name in model["cpu_seconds"] else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", f"The oracle itself took {model['cpu_seconds'][ORACLE]:.0f} CPU seconds.", ""]
