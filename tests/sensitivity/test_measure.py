@@ -17,6 +17,7 @@ from cptquant.sensitivity.path_integral import PathIntegral
 from cptquant.sensitivity.pruning import Pmpq
 from cptquant.sensitivity.sketch import Sketch
 from cptquant.sensitivity.taylor import Tdmpq
+from cptquant.stages.check import SENSITIVITY_METHODS
 
 FAST = {
     "cmpq": Cmpq(pool_tokens=5, jackknife_groups=3),
@@ -50,7 +51,7 @@ def test_every_method_leaves_a_table_that_saves_and_loads_and_a_model_unchanged(
 
 
 def test_method_names_are_spelled_once():
-    assert list(METHODS) == ["cmpq", "pmpq", "tdmpq", "path", "sketch", "ablation"]
+    assert list(METHODS) == ["cmpq", "pmpq", "tdmpq", "path", "sketch", "ablation"] == list(SENSITIVITY_METHODS)
     assert find_method("pmpq") == Pmpq()
     with pytest.raises(
         UserError, match="--sensitivity 'hessian' is unknown; choose one of: cmpq, pmpq, tdmpq, path, sketch, ablation"
