@@ -54,6 +54,8 @@ def improve_plan(
     table: SensitivityTable,
     sketches: Sketches,
     limit_bytes: int,
+    *,
+    shrunk: bool,
 ) -> tuple[dict[str, str], float]:
     """A plan for the sites of the blocks, from `formats`; scores of single options from the table.
 
@@ -67,7 +69,7 @@ def improve_plan(
     quadratic = np.zeros((len(options), len(options)))
     known = [index for index, option in enumerate(options) if option in sketches.place]
     rows = [sketches.place[options[index]] for index in known]
-    quadratic[np.ix_(known, known)] = sketches.interactions().numpy()[np.ix_(rows, rows)]
+    quadratic[np.ix_(known, known)] = sketches.interactions(shrunk=shrunk).numpy()[np.ix_(rows, rows)]
     np.fill_diagonal(quadratic, [2 * table.damages[name][fmt].value for name, fmt in options])
     sizes = np.array(
         [target.site_bytes(layout, layout.site_by_name[name], QuantFormat.parse(fmt)) for name, fmt in options]

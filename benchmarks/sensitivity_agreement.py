@@ -304,9 +304,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.fresh:
         shutil.rmtree(WORK, ignore_errors=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
+    results: dict = {"models": {}}
     for subject in find_subjects(options.models):
         found = measure_subject(subject, options.oracle_sequences, options.methods)
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else results
         before = results["models"].get(subject.label, {})
         results["models"][subject.label] = {
             key: {**before.get(key, {}), **value} if isinstance(value, dict) else value for key, value in found.items()

@@ -67,8 +67,14 @@ BUDGETS = ("2.5bpw@sites", "3bpw@sites", "4bpw@sites")
 TARGET = find_target("transformers")
 FORMATS = tuple(QuantFormat.parse(f"int{bits}-g64") for bits in BITS)
 SCORES = ("TDMPQ", "path", "path, curvature along 3 bits", "sketch", "TDMPQ, first order", "CMPQ", "PMPQ")
-PAIRS = {"sketch, pairs": "sketch", "TDMPQ, pairs of the sketches": "TDMPQ"}
-"""Rows whose plans are improved with the sketches' interactions, and the score of single options they start from."""
+PAIRS = {
+    "sketch, pairs": ("sketch", False),
+    "TDMPQ, pairs of the sketches": ("TDMPQ", False),
+    "sketch, shrunk pairs": ("sketch", True),
+    "path, shrunk pairs": ("path", True),
+}
+"""Rows whose plans are improved with the sketches' interactions: the score of single options they start from, and
+whether interactions are shrunk to what halves of the text agree on."""
 MARKS = ("<!-- begin benchmarks/sensitivity_regret.py -->", "<!-- end benchmarks/sensitivity_regret.py -->")
 
 
@@ -154,11 +160,12 @@ class Laboratory:
         plans = {
             name: allocate(layout, table, budget, TARGET, Knapsack(), formats=FORMATS) for name, table in tables.items()
         }
-        for row, start in PAIRS.items():
+        for row, (start, shrunk) in PAIRS.items():
             if row not in rows:
                 continue
+            limit = budget.limit_bytes(layout)
             formats, _ = improve_plan(
-                layout, TARGET, plans[start].formats, tables[start], self.sketches, budget.limit_bytes(layout)
+                layout, TARGET, plans[start].formats, tables[start], self.sketches, limit, shrunk=shrunk
             )
             plans[row] = plans[start].model_copy(update={"formats": formats})
         return {row: plan for row, plan in plans.items() if row in rows}

@@ -44,7 +44,9 @@ def test_products_of_sketches_are_the_exact_quadratic_form(toy, text, candidates
             fisher = p[row, position].diag() - p[row, position].outer(p[row, position])
             total += float((after - before)[row, position] @ fisher @ (other - before)[row, position])
     expected = total / sum(oracle.scored_count(tokens, row) for row in range(3))
-    found = sketches.interactions()[sketches.place[first.name, "int3-g16"], sketches.place[second.name, "int4-g16"]]
+    found = sketches.interactions(shrunk=False)[
+        sketches.place[first.name, "int3-g16"], sketches.place[second.name, "int4-g16"]
+    ]
     assert float(found) == pytest.approx(expected, rel=1e-3)
 
 
@@ -111,8 +113,27 @@ def test_two_sites_that_make_the_same_change_cost_four_times_one(toy, text, cand
         vectors=sketches.vectors[:1].repeat(2, 1, 1),
         divergences=0.5 * sketches.vectors[:1].double().square().sum(-1).repeat(2, 1),
     )
-    one, both = (doubled.plan(dict.fromkeys(names, "int8-g16")).value for names in ("a", "ab"))
+    one, both = (doubled.plan(dict.fromkeys(names, "int8-g16"), shrunk=False).value for names in ("a", "ab"))
     assert both == pytest.approx(4 * one, rel=1e-6)
+
+
+def test_pairs_are_believed_as_far_as_two_texts_agree_on_them(toy, text, candidates):
+    sketches = ROOMY.measure(toy("llama"), text(), candidates(toy("llama"), ("int4-g16",)), ignore_progress)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(sketches.vectors.shape, generator=generator)
+    common = torch.randn(sketches.vectors[:, :1].shape, generator=generator).expand_as(noise)
+    agreed, unrelated, mixed = (
+        dataclasses.replace(sketches, vectors=vectors).reliability for vectors in (common, noise, common + noise)
+    )
+    assert agreed == pytest.approx(1, abs=1e-6)
+    assert unrelated < 0.3
+    assert unrelated < mixed < agreed
+    assert dataclasses.replace(sketches, vectors=noise[:, :1], counts=sketches.counts[:1]).reliability == 0
+    products = sketches.interactions(shrunk=False)
+    believed = sketches.interactions()
+    assert torch.equal(products.diagonal(), believed.diagonal())
+    off = ~torch.eye(len(products), dtype=torch.bool)
+    torch.testing.assert_close(believed[off], products[off] * sketches.reliability)
 
 
 def test_windows_are_read_whole_and_a_classifier_reads_more_texts(toy, text, candidates):

@@ -128,28 +128,50 @@ class Sketches:
         """Option -> its row."""
         return {option: index for index, option in enumerate(self.options)}
 
-    def interactions(self) -> Tensor:
+    @cached_property
+    def reliability(self) -> float:
+        """How much of what one text says about pairs another text says too, in [0, 1]; 0 with fewer than two sequences.
+
+        The correlation r of <u_a, u_b> / |u_a||u_b| between the halves of the sequences, over the options of different
+        sites, and from it 2 r / (1 + r) for both halves together (Spearman and Brown, 1910). Pairs are far noisier than
+        single options, and whoever chooses a plan by them as they are chooses the noise.
+        """
+        if len(self.counts) < 2 or len(self.options) < 2:
+            return 0.0
+        apart = torch.tensor([[a[0] != b[0] for b in self.options] for a in self.options])
+        halves: list[Tensor] = []
+        for part in (slice(0, None, 2), slice(1, None, 2)):
+            unit = torch.nn.functional.normalize(self.vectors[:, part].flatten(1).double(), dim=1)
+            halves.append((unit @ unit.t())[apart])
+        scale = float(halves[0].norm() * halves[1].norm())
+        correlation = float(halves[0] @ halves[1]) / scale if scale else 0.0
+        return max(0.0, 2 * correlation / (1 + correlation)) if correlation > 0 else 0.0
+
+    def interactions(self, *, shrunk: bool = True) -> Tensor:
         """(options, options) float64: G with 1/2 sum G_ab over a plan's options a, b the divergence of the plan.
 
-        Off the diagonal <u_a, u_b> a scored position; on it twice the score of the option alone (`Sketch.diagonal`).
-        Pairs of one site have a value too, which no plan uses.
+        Off the diagonal <u_a, u_b> a scored position, times `reliability` if `shrunk`; on it twice the score of the
+        option alone (`Sketch.diagonal`). Pairs of one site have a value too, which no plan uses.
         """
         flat = self.vectors.flatten(1).double()
         products = flat @ flat.t() / self.counts.sum()
+        if shrunk:
+            products *= self.reliability
         products.diagonal().copy_(2 * self._alone().sum(dim=1) / self.counts.sum())
         return products
 
-    def plan(self, formats: Mapping[str, str]) -> Estimate:
+    def plan(self, formats: Mapping[str, str], *, shrunk: bool = True) -> Estimate:
         """The divergence of a whole plan, with its interactions.
 
         Args:
             formats: site name -> format name; sites without a sketch in that format (16 bits) add nothing.
+            shrunk: interactions count times `reliability`.
         """
         rows = [self.place[item] for item in formats.items() if item in self.place]
         vectors = self.vectors[rows].double()
         together = 0.5 * vectors.sum(dim=0).square().sum(dim=-1)
         apart = 0.5 * vectors.square().sum(dim=-1).sum(dim=0)
-        sums = self._alone()[rows].sum(dim=0) + together - apart
+        sums = self._alone()[rows].sum(dim=0) + (self.reliability if shrunk else 1.0) * (together - apart)
         return estimate_ratio(sums, self.counts, self.documents).floored()
 
     def scores(self, model: LoadedModel, formats: SiteFormats) -> Scores:
@@ -167,11 +189,12 @@ class Sketches:
         return Scores(
             unit=self.unit,
             damages=damages,
-            block_scores=[self.plan(block) for block in blocks],
+            block_scores=[self.plan(block, shrunk=False) for block in blocks],
             metadata={
                 "diagonal": method.diagonal,
                 "quantizer": "round to nearest",
                 "width": method.width,
+                "reliability_of_pairs": self.reliability,
                 "positions": int(self.counts.sum()),
                 "seed": method.seed,
                 "stderr": "over sequences, clustered by document",
