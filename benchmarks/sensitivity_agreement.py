@@ -32,10 +32,12 @@ from cptquant.sensitivity.ablation import Ablation
 from cptquant.sensitivity.correlation import Cmpq
 from cptquant.sensitivity.loss import pick_sequences
 from cptquant.sensitivity.measure import measure_sensitivity
+from cptquant.sensitivity.path_integral import PathIntegral
 from cptquant.sensitivity.perturbation import integer_formats
 from cptquant.sensitivity.pruning import Pmpq
 from cptquant.sensitivity.relative_error import relative_errors
 from cptquant.sensitivity.scores import SensitivityMethod
+from cptquant.sensitivity.sketch import Sketch
 from cptquant.sensitivity.taylor import Tdmpq
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +67,11 @@ METHODS: dict[str, SensitivityMethod] = {
     "TDMPQ, first order": Tdmpq(order="first"),
     "TDMPQ, first + second order": Tdmpq(order="sum"),
     "TDMPQ, input noise": Tdmpq(variant="input"),
+    "path": PathIntegral(),
+    "path, one point": PathIntegral(points=1),
+    "path, curvature along 3 bits": PathIntegral(variant="curvature"),
+    "sketch": Sketch(),
+    "sketch, half its squared length": Sketch(diagonal="sketch"),
 }
 CONTROL = "no score: relative output error alone"
 ORACLE = "oracle (ablation)"
@@ -90,6 +97,11 @@ def find_subjects(wanted: list[str] | None) -> list[Subject]:
     return [subject for subject in subjects if not wanted or subject.label in wanted]
 
 
+def table_path(subject: Subject, method: str) -> Path:
+    """Where a method's finished table is kept."""
+    return WORK / subject.label.replace(":", "-") / f"{re.sub(r'[^a-z0-9.]+', '-', method.lower())}.json"
+
+
 def measure_once(
     path: Path, model: LoadedModel, tokens: TokenSet, candidates: dict, method: SensitivityMethod
 ) -> SensitivityTable:
@@ -112,7 +124,8 @@ def measure_once(
     return made
 
 
-def measure_subject(subject: Subject, oracle_sequences: int) -> dict[str, object]:
+def measure_subject(subject: Subject, oracle_sequences: int, names: list[str]) -> dict[str, object]:
+    """The figures of some methods; others' stay as they were."""
     model = load_model(subject.source)
     length = LENGTHS[model.layout.task]
     tokens = load_tokens(model, subject.calibration, "calibration", sequences=128, length=length, seed=0)
@@ -121,10 +134,12 @@ def measure_subject(subject: Subject, oracle_sequences: int) -> dict[str, object
     formats = [QuantFormat.parse(f"int{bits}-g64") for bits in BITS]
     candidates = {site.name: candidate_formats(site, model.layout, target, formats) for site in model.layout.sites}
     tables: dict[str, SensitivityTable] = {}
+    wanted = {ORACLE: Ablation(sequences=oracle_sequences, examples=128), **{name: METHODS[name] for name in names}}
     seconds: dict[str, float] = {}
-    for name, method in {ORACLE: Ablation(sequences=oracle_sequences, examples=128), **METHODS}.items():
-        path = WORK / subject.label.replace(":", "-") / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.json"
-        tables[name] = measure_once(path, model, held_out if name == ORACLE else tokens, candidates, method)
+    for name, method in wanted.items():
+        tables[name] = measure_once(
+            table_path(subject, name), model, held_out if name == ORACLE else tokens, candidates, method
+        )
         seconds[name] = tables[name].provenance.cpu_seconds or 0.0
         print(f"{subject.label}: {name}: {seconds[name]:.0f} CPU seconds", flush=True)
     oracle = tables[ORACLE]
@@ -176,6 +191,8 @@ def agreement(found: dict[int, list[float]], oracle: SensitivityTable, sites: li
     result["spearman_all_pairs"] = correlate(flat, flat_truth)
     ratios = np.log(np.maximum(found[4], 1e-300) / np.maximum(truth[4], 1e-300))
     result["median_ratio_4_bits"] = float(np.exp(np.median(ratios)))
+    for bits in BITS:
+        result[f"sum_ratio_{bits}_bits"] = float(np.sum(found[bits]) / np.sum(truth[bits]))
     return result
 
 
@@ -233,8 +250,8 @@ def agreement_table(label: str, model: dict) -> list[str]:
         f"**{label}** ({model['sites']} sites in {model['blocks']} blocks; oracle on {model['oracle_sequences']} "
         "held-out sequences)",
         "",
-        "| method | 2 bit | 3 bit | 4 bit | 8 bit | all pairs | blocks | ratio at 4 bit | CPU s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | 2 bit | 3 bit | 4 bit | 8 bit | all pairs | blocks | ratio at 4 bit | level: 2, 4, 8 bit | CPU s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in model["agreement"].items():
         if name == ORACLE:
@@ -242,7 +259,10 @@ def agreement_table(label: str, model: dict) -> list[str]:
         cells = [show(row[f"spearman_{bits}_bits"]) for bits in BITS] + [show(row["spearman_all_pairs"])]
         blocks = model["block_agreement"].get(name)
         cells.append("" if blocks is None else show(blocks))
-        cells.append(f"{row['median_ratio_4_bits']:.2f}" if name.startswith("TDMPQ") and "input" not in name else "")
+        absolute = name.startswith(("TDMPQ", "path", "sketch")) and "input" not in name
+        cells.append(f"{row['median_ratio_4_bits']:.2f}" if absolute else "")
+        levels = [row.get(f"sum_ratio_{bits}_bits") for bits in (2, 4, 8)]
+        cells.append(", ".join(f"{level:.2f}" for level in levels if level is not None) if absolute else "")
         cells.append(f"{model['cpu_seconds'][name]:.0f}" if name in model["cpu_seconds"] else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", f"The oracle itself took {model['cpu_seconds'][ORACLE]:.0f} CPU seconds.", ""]
@@ -276,6 +296,7 @@ def depth_table(models: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", help="labels to measure (default: all that are found)")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="others stay as they are")
     parser.add_argument("--oracle-sequences", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="measure again what the results already hold")
@@ -283,9 +304,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.fresh:
         shutil.rmtree(WORK, ignore_errors=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
+    results: dict = {"models": {}}
     for subject in find_subjects(options.models):
-        results["models"][subject.label] = measure_subject(subject, options.oracle_sequences)
+        found = measure_subject(subject, options.oracle_sequences, options.methods)
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else results
+        before = results["models"].get(subject.label, {})
+        results["models"][subject.label] = {
+            key: {**before.get(key, {}), **value} if isinstance(value, dict) else value for key, value in found.items()
+        }
         results["versions"], results["threads"] = installed_versions(), options.threads
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")

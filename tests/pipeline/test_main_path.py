@@ -330,6 +330,23 @@ def test_dry_run_spends_and_writes_nothing(cptquant: Callable, folder: Path, tmp
     assert shown.code == 0 and "MB" in shown.out
 
 
+@pytest.mark.parametrize("method", ["path", "sketch"])
+def test_scores_that_hold_at_low_bits_are_methods_like_the_others(
+    cptquant: Callable, folder: Path, tmp_path: Path, method: str
+) -> None:
+    dry = cptquant("quantize", folder, "--budget", BUDGET, "--sensitivity", method, "--dry-run", "--json")
+    assert dry.code == 0 and json.loads(dry.out)["wall_seconds"] > 0
+    run = tmp_path / "run"
+    assert cptquant("inspect", folder, "--output", run).code == 0
+    outcome = cptquant("measure", run, *QUICK[:2], *QUICK[4:6], "--sensitivity", method)
+    assert outcome.code == 0, outcome.err
+    table = json.loads((run / f"sensitivity-{method}.json").read_text())
+    assert table["method"] == method and table["unit"] == "kl_nats_per_token"
+    planned = cptquant("allocate", run, "--budget", BUDGET)
+    assert planned.code == 0, planned.err
+    assert json.loads((run / "plan.json").read_text())["sensitivity_method"] == method
+
+
 def test_python_door(folder: Path, tmp_path: Path) -> None:
     result = cptquant.quantize_model(
         str(folder), BUDGET, tmp_path / "run", calibration_sequences=8, eval_sequences=8, sequence_length=32,

@@ -83,5 +83,5 @@ def test_changes_carried_at_once_do_not_matter(toy, text, candidates, monkeypatc
     model = toy("opt")
     tokens, formats = text(), candidates(model)
     first = measure_sensitivity(model, tokens, formats, Ablation())
-    monkeypatch.setattr("cptquant.sensitivity.ablation._VARIANT_BYTES", 1)
+    monkeypatch.setattr("cptquant.sensitivity.sweep._VARIANT_BYTES", 1)
     assert measure_sensitivity(model, tokens, formats, Ablation()).damages == first.damages

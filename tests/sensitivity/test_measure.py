@@ -13,13 +13,18 @@ from cptquant.sensitivity.correlation import Cmpq
 from cptquant.sensitivity.loss import Objective, pick_for_task, pick_sequences, pose_question, probe_logits
 from cptquant.sensitivity.measure import measure_sensitivity
 from cptquant.sensitivity.methods import METHODS, find_method
+from cptquant.sensitivity.path_integral import PathIntegral
 from cptquant.sensitivity.pruning import Pmpq
+from cptquant.sensitivity.sketch import Sketch
 from cptquant.sensitivity.taylor import Tdmpq
+from cptquant.stages.check import SENSITIVITY_METHODS
 
 FAST = {
     "cmpq": Cmpq(pool_tokens=5, jackknife_groups=3),
     "pmpq": Pmpq(curve=()),
     "tdmpq": Tdmpq(),
+    "path": PathIntegral(points=1),
+    "sketch": Sketch(),
     "ablation": Ablation(sequences=4),
 }
 
@@ -46,10 +51,10 @@ def test_every_method_leaves_a_table_that_saves_and_loads_and_a_model_unchanged(
 
 
 def test_method_names_are_spelled_once():
-    assert list(METHODS) == ["cmpq", "pmpq", "tdmpq", "ablation"]
+    assert list(METHODS) == ["cmpq", "pmpq", "tdmpq", "path", "sketch", "ablation"] == list(SENSITIVITY_METHODS)
     assert find_method("pmpq") == Pmpq()
     with pytest.raises(
-        UserError, match="--sensitivity 'hessian' is unknown; choose one of: cmpq, pmpq, tdmpq, ablation"
+        UserError, match="--sensitivity 'hessian' is unknown; choose one of: cmpq, pmpq, tdmpq, path, sketch, ablation"
     ):
         find_method("hessian")
 

@@ -57,7 +57,11 @@ Context = Annotated[
 ]
 Sensitivity = Annotated[
     str | None,
-    typer.Option("--sensitivity", help="cmpq, pmpq, tdmpq or ablation.  [default: tdmpq]", show_default=False),
+    typer.Option(
+        "--sensitivity",
+        help="cmpq, pmpq, tdmpq, path, sketch or ablation.  [default: tdmpq]",
+        show_default=False,
+    ),
 ]
 Allocator = Annotated[
     str | None,

@@ -34,7 +34,7 @@ class SensitivityTable(Artifact):
     """Result of `measure` (sensitivity.json).
 
     Attributes:
-        method: `cmpq`, `pmpq`, `tdmpq` or `ablation`.
+        method: `cmpq`, `pmpq`, `tdmpq`, `path`, `sketch` or `ablation`.
         unit: unit of the damages, e.g. `kl_nats_per_token`, `nll_nats_per_token`, `relative`.
         damages: site name -> format name -> damage. Every candidate format of a site has an entry; 16 bits is 0.
         block_scores: one per block, the paper's granularity; what the k-means allocator clusters.

@@ -160,8 +160,15 @@ _NAME_SPELLINGS = {
     "weight_bytes": "Weights on disk",
 }
 
-METHOD_NAMES = {"cmpq": "CMPQ", "pmpq": "PMPQ", "tdmpq": "TDMPQ", "ablation": "Ablation (oracle)"}
-"""Sensitivity methods as the paper writes them."""
+METHOD_NAMES = {
+    "cmpq": "CMPQ",
+    "pmpq": "PMPQ",
+    "tdmpq": "TDMPQ",
+    "path": "Path integral",
+    "sketch": "KL sketch",
+    "ablation": "Ablation (oracle)",
+}
+"""Sensitivity methods for people; the first three as the paper writes them."""
 
 TASK_NAMES = {
     "causal_lm": "causal language model",

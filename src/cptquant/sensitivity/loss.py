@@ -200,6 +200,67 @@ class Objective:
                 pieces.append(torch.autograd.grad(loss, states)[0])
         return torch.cat(pieces, dim=1), counts
 
+    def divergence_gradient(
+        self,
+        batch_index: int,
+        hidden: Tensor,  # (b, T, d): the last block's output of the changed model
+        reference: Tensor,  # (b, T, d): the original's
+    ) -> tuple[Tensor, SequenceTotals]:
+        """The summed divergence of one batch and its gradient with respect to `hidden`.
+
+        With p the original's probabilities and q the changed model's, the gradient of KL(p ‖ q) at the logits is q - p,
+        and exactly 0 where nothing was changed. Of a bare encoder it is that of 1 - cosine.
+
+        Returns:
+            (b, T, d), and the totals of `divergences`.
+        """
+        gradients: list[Tensor] = []
+        parts: list[SequenceTotals] = []
+        for part, targets in self._slices(batch_index, hidden):
+            states, original = hidden[:, part].detach().requires_grad_(True), reference[:, part]
+            with torch.no_grad():
+                before = self._stream.finish(batch_index, original)
+            with torch.enable_grad():
+                after = self._stream.finish(batch_index, states)
+                if self._targets is None:
+                    mask = self._stream.batches[batch_index].attention_mask
+                    distance = cosine_distance(pooled_embedding(before, mask), pooled_embedding(after, mask))
+                    ones = torch.ones(len(states), dtype=torch.int64)
+                    parts.append(SequenceTotals(distance.detach(), ones, ones))
+                    gradients.append(torch.autograd.grad(distance.sum(), states)[0])
+                else:
+                    scored = targets != IGNORED
+                    totals = sequence_kl(before, after.detach(), scored)
+                    parts.append(SequenceTotals(totals.sums, totals.counts, totals.agreements))
+                    direction = torch.softmax(after.detach(), dim=-1) - torch.softmax(before, dim=-1)
+                    gradients.append(torch.autograd.grad(after, states, direction * scored.unsqueeze(-1))[0])
+        sums = [sum(getattr(piece, name) for piece in parts) for name in ("sums", "counts", "correct")]
+        return torch.cat(gradients, dim=1), SequenceTotals(*cast(list[Tensor], sums))
+
+    def outputs(
+        self,
+        batch_index: int,
+        hidden: Tensor,  # (b, T, d): the last block's output
+        *,
+        changed: ModelStream | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the model says, a part of the sequence at a time: (b, t, V) or (b, 1, C) logits, and which are scored.
+
+        Of a bare encoder the normalised pooled embedding (b, 1, d), whose half squared distance is 1 - cosine.
+
+        Args:
+            changed: the stream whose `finish` is used, where it is not the original's.
+        """
+        end = changed or self._stream
+        for part, targets in self._slices(batch_index, hidden):
+            output = end.finish(batch_index, hidden[:, part])
+            if self._targets is None:
+                embedding = pooled_embedding(output, self._stream.batches[batch_index].attention_mask)
+                yield functional.normalize(embedding, dim=-1).unsqueeze(1), torch.ones(len(hidden), 1, dtype=torch.bool)
+            else:
+                scored = (targets != IGNORED).reshape(len(hidden), -1)
+                yield output.reshape(len(hidden), scored.shape[1], -1), scored
+
     def _probe_embedding(self, batch_index: int, output: Tensor, generator: torch.Generator) -> Tensor:
         embedding = pooled_embedding(output, self._stream.batches[batch_index].attention_mask)
         unit = functional.normalize(embedding, dim=-1)

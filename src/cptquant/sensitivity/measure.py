@@ -26,7 +26,7 @@ def measure_sensitivity(
     Args:
         model: never changed. tokens: calibration text; a method may use fewer sequences than given and says so in n.
         formats: site name -> candidate formats, for every site of the layout. 16 bits has damage 0 by definition.
-        method: Cmpq(), Pmpq(), Tdmpq() or Ablation(), with the hyper-parameters wanted.
+        method: Cmpq(), Pmpq(), Tdmpq(), PathIntegral(), Sketch() or Ablation(), with the hyper-parameters wanted.
         progress: told how far it is.
 
     Raises:

@@ -3,14 +3,18 @@
 from cptquant.core.errors import UserError
 from cptquant.sensitivity.ablation import Ablation
 from cptquant.sensitivity.correlation import Cmpq
+from cptquant.sensitivity.path_integral import PathIntegral
 from cptquant.sensitivity.pruning import Pmpq
 from cptquant.sensitivity.scores import SensitivityMethod
+from cptquant.sensitivity.sketch import Sketch
 from cptquant.sensitivity.taylor import Tdmpq
 
 METHODS: dict[str, SensitivityMethod] = {
     "cmpq": Cmpq(),
     "pmpq": Pmpq(),
     "tdmpq": Tdmpq(),
+    "path": PathIntegral(),
+    "sketch": Sketch(),
     "ablation": Ablation(),
 }
 

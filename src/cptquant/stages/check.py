@@ -11,7 +11,7 @@ from cptquant.core.settings import BASELINES, RunSettings
 from cptquant.core.targets import find_target
 from cptquant.engines.llamacpp_python import find_llamacpp
 
-SENSITIVITY_METHODS = ("cmpq", "pmpq", "tdmpq", "ablation")
+SENSITIVITY_METHODS = ("cmpq", "pmpq", "tdmpq", "path", "sketch", "ablation")
 QUANTIZERS = ("gptq", "rtn", "signround", "kl-rounding")
 _LARGEST_SEED = 2**63 - 1
 """Larger ones overflow the frameworks' generators."""

@@ -24,6 +24,8 @@ from cptquant.models.load import read_layout
 from cptquant.quantizers.kl_rounding import KlRounding
 from cptquant.quantizers.methods import find_quantizer
 from cptquant.quantizers.signround import SignRound
+from cptquant.sensitivity.path_integral import PathIntegral
+from cptquant.sensitivity.sketch import OUTPUT_ENTRIES, Sketch
 from cptquant.sensitivity.taylor import Tdmpq
 from cptquant.stages.allocate import needs_table
 from cptquant.stages.check import check_choices, check_target
@@ -213,8 +215,22 @@ def _measure_seconds(
         return calibration * (cost.block_pass + cost.hessian) / speed + rounding
     if settings.sensitivity == "pmpq":
         return 3 * calibration * layout.block_count * (cost.block_pass / 2 + cost.outer_pass) / speed + rounding
+    if settings.sensitivity == "path":
+        path = PathIntegral()
+        tokens = min(path.sequences, settings.calibration_sequences) * length
+        passes = formats * path.points * tokens * (4 * cost.block_pass + 4 * cost.outer_pass) / speed
+        outside = 4 * min(path.outside_sequences, settings.calibration_sequences) * length * cost.block_pass / speed
+        logits = 2 * _SECONDS_PER_LOGIT * formats * path.points * tokens * layout.vocabulary_size
+        calls = _SECONDS_PER_BLOCK_AND_SEQUENCE * layout.block_count * path.sequences * formats * path.points
+        return passes + outside + logits + calls + 2 * rounding
     changes = formats * len(layout.sites)
-    return _ABLATION_SEQUENCES * length * changes * (both - cost.block_pass / 2) / speed + rounding
+    each = both - cost.block_pass / 2
+    if settings.sensitivity == "sketch":
+        sketch = Sketch()
+        tokens = min(sketch.sequences, settings.calibration_sequences) * length
+        logits = 3 * _SECONDS_PER_LOGIT * min(tokens * layout.vocabulary_size, OUTPUT_ENTRIES)
+        return changes * (tokens * each / speed + logits) + rounding
+    return _ABLATION_SEQUENCES * length * changes * each / speed + rounding
 
 
 def _uniform_bytes(layout: ModelLayout, settings: RunSettings, fmt: QuantFormat) -> int:
