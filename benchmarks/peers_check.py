@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from gptq_vs_peers import TEST_WINDOWS, WINDOW_TOKENS, read_text
 from measured_process import CPTQUANT, run_measured
-from results_file import REPOSITORY, model_folder, write_results
+from results_file import FOLDER, REPOSITORY, model_folder, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from written_weights import DENSE, find_checkpoint, read_written
 
@@ -28,11 +28,12 @@ def main() -> None:
     parser.add_argument("--tools", nargs="*", help="names of their folders in the cache (default: all)")
     parser.add_argument("--cache", type=Path, default=REPOSITORY / "build" / "peers")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    path = FOLDER / "peers_check.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     for tool in sorted((args.cache / args.model.replace(":", "_")).iterdir()):
         cells = [cell for cell in sorted(tool.iterdir()) if (cell / "judged.json").exists() and (cell / "out").is_dir()]
         if cells and (not args.tools or tool.name in args.tools):
-            rows.append(compare(args.model, cells[0]))
+            rows = [row for row in rows if row["tool"] != tool.name] + [compare(args.model, cells[0])]
             print(json.dumps(rows[-1]), flush=True)
             write_results("peers_check", {"model": args.model, "windows": TEST_WINDOWS, "rows": rows})
 
@@ -68,15 +69,14 @@ def compare(model: str, cell: Path) -> dict[str, Any]:
         command = [
             CPTQUANT, "evaluate", Path(work) / "folder", "--original", model_folder(model),
             "--eval-text", text, "--eval-sequences", str(TEST_WINDOWS), "--sequence-length", str(WINDOW_TOKENS),
-            "--output", Path(work) / "evaluation",
+            "--output", Path(work) / "evaluation.json",
         ]  # fmt: skip
         measured = run_measured(command, Path(work) / "log", environment={"HF_HUB_OFFLINE": "1"})
         if measured.return_code:
             said = [line.strip() for line in measured.output.splitlines() if line.strip()]
             return row | {"failure": " ".join(said[-3:])[:300]}
-        (path,) = Path(work).rglob("evaluation.json")
-        metrics = json.loads(path.read_text())["metrics"]
-    (found,) = [metric for metric in metrics if metric["name"] == "kl_nats_per_token"]
+        measured_values = json.loads((Path(work) / "evaluation.json").read_text())["measurements"]
+    (found,) = [value for value in measured_values if value["name"] == "kl_nats_per_token"]
     return row | {
         "ruler": ruler["kl_nats_per_token"], "evaluate": found["value"],
         "relative_difference": found["value"] / ruler["kl_nats_per_token"] - 1,
