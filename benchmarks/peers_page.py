@@ -138,9 +138,9 @@ def cells(rows: Rows) -> list[str]:
 def draw(rows: Rows, path: Path) -> None:
     """KL against bits, one line a tool, two standard errors."""
     models, tools = unique(row["model"] for row in rows), unique(row["tool"] for row in rows)
-    colours = dict(zip(tools, pyplot.get_cmap("tab20")(range(len(tools))), strict=True))
+    colours = dict(zip(tools, pyplot.get_cmap("tab10")(range(len(tools))), strict=True))
     figure, axes = pyplot.subplots(
-        1, len(models), figsize=(4.6 * len(models), 4.2), layout="constrained", squeeze=False
+        1, len(models), figsize=(max(4.6 * len(models), 7.5), 4.6), layout="constrained", squeeze=False
     )
     for axis, model in zip(axes[0], models, strict=True):
         for tool in tools:
@@ -159,6 +159,6 @@ def draw(rows: Rows, path: Path) -> None:
     handles = {
         label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
