@@ -35,7 +35,7 @@ FAST = ("--batch-size", "8")
 """Eight sequences at a time: faster than the tools' default of one, the same result but for rounding."""
 
 TOOLS = (
-    Tool("AutoRound", "autoround_scheme.py", "autoround", averages(2.5, 3, 3.5, 4, 4.5), reads="texts"),
+    Tool("AutoRound", "autoround_scheme.py", "autoround", averages(2.5, 3, 3.5, 4, 4.25), reads="texts"),
     Tool("GPTQModel", "gptqmodel_gptq.py", "gptqmodel",
          uniform(WIDTHS, GROUPS, *FAST) + uniform(WIDTHS, GROUPS[:2], *FAST, "--clip-search", note=", clip search")),
     Tool("llm-compressor GPTQ", "llmcompressor_gptq.py", "llmcompressor",

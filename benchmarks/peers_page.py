@@ -110,7 +110,13 @@ def effort(rows: Rows, tool: str) -> list[str]:
     bits = [row["bits_per_weight"] for row in found]
     seconds = sorted(round(row["cpu_seconds"]) for row in found)
     spent = f"{seconds[0]}" if seconds[0] == seconds[-1] else f"{seconds[0]} to {seconds[-1]}"
-    return [f"{min(bits):.2f} to {max(bits):.2f}", spent, f"{max(row['peak_memory_bytes'] for row in found) / 1e6:.0f}"]
+    return [f"{min(bits):.2f} to {max(bits):.2f}", spent, megabytes(found)]
+
+
+def megabytes(rows: Rows) -> str:
+    """The largest peak; empty where none was measured."""
+    peaks = [row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"]]
+    return f"{max(peaks) / 1e6:.0f}" if peaks else ""
 
 
 def cells(rows: Rows) -> list[str]:
@@ -122,10 +128,7 @@ def cells(rows: Rows) -> list[str]:
             lines.append(f"{start}| failed | {row['failure'].replace('|', '/')} | {row['cpu_seconds']:.0f} | |")
             continue
         point = Point(row["bits_per_weight"], row["kl_nats_per_token"], row["stderr"])
-        lines.append(
-            f"{start}| {point.bits:.3f} | {spell(point)} | {row['cpu_seconds']:.0f} "
-            f"| {row['peak_memory_bytes'] / 1e6:.0f} |"
-        )
+        lines.append(f"{start}| {point.bits:.3f} | {spell(point)} | {row['cpu_seconds']:.0f} | {megabytes([row])} |")
     for note in unique(row["note"] for row in rows if "note" in row):
         settings = ", ".join(f"{row['tool']} {row['setting']}" for row in rows if row.get("note") == note)
         lines += ["", f"{settings}: {note}."]
@@ -135,9 +138,9 @@ def cells(rows: Rows) -> list[str]:
 def draw(rows: Rows, path: Path) -> None:
     """KL against bits, one line a tool, two standard errors."""
     models, tools = unique(row["model"] for row in rows), unique(row["tool"] for row in rows)
-    colours = dict(zip(tools, pyplot.get_cmap("tab20")(range(len(tools))), strict=True))
+    colours = dict(zip(tools, pyplot.get_cmap("tab10")(range(len(tools))), strict=True))
     figure, axes = pyplot.subplots(
-        1, len(models), figsize=(4.6 * len(models), 4.2), layout="constrained", squeeze=False
+        1, len(models), figsize=(max(4.6 * len(models), 7.5), 4.6), layout="constrained", squeeze=False
     )
     for axis, model in zip(axes[0], models, strict=True):
         for tool in tools:
@@ -156,6 +159,6 @@ def draw(rows: Rows, path: Path) -> None:
     handles = {
         label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
