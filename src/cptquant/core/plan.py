@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 from cptquant.core.artifact import Artifact
 from cptquant.core.formats import QuantFormat
@@ -62,7 +62,7 @@ class Plan(Artifact):
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As pydantic's, which would take along formats parsed before they were changed."""
         copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop("quant_formats", None)
+        cast(dict[str, Any], copied.__dict__).pop("quant_formats", None)
         return copied
 
     @cached_property
