@@ -10,8 +10,9 @@ comma := ,
 demo: $(STAMP)
 	$(BIN)/cptquant quantize embedded:opt-mini --budget 4bpw --output runs/demo
 
+# Two processes of one thread each take little more than half the time of one with two threads, which wait for each other.
 test: $(STAMP) lint typecheck
-	$(BIN)/python -m pytest -m "not engines"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not engines" -n 2 --dist worksteal
 
 # ONNX Runtime comes as a wheel. llama-cpp-python is compiled (about 20 minutes on 2 cores): asked for by LLAMACPP=1, or
 # tested where it is installed already.
