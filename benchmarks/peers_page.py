@@ -139,6 +139,8 @@ def draw(rows: Rows, path: Path) -> None:
     """KL against bits, one line a tool, two standard errors."""
     models, tools = unique(row["model"] for row in rows), unique(row["tool"] for row in rows)
     colours = dict(zip(tools, pyplot.get_cmap("tab10")(range(len(tools))), strict=True))
+    ours = [tool for tool in tools if is_ours(tool)]
+    shapes = dict(zip(ours, "Dsv^P*Xp"[: len(ours)].ljust(len(ours), "D"), strict=True))
     figure, axes = pyplot.subplots(
         1, len(models), figsize=(max(4.6 * len(models), 7.5), 4.6), layout="constrained", squeeze=False
     )
@@ -149,7 +151,7 @@ def draw(rows: Rows, path: Path) -> None:
                 continue
             axis.errorbar(
                 [point.bits for point in kept], [point.kl for point in kept], [2 * point.stderr for point in kept],
-                fmt="D-" if is_ours(tool) else "o-", color="#1f6f8b" if is_ours(tool) else colours[tool], label=tool,
+                fmt=f"{shapes.get(tool, 'o')}-", color="#1f6f8b" if is_ours(tool) else colours[tool], label=tool,
                 markersize=5 if is_ours(tool) else 4, linewidth=2 if is_ours(tool) else 1.2, capsize=2,
             )  # fmt: skip
         axis.set(title=model, xlabel="bits per weight of the blocks' matrices, scales counted", yscale="log")
