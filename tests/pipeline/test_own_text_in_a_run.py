@@ -95,7 +95,8 @@ def test_defaults(folder: Path) -> None:
     layout = read_layout(folder)
     for quantizer, own, expected, name in (
         ("gptq", None, 0, "gptq"), ("gptq", 7, 7, "gptq + own text"), ("signround", None, 0, "signround"),
-        ("kl-rounding", None, 768, "kl-rounding + own text"), ("kl-rounding", 0, 0, "kl-rounding"), ("rtn", 0, 0, "rtn"),
+        ("kl-rounding", None, 768, "kl-rounding + own text"), ("kl-rounding", 0, 0, "kl-rounding"),
+        ("rtn", 0, 0, "rtn"),
     ):  # fmt: skip
         settings = RunSettings(model="m", quantizer=quantizer, own_text=own)
         assert settings.own_text_for(layout) == expected and settings.carried_out_with(layout) == name
