@@ -21,7 +21,7 @@ test-engines: $(STAMP)
 	$(BIN)/python -m pytest -m engines
 
 lint: $(STAMP)
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
