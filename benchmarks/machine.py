@@ -2,11 +2,14 @@
 
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cptquant.core.provenance import installed_versions
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 def describe_machine() -> dict[str, Any]:
@@ -31,3 +34,15 @@ def processor_name() -> str:
     except OSError:
         pass
     return platform.processor() or "unknown"
+
+
+def source_revision() -> str:
+    """Commit that cptquant's sources are at, with "+ changes" where they differ from it; "unknown" without git."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--", "src"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit} + changes" if changes else commit
