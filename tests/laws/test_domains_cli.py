@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from laws.outcomes import refused
-from laws.planted_ptq import planted_table
 
 from cptquant.core.laws import LawFit
 from cptquant.laws.observations import Observations, read_observations
@@ -16,6 +14,8 @@ from cptquant.laws.ptq_table import write_observations
 from cptquant.laws.simulate import LAST_TOKENS, to_csv
 from cptquant.laws.simulate_domains import planted_loss, simulate_domains
 from cptquant.laws.transfer import read_features
+from laws.outcomes import refused
+from laws.planted_ptq import planted_table
 
 QUICK = ("--starts", 3, "--draws", 20)
 BOM = b"\xef\xbb\xbf"

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from laws.outcomes import refused
 
 from cptquant.core.laws import LawFit
 from cptquant.laws.cross_domain import VARIANTS
 from cptquant.laws.forms import Points
 from cptquant.laws.observations import Observations
 from cptquant.laws.simulate import to_csv
+from laws.outcomes import refused
 
 QUICK = ("--starts", 4, "--draws", 30)
 HEADER = "N,D,r,general_nll,domain_nll"

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from laws.planted_ptq import planted_table
 
 from cptquant.core.errors import ArtifactError, UserError
 from cptquant.core.laws import LawFit
@@ -18,6 +17,7 @@ from cptquant.laws.predict import predict_law
 from cptquant.laws.ptq import fit_observations, load_ptq_law
 from cptquant.laws.simulate_domains import PLANTED
 from cptquant.stages.law import load_law
+from laws.planted_ptq import planted_table
 
 ADVICE = "make (it|the file) anew with: cptquant law fit"
 DOMAIN = ("fits", "domain_nll")

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from laws.outcomes import refused
 
 from cptquant.core.errors import UserError
 from cptquant.core.laws import Interval, LawFit, OptimumStatus
@@ -13,6 +12,7 @@ from cptquant.laws.methods import FORMS
 from cptquant.laws.observations import Observations
 from cptquant.laws.optimum import best_ratio_for_domain_tokens, best_ratio_under_limit, best_size_for_flops
 from cptquant.laws.simulate import to_csv
+from laws.outcomes import refused
 
 USE_1 = ("--N", "1.8e9", "--D", "10e9", "--max-general-increase", "3%")
 USE_2 = ("--N", "1.8e9", "--domain-tokens", "5e9")

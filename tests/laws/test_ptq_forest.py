@@ -4,10 +4,10 @@ import sys
 
 import numpy as np
 import pytest
-from laws.planted_ptq import planted_table
 
 from cptquant.core.errors import UserError
 from cptquant.laws.ptq_forest import WITHOUT_ROUNDING_LOSS, forest_features, forest_left_out
+from laws.planted_ptq import planted_table
 
 
 def test_a_forest_predicts_families_it_has_not_seen(monkeypatch: pytest.MonkeyPatch):

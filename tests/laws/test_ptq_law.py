@@ -4,17 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from laws.planted_ptq import (
-    BEND,
-    CORRECTION,
-    PER_KL,
-    PER_SLOPE,
-    PLANTED,
-    POWER,
-    made_features,
-    planted_kl,
-    planted_table,
-)
 
 from cptquant.core.errors import ArtifactError, DataError
 from cptquant.laws.ptq import PtqLawFit, fit_observations, fit_ptq_law, load_ptq_law
@@ -30,6 +19,17 @@ from cptquant.laws.ptq_scores import (
     rise_scale,
 )
 from cptquant.laws.ptq_table import SHIPPED, read_observations
+from laws.planted_ptq import (
+    BEND,
+    CORRECTION,
+    PER_KL,
+    PER_SLOPE,
+    PLANTED,
+    POWER,
+    made_features,
+    planted_kl,
+    planted_table,
+)
 
 made = pytest.mark.skipif(not SHIPPED.exists(), reason="no table yet: run runs/ptq_grid.sh")
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from laws.planted_ptq import made_features, planted_table
 
 from cptquant.core.errors import DataError, OutputError
 from cptquant.laws.ptq import fit_ptq_law
@@ -18,6 +17,7 @@ from cptquant.laws.ptq_table import (
     read_observations,
     write_observations,
 )
+from laws.planted_ptq import made_features, planted_table
 
 
 def test_round_trip_to_six_digits(tmp_path: Path):

@@ -101,3 +101,20 @@ def test_refusals(tmp_path: Path) -> None:
     model.module.lm_head.weight.data.fill_(float("inf"))
     with pytest.raises(DataError, match=r"overflows while it writes calibration text; use --own-text 0"):
         write_own_text(model, make_text(), 2, seed=0)
+
+
+@pytest.mark.parametrize("fault", ("ignores the cache", "takes none"))
+def test_a_model_that_does_not_go_on_from_a_cache_is_refused(fault: str, tmp_path: Path, monkeypatch) -> None:
+    model = make("llama", tmp_path)
+    forward = model.module.forward
+
+    def without(input_ids: torch.Tensor, past_key_values: object = None, **others: object) -> object:
+        if fault == "takes none" and past_key_values is not None:
+            raise TypeError("forward() got an unexpected keyword argument 'past_key_values'")
+        return forward(input_ids=input_ids, use_cache=False)
+
+    monkeypatch.setattr(model.module, "forward", without)
+    reason = "unexpected keyword" if fault == "takes none" else "nats from those made without a cache"
+    told = f"LlamaForCausalLM cannot go on from keys and values kept in a cache .*{reason}.*use --own-text 0"
+    with pytest.raises(ModelError, match=told):
+        write_own_text(model, make_text(), 5, seed=0)

@@ -56,6 +56,11 @@ def test_it_is_written_once_and_again_if_damaged(cptquant: Callable, folder: Pat
     outcome = cptquant("quantize", folder, *flags)
     assert outcome.code == 0 and "was cut short or changed after it was written" in outcome.err
     assert torch.equal(load_file(text)["input_ids"], written)
+    for hostile in ({"input_ids": written.bfloat16()}, {"input_ids": written[:2]}, {"other": written}):
+        save_file(hostile, text)  # whole, and not what was written; no metadata
+        outcome = cptquant("quantize", folder, *flags)
+        assert outcome.code == 0 and "was cut short or changed after it was written" in outcome.err
+        assert torch.equal(load_file(text)["input_ids"], written)
     assert (run / "checkpoint/model.safetensors").read_bytes() == checkpoint
 
     assert cptquant("quantize", folder, *flags[:-1], 0).code == 0
@@ -71,7 +76,9 @@ def test_refusals(cptquant: Callable, folder: Path, tmp_path: Path) -> None:
         assert outcome.code == 2
         return " ".join(outcome.err.split())
 
-    assert "--own-text -1 is negative; give the number of sequences, 0 for none" in refused(folder, "--own-text", -1)
+    for count in (-1, 65_537):
+        told = f"--own-text {count} is out of range; give the number of sequences, 0 (none) to 65536"
+        assert told in refused(folder, "--own-text", count)
     told = refused(folder, "--own-text", 5, "--quantizer", "rtn")
     assert "--own-text 5: --quantizer rtn reads no text; leave the flag out" in told
     config = hf.BertConfig(
@@ -88,10 +95,11 @@ def test_defaults(folder: Path) -> None:
     layout = read_layout(folder)
     for quantizer, own, expected, name in (
         ("gptq", None, 0, "gptq"), ("gptq", 7, 7, "gptq + own text"), ("signround", None, 0, "signround"),
-        ("kl-rounding", None, 768, "kl-rounding"), ("kl-rounding", 0, 0, "kl-rounding"), ("rtn", 0, 0, "rtn"),
+        ("kl-rounding", None, 768, "kl-rounding + own text"), ("kl-rounding", 0, 0, "kl-rounding"),
+        ("rtn", 0, 0, "rtn"),
     ):  # fmt: skip
         settings = RunSettings(model="m", quantizer=quantizer, own_text=own)
-        assert settings.own_text_for(layout) == expected and settings.carried_out_with == name
+        assert settings.own_text_for(layout) == expected and settings.carried_out_with(layout) == name
 
 
 def test_a_baseline_far_behind_is_not_learned(cptquant: Callable, folder: Path, tmp_path: Path, monkeypatch) -> None:

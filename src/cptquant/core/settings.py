@@ -120,10 +120,9 @@ class RunSettings(Artifact):
             return 0
         return _OWN_TEXT.get(self.quantizer, 0) if self.own_text is None else self.own_text
 
-    @property
-    def carried_out_with(self) -> str:
-        """The quantizer as records name it: losses with and without own text do not compare."""
-        return f"{self.quantizer} + own text" if self.own_text else self.quantizer
+    def carried_out_with(self, layout: ModelLayout, quantizer: str | None = None) -> str:
+        """The quantizer (None: the run's own) as records name it: losses with and without own text do not compare."""
+        return (quantizer or self.quantizer) + (" + own text" if self.own_text_for(layout) else "")
 
     def forecasts(self, layout: ModelLayout) -> bool:
         """Whether losses are predicted: for causal language models, which the law knows; by default below 50M

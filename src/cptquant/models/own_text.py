@@ -27,6 +27,10 @@ _PROMPT_TOKENS = 8
 _LARGEST_BATCH = 128
 _BATCH_BYTES = 1 << 28
 """Keys, values and logits of the sequences written together."""
+_CHECKED = 4
+"""Sequences whose last prediction is made again without a cache."""
+_CACHE_NATS = 0.1
+"""Largest divergence between the two: rounding to 16 bits makes far less, ignoring the cache far more."""
 NO_DOCUMENT = -1
 """`TokenSet.documents` of what the model wrote."""
 
@@ -50,7 +54,8 @@ def write_own_text(
             batches).
 
     Raises:
-        ModelError: not a causal language model. DataError: its predictions are not finite.
+        ModelError: not a causal language model, or one that does not go on from the keys and values kept in a cache.
+        DataError: its predictions are not finite.
     """
     if model.layout.task != "causal_lm":
         raise ModelError(f"{model.layout.source} is for {model.layout.task}; only causal language models write text")
@@ -67,7 +72,13 @@ def write_own_text(
 
     with quiet_transformers(), torch.no_grad():
         for part in prompts.split(batch):
-            parts.append(_continue(model, part, length, generator, show))
+            try:
+                ids, last = _continue(model, part, length, generator, show)
+            except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+                raise _no_cache(model, str(error)) from error
+            if not parts:
+                _check_cache(model, ids, last)
+            parts.append(ids)
     ids = torch.cat(parts)
     documents = torch.full((sequences,), NO_DOCUMENT, dtype=torch.int64)
     return TokenSet.build(
@@ -95,15 +106,15 @@ def _prompts(text: TokenSet, sequences: int, length: int, generator: torch.Gener
 
 def _continue(
     model: LoadedModel, prompts: Tensor, length: int, generator: torch.Generator, show: Callable[[int], None]
-) -> Tensor:
-    """(b, length) int64."""
+) -> tuple[Tensor, Tensor]:
+    """The sequences, (b, length) int64, and the logits from which their last tokens were drawn, (b, vocabulary)."""
     module, device = model.module, model.module.device
     cache = DynamicCache(config=module.config)
     cache.layers = [_Reserved(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     ids = torch.empty(len(prompts), length, dtype=torch.int64)
     known = prompts.shape[1]
     ids[:, :known] = prompts
-    fresh = ids[:, :known]
+    fresh, last = ids[:, :known], torch.empty(0)
     for end in range(known, length):
         output = module(
             input_ids=fresh.to(device),
@@ -111,10 +122,28 @@ def _continue(
             past_key_values=cache,
             use_cache=True,
         )
-        ids[:, end] = _draw(output.logits[:, -1].float().cpu(), generator, model)
+        last = output.logits[:, -1].float().cpu()
+        ids[:, end] = _draw(last, generator, model)
         fresh = ids[:, end : end + 1]
         show(end + 1 - known)
-    return ids
+    return ids, last
+
+
+def _check_cache(model: LoadedModel, ids: Tensor, last: Tensor) -> None:
+    """A model that ignored the cache would have written every token from the one before it alone."""
+    few = ids[:_CHECKED, :-1]
+    whole = model.module(input_ids=few.to(model.module.device), use_cache=False).logits[:, -1].float().cpu()
+    expected, found = whole.log_softmax(-1), last[:_CHECKED].log_softmax(-1)
+    divergence = float((expected.exp() * (expected - found)).sum(dim=-1).mean())
+    if not divergence < _CACHE_NATS:
+        raise _no_cache(model, f"its predictions differ by {divergence:.2g} nats from those made without a cache")
+
+
+def _no_cache(model: LoadedModel, reason: str) -> ModelError:
+    return ModelError(
+        f"{model.layout.source}: {model.layout.architecture} cannot go on from keys and values kept in a cache "
+        f"({reason}); use --own-text 0, which calibrates on the given text alone"
+    )
 
 
 def _draw(logits: Tensor, generator: torch.Generator, model: LoadedModel) -> Tensor:

@@ -30,7 +30,7 @@ class FollowedText:
         seen, judged = mask_for_task(model, tokens)
         self.original = ModelStream(model, seen, batch_size=batch_size)
         self.stream = ModelStream(model, seen, weights=weights, batch_size=batch_size)
-        self._last: list[Tensor] = [torch.empty(0)] * len(self.stream.batches)
+        self._last: dict[int, Tensor] = {}
         self.judge = OutputDivergence(self.original, self.stream, self._last, judged)
 
     @torch.no_grad()
@@ -41,7 +41,8 @@ class FollowedText:
         for index, block in enumerate(originals):
             hidden = self.original.run_block_at(block, index, batch, hidden)
             states.append(hidden)
-        self._last[:] = [hidden if place == batch else torch.empty(0) for place in range(len(self._last))]
+        self._last.clear()
+        self._last[batch] = hidden
         return states
 
 

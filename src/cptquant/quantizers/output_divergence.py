@@ -9,7 +9,7 @@ original only the last block's output is kept, tokens x width in float32; its lo
 a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -50,12 +50,16 @@ class OutputDivergence:
     Args:
         original: stream of the original on the tokens; its `finish` is used.
         changed: stream of the changed model on the same tokens in the same batches; its `finish` is used.
-        reference: per batch, the original's last hidden state (b, T, width).
+        reference: by batch, the original's last hidden state (b, T, width); looked at when a batch is judged.
         judged: as `mask_for_task` gives it.
     """
 
     def __init__(
-        self, original: ModelStream, changed: ModelStream, reference: list[Tensor], judged: Tensor | None
+        self,
+        original: ModelStream,
+        changed: ModelStream,
+        reference: Mapping[int, Tensor] | Sequence[Tensor],
+        judged: Tensor | None,
     ) -> None:
         self._original, self._changed, self._reference = original, changed, reference
         sizes = [batch.sequence_count for batch in changed.batches]

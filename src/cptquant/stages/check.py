@@ -15,6 +15,8 @@ SENSITIVITY_METHODS = ("cmpq", "pmpq", "tdmpq", "path", "sketch", "ablation")
 QUANTIZERS = ("gptq", "rtn", "signround", "kl-rounding")
 _LARGEST_SEED = 2**63 - 1
 """Larger ones overflow the frameworks' generators."""
+_MOST_OWN_TEXT = 65_536
+"""Far beyond what helps; more would fill the memory before it is used."""
 TEXTS = ("calibration", "eval_text")
 
 
@@ -39,8 +41,11 @@ def check_choices(settings: RunSettings, texts: tuple[str, ...] = TEXTS) -> None
     _check_name("--sensitivity", settings.sensitivity, SENSITIVITY_METHODS)
     _check_name("--quantizer", settings.quantizer, QUANTIZERS)
     check_seed(settings.seed)
-    if settings.own_text is not None and settings.own_text < 0:
-        raise UserError(f"--own-text {settings.own_text} is negative; give the number of sequences, 0 for none")
+    if settings.own_text is not None and not 0 <= settings.own_text <= _MOST_OWN_TEXT:
+        raise UserError(
+            f"--own-text {settings.own_text} is out of range; give the number of sequences, 0 (none) to "
+            f"{_MOST_OWN_TEXT}"
+        )
     if settings.refine_swaps and settings.memory is not None:
         raise UserError(
             "--refine-swaps keeps the bytes of the weights, not the engine's memory; give --budget instead of "

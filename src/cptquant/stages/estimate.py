@@ -48,8 +48,8 @@ _DESCENT_PRODUCTS = 11
 """Products of the Hessian with the weight: GPTQ's own, and two and a half in each of four rounds of descent."""
 _SECONDS_PER_LOGIT = 2.5e-9
 """Softmax, logarithms and sums of the divergence."""
-_LEARNED_BYTES_PER_WEIGHT, _ACTIVATIONS_PER_WIDTH = 14, 40
-"""Of `kl_rounding`: weights, offsets, momentum and codes; numbers a block keeps for each number of a token."""
+_LEARNED_BYTES_PER_WEIGHT, _ACTIVATIONS_PER_WIDTH = 18, 40
+"""Of `kl_rounding`: weights twice, offsets, momentum and codes; numbers a block keeps for each number of a token."""
 _SECONDS_PER_LEARNED_WEIGHT = 5e-8
 """One step of a code and its scale in learned rounding: some fifteen passes over memory."""
 _WRITING_PASSES = 3
@@ -185,14 +185,15 @@ def _sequences(layout: ModelLayout, settings: RunSettings) -> int:
 
 
 def _learning_seconds(settings: RunSettings, cost: _Counts, length: int, coarse_speed: float) -> float:
-    """Gradient steps of learned rounding: a pass forth and back (three passes' products) and the step itself."""
+    """Gradient steps of learned rounding: a pass forth and back (three passes' products), one of the original where the
+    whole model is learned, and the step itself."""
     method = find_quantizer(settings.quantizer)
     if not isinstance(method, SignRound | KlRounding):
         return 0.0
     per_token = 3 * cost.block_pass
     sequences = 8
     if isinstance(method, KlRounding):
-        per_token, sequences = per_token + 4 * cost.outer_pass, method.batch_sequences
+        per_token, sequences = per_token + cost.block_pass + 4 * cost.outer_pass, method.batch_sequences
     per_step = sequences * length * per_token / coarse_speed + _SECONDS_PER_LEARNED_WEIGHT * cost.block_weights
     return method.steps * per_step
 
@@ -255,10 +256,9 @@ def _peak_bytes(layout: ModelLayout, settings: RunSettings, variants: int) -> in
     quantize = 3 * block + 8 * widest + 2 * _sequences(layout, settings) * width + _STACK_BYTES
     method = find_quantizer(settings.quantizer)
     if isinstance(method, KlRounding):
-        states = 2 * layout.block_count * settings.calibration_sequences * width // 4
         activations = _ACTIVATIONS_PER_WIDTH * layout.block_count * method.batch_sequences * width
         weights = _LEARNED_BYTES_PER_WEIGHT * sum(site.weight_count for site in layout.block_sites)
-        quantize = max(quantize, weights + min(states, 1 << 30) + min(activations, 1 << 30))
+        quantize = max(quantize, weights + 2 * _sequences(layout, settings) * width + min(activations, 1 << 30))
     evaluate = 2 * block + (1 + variants) * settings.eval_sequences * width + 5 * logits
     return (
         _BASE_BYTES + layout.source_bytes + max(measure if needs_table(settings.allocator) else 0, quantize, evaluate)

@@ -160,7 +160,8 @@ def _trace(
     places = _spread(len(plans), request.measured_count(len(plans)))
     measured = {name: plan for place, (name, plan) in enumerate(plans.items()) if place in places}
     losses = _measure(run, layout, measured)
-    prior = choose_prior(layout, table, run.settings.carried_out_with, [plan.quant_formats for plan in plans.values()])
+    quantizer, used = run.settings.carried_out_with(layout), [plan.quant_formats for plan in plans.values()]
+    prior = choose_prior(layout, table, quantizer, used)
     prior = prior_or_vague(prior, [_damage(plan) for plan in plans.values()])
     inputs = {
         "layout": layout.digest(),
@@ -172,7 +173,7 @@ def _trace(
         "target": target.name,
         "formats": ",".join(map(str, formats)),
         "tokens": run.test.digest,
-        "quantizer": run.settings.carried_out_with,
+        "quantizer": quantizer,
         "own_text": str(run.settings.own_text_for(layout)),
     }
     return run.stage(
@@ -319,7 +320,7 @@ def _assemble(
         sensitivity_method=table.method,
         damage_unit=table.unit,
         measure=DAMAGE_NAMES[layout.task],
-        quantizer=run.settings.carried_out_with,
+        quantizer=run.settings.carried_out_with(layout),
         text=run.test.description,
         formats=tuple(fmt.name for fmt in problem.requested),
         parameters=layout.parameters,

@@ -1,5 +1,6 @@
 """Calibration text for quantizing: the person's, and what the model writes itself where that is asked for."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,12 +52,10 @@ def _read(run: "Run", path: Path, count: int) -> "TokenSet | None":
     from cptquant.models.own_text import NO_DOCUMENT
     from cptquant.models.text import TokenSet
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            ids, metadata = file.get_tensor("input_ids"), file.metadata()
-    except (OSError, SafetensorError):
-        ids, metadata = None, {}
-    if ids is not None:
+    ids, metadata = None, dict[str, str]()
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        ids, metadata = file.get_tensor("input_ids"), file.metadata() or {}
+    if ids is not None and ids.dtype is torch.int64 and len(ids) == count:
         documents = torch.full((count,), NO_DOCUMENT, dtype=torch.int64)
         found = TokenSet.build(ids, torch.ones_like(ids), None, documents, metadata.get("description", ""))
         if found.digest == metadata.get("digest"):

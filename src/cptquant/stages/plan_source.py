@@ -75,11 +75,12 @@ class PlanSource:
     @property
     def quantizer(self) -> str:
         """What the plan was carried out with, or would be: the default beside a plan copied out of its run folder."""
-        manifest = self.folder / "manifest.json"
-        if self.path == self.folder / "plan.json" and manifest.exists():
+        manifest = self.path.with_name(self.path.name.replace("plan", "manifest", 1))
+        if manifest != self.path and manifest.exists():
             return Manifest.load(manifest).quantizer
         path = self.folder / "settings.json"
-        return (RunSettings.load(path) if path.exists() else RunSettings(model="")).carried_out_with
+        settings = RunSettings.load(path) if path.exists() else RunSettings(model="")
+        return settings.carried_out_with(ModelLayout.load(self.folder / "layout.json"))
 
 
 def find_plan(path: Path) -> PlanSource:

@@ -208,7 +208,7 @@ def forecast_stage(run: Run, layout: ModelLayout, plans: Mapping[str, Plan]) -> 
     """
     path = run.folder / "forecast.json"
     unseen = any(fmt.block is not None for plan in plans.values() for fmt in plan.quant_formats.values())
-    unseen = unseen or run.settings.carried_out_with not in METHODS
+    unseen = unseen or run.settings.carried_out_with(layout) not in METHODS
     if unseen or not run.settings.forecasts(layout) or not SHIPPED_LAW.exists():
         path.unlink(missing_ok=True)
         return None

@@ -56,7 +56,7 @@ def quantize_stage(
     """
     check_plan(plan, layout)
     find_exporter(plan.target).check(run.model, find_context(layout, run.settings.context))
-    label = run.settings.carried_out_with if quantizer is None else _label(run, layout, quantizer)
+    label = run.settings.carried_out_with(layout, None if quantizer is None else spelling_of(quantizer))
     quantizer = quantizer or find_quantizer(run.settings.quantizer)
     file_name = manifest or manifest_name(name)
     inputs, shards = _open_pieces(run, layout, plan, quantizer)
@@ -97,11 +97,6 @@ def first_pass_stage(run: Run, layout: ModelLayout, plan: Plan, name: str) -> Sh
 def manifest_name(name: str) -> str:
     """Of a variant's manifest in the run folder."""
     return "manifest.json" if name == "quantized" else f"manifest-{name}.json"
-
-
-def _label(run: Run, layout: ModelLayout, quantizer: Quantizer) -> str:
-    """As `RunSettings.carried_out_with`, of another quantizer than the run's."""
-    return spelling_of(quantizer) + (" + own text" if run.settings.own_text_for(layout) else "")
 
 
 def _open_pieces(run: Run, layout: ModelLayout, plan: Plan, quantizer: Quantizer) -> tuple[dict[str, str], ShardFolder]:
