@@ -10,6 +10,7 @@ from typing import Any
 from cptquant.core.provenance import installed_versions
 
 REPOSITORY = Path(__file__).parent.parent
+LAST_CHANGE = ["log", "-1", "--abbrev=10", "--format=%h", "--", "src"]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -37,11 +38,11 @@ def processor_name() -> str:
 
 
 def source_revision() -> str:
-    """Commit that cptquant's sources are at, with "+ changes" where they differ from it; "unknown" without git."""
+    """The last commit that changed cptquant's sources, with "+ changes" where they differ; "unknown" without git."""
     try:
         commit, changes = (
             subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--", "src"])
+            for words in (LAST_CHANGE, ["status", "--porcelain", "--", "src"])
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -49,8 +49,11 @@ def test_sources_that_differ_from_the_commit_are_told_of(tmp_path: Path, monkeyp
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "one")
-    (tmp_path / "results.json").write_text("not a source")
     clean = machine.source_revision()
     assert re.fullmatch("[0-9a-f]{10}", clean)
+    (tmp_path / "results.json").write_text("not a source")
+    git("add", ".")
+    git("commit", "-q", "-m", "two")
+    assert machine.source_revision() == clean
     (tmp_path / "src" / "a.py").write_text("2")
     assert machine.source_revision() == f"{clean} + changes"
