@@ -2,11 +2,15 @@
 
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cptquant.core.provenance import installed_versions
+
+REPOSITORY = Path(__file__).parent.parent
+LAST_CHANGE = ["log", "-1", "--abbrev=10", "--format=%h", "--", "src"]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -31,3 +35,15 @@ def processor_name() -> str:
     except OSError:
         pass
     return platform.processor() or "unknown"
+
+
+def source_revision() -> str:
+    """The last commit that changed cptquant's sources, with "+ changes" where they differ; "unknown" without git."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (LAST_CHANGE, ["status", "--porcelain", "--", "src"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit} + changes" if changes else commit

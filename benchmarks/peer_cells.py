@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from machine import source_revision
 from measured_process import run_measured
 from ruler import Ruler
 from written_weights import read_written
@@ -95,8 +96,10 @@ def run_cell(cell: Path, command: list[str | Path], threads: int) -> dict[str, A
             "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
         }  # fmt: skip
+        content: dict[str, Any] = {"revision": source_revision()}
         measured = run_measured(command, cell / "log", environment=environment, limit_seconds=LIMIT_SECONDS)
-        content = {**charge(measured.figures(), told(measured.output)), "load_average": round(os.getloadavg()[0], 1)}
+        content |= charge(measured.figures(), told(measured.output))
+        content["load_average"] = round(os.getloadavg()[0], 1)
         if measured.return_code:
             said = [line.strip() for line in measured.output.splitlines() if line.strip()]
             content["failure"] = f"return code {measured.return_code}: {said[-1][:300] if said else 'no output'}"

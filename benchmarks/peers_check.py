@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from gptq_vs_peers import TEST_WINDOWS, WINDOW_TOKENS, read_text
+from machine import describe_machine
 from measured_process import CPTQUANT, run_measured
 from results_file import FOLDER, REPOSITORY, model_folder, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +36,8 @@ def main() -> None:
         if cells and (not args.tools or tool.name in args.tools):
             rows = [row for row in rows if row["tool"] != tool.name] + [compare(args.model, cells[0])]
             print(json.dumps(rows[-1]), flush=True)
-            write_results("peers_check", {"model": args.model, "windows": TEST_WINDOWS, "rows": rows})
+            content = {"machine": describe_machine(), "model": args.model, "windows": TEST_WINDOWS, "rows": rows}
+            write_results("peers_check", content)
 
 
 def readable_folder(model: str, output: Path, target: Path) -> str:

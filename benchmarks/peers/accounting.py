@@ -3,6 +3,7 @@
 Imported by the peers' scripts under the peers' own interpreters, so it needs the standard library only.
 """
 
+import importlib.metadata
 import json
 import os
 import resource
@@ -63,6 +64,14 @@ class Account:
             yield True
         cost = {key: self.figures[f"{name}_{key}"] for key in ("wall_seconds", "cpu_seconds", "peak_memory_bytes")}
         record.write_text(json.dumps(cost))
+
+    def finish(self, *packages: str) -> None:
+        """Add the packages' versions and torch's threads, and print the figures."""
+        import torch  # every script has loaded it by now
+
+        self.figures["versions"] = {name: importlib.metadata.version(name) for name in packages}
+        self.figures["threads"] = torch.get_num_threads()
+        self.print_figures()
 
     def print_figures(self) -> None:
         """Print everything as one line of JSON that begins with `RESULT `."""

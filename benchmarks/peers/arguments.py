@@ -1,20 +1,26 @@
-"""The command line every contestant's script shares."""
+"""The command line that the contestants' scripts share: MODEL CALIBRATION, what the tool is told, OUTPUT, --threads."""
 
 import argparse
 from pathlib import Path
 
 
-def read_arguments(description: str, *, default_batch_size: int | None) -> argparse.Namespace:
-    """Parse model, tokens, bits, group size, output and the common options."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("model", type=Path, help="Hugging Face model folder")
-    parser.add_argument("tokens", type=Path, help="safetensors file with `input_ids` (n, T) int64")
-    parser.add_argument("bits", type=int)
-    parser.add_argument("group_size", type=int)
-    parser.add_argument("output", type=Path, help="folder for the checkpoint")
+def make_parser(description: str, **settings: type) -> argparse.ArgumentParser:
+    """A parser with the shared arguments; `settings` are the positional ones between CALIBRATION and OUTPUT."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Hugging Face model folder")
+    parser.add_argument("calibration", type=Path, help="safetensors with `input_ids` (n, T) int64; AutoRound: texts")
+    for name, kind in settings.items():
+        parser.add_argument(name, type=kind)
+    parser.add_argument("output", type=Path, help="folder for what the tool writes")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads; the library's own choice if absent")
+    return parser
+
+
+def read_gptq_arguments(description: str, *, default_batch_size: int | None) -> argparse.Namespace:
+    """Parse what the GPTQ scripts take: bits, group size and their common options."""
+    parser = make_parser(description, bits=int, group_size=int)
     parser.add_argument("--batch-size", type=int, default=default_batch_size, help="calibration sequences at a time")
     parser.add_argument("--dtype", default="auto", help="auto (as the model is stored), float32, bfloat16, float16")
-    parser.add_argument("--threads", type=int, default=None, help="torch threads; the library's own choice if absent")
     parser.add_argument(
         "--clip-search",
         action=argparse.BooleanOptionalAction,

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from accounting import Account
-from arguments import read_arguments
+from arguments import read_gptq_arguments
 
 
 def main() -> None:
-    args = read_arguments(__doc__, default_batch_size=None)
+    args = read_gptq_arguments(__doc__, default_batch_size=None)
     account = Account()
     with account.step("import"):
         import torch
@@ -40,8 +40,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with account.step("load"):
-        model = load_model(str(args.model))
-        input_ids = load_file(args.tokens)["input_ids"]
+        model = load_model(args.model)
+        input_ids = load_file(args.calibration)["input_ids"]
     tokens = TokenSet.build(
         input_ids, torch.ones_like(input_ids), None, torch.arange(len(input_ids)), "tokens of the benchmark"
     )

@@ -9,17 +9,16 @@ On two cores GPTQModel 7.7.0 stops while building its worker pool (a virtual poo
 cores is one). GPTQMODEL_CPU_WORKERS=2, its own environment variable, is set here for that reason.
 """
 
-import importlib.metadata
 import os
 
 from accounting import Account
-from arguments import read_arguments
+from arguments import read_gptq_arguments
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 
 def main() -> None:
-    args = read_arguments(__doc__, default_batch_size=1)
+    args = read_gptq_arguments(__doc__, default_batch_size=1)
     account = Account()
     with account.step("import"):
         import torch
@@ -33,8 +32,8 @@ def main() -> None:
             **({"mse": 2.4} if args.clip_search else {}),
         )  # fmt: skip
         kwargs = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
-        model = GPTQModel.load(str(args.model), config, **kwargs)
-        input_ids = load_file(args.tokens)["input_ids"]
+        model = GPTQModel.load(args.model, config, **kwargs)
+        input_ids = load_file(args.calibration)["input_ids"]
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in input_ids]
     with account.step("gptq"):
         model.quantize(rows, batch_size=args.batch_size, calibration_sort=None, backend=BACKEND.AUTO)
@@ -43,12 +42,8 @@ def main() -> None:
     }  # fmt: skip
     with account.step("save"):
         model.save(str(args.output))
-    account.figures["versions"] = {
-        name: importlib.metadata.version(name) for name in ("gptqmodel", "transformers", "torch")
-    }
-    account.figures["threads"] = torch.get_num_threads()
     account.figures["model_dtype"] = str(args.dtype)
-    account.print_figures()
+    account.finish("gptqmodel", "transformers", "torch")
 
 
 if __name__ == "__main__":

@@ -7,25 +7,16 @@ scale and a zero point of 16 bits. Codes count with their own width: at 3 bits H
 would be 3.2. OUTPUT receives the weights as HQQ dequantizes them.
 """
 
-import argparse
-import importlib.metadata
-from pathlib import Path
-
 from accounting import Account
+from arguments import make_parser
 from dense_output import save_dense
 
 SCALE_BITS = 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("tokens", type=Path)
-    parser.add_argument("bits", type=int)
-    parser.add_argument("group_size", type=int)
-    parser.add_argument("output", type=Path)
+    parser = make_parser(__doc__, bits=int, group_size=int)
     parser.add_argument("--axis", type=int, default=0, choices=(0, 1))
-    parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
     account = Account()
     with account.step("import"):
@@ -54,9 +45,7 @@ def main() -> None:
     with account.step("save"):
         save_dense(args.output, weights, bits)
     account.figures["recipe"] = {"axis": args.axis, "optimize": True}
-    account.figures["versions"] = {name: importlib.metadata.version(name) for name in ("hqq", "transformers", "torch")}
-    account.figures["threads"] = torch.get_num_threads()
-    account.print_figures()
+    account.finish("hqq", "transformers", "torch")
 
 
 if __name__ == "__main__":

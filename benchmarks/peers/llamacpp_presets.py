@@ -8,24 +8,18 @@ TOKENS, as `llama-imatrix` collects them (llama-cpp-python does not expose that 
 bits of their tensors in the file.
 """
 
-import argparse
-import importlib.metadata
 import sys
 from pathlib import Path
 
 from accounting import Account
+from arguments import make_parser
 from dense_output import save_dense
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder, or embedded:NAME")
-    parser.add_argument("tokens", type=Path)
-    parser.add_argument("preset")
-    parser.add_argument("output", type=Path)
+    parser = make_parser(__doc__, preset=str)
     parser.add_argument("--peer-python", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="keeps what all presets share")
-    parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
     account = Account()
     with account.step("import"):
@@ -43,7 +37,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     with account.step("load"):
         model = load_model(args.model)
-        input_ids = load_file(args.tokens)["input_ids"]
+        input_ids = load_file(args.calibration)["input_ids"]
         tokens = TokenSet.build(
             input_ids, torch.ones_like(input_ids), None, torch.arange(len(input_ids)), "tokens of the benchmark"
         )
@@ -70,9 +64,7 @@ def main() -> None:
         types.add(stored.tensor_type.name)
     save_dense(args.output, weights, bits)
     account.figures["recipe"] = {"preset": args.preset, "types": sorted(types)}
-    account.figures["versions"] = {name: importlib.metadata.version(name) for name in ("gguf", "cptquant", "torch")}
-    account.figures["threads"] = torch.get_num_threads()
-    account.print_figures()
+    account.finish("gguf", "cptquant", "torch")
 
 
 if __name__ == "__main__":

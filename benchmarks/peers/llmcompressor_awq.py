@@ -13,66 +13,35 @@ none is available"); pinning, which changes no value, is left out here.
 """
 
 import argparse
-from pathlib import Path
+from typing import Any
 
 from accounting import Account
+from arguments import make_parser
+from llmcompressor_run import PACKAGES, run_oneshot
 
 
 def main() -> None:
-    args = read_arguments()
-    account = Account()
-    with account.step("import"):
-        import importlib.metadata
-
-        import torch
-        from llmcompressor import oneshot
-        from safetensors.torch import load_file
-        from transformers import AutoModelForCausalLM
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if not torch.accelerator.is_available():
-        torch.Tensor.pin_memory = lambda tensor, device=None: tensor
-    with account.step("load"):
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
-        input_ids = load_file(args.tokens)["input_ids"]
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in input_ids]
-    batches = torch.utils.data.DataLoader(rows, batch_size=args.batch_size, shuffle=False)
-    with account.step("quantize"):
-        recipe = build_recipe(args, model.config.model_type)
-        oneshot(model=model, dataset=batches, recipe=recipe, num_calibration_samples=len(rows))
-    account.figures["recipe"] = {"duo_scaling": "both", "symmetric": False, "observer": args.observer,
-                                 "then": "gptq" if args.then_gptq else "round to nearest"}  # fmt: skip
-    with account.step("save"):
-        model.save_pretrained(args.output, save_compressed=True)
-    account.figures["versions"] = {
-        name: importlib.metadata.version(name)
-        for name in ("llmcompressor", "compressed-tensors", "transformers", "torch")
-    }
-    account.figures["threads"] = torch.get_num_threads()
-    account.print_figures()
-
-
-def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("tokens", type=Path, help="safetensors file with `input_ids` (n, T) int64")
-    parser.add_argument("bits", type=int)
-    parser.add_argument("group_size", type=int)
-    parser.add_argument("output", type=Path)
+    parser = make_parser(__doc__, bits=int, group_size=int)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--dtype", default="auto", help="auto: as the model is stored")
     parser.add_argument("--observer", default="minmax", help="minmax (its default) or mse")
     parser.add_argument("--then-gptq", action="store_true")
-    parser.add_argument("--threads", type=int, default=None)
-    return parser.parse_args()
+    args = parser.parse_args()
+    account = Account()
+    run_oneshot(args, account, "quantize", build_recipe)
+    account.figures["recipe"] = {"duo_scaling": "both", "symmetric": False, "observer": args.observer,
+                                 "then": "gptq" if args.then_gptq else "round to nearest"}  # fmt: skip
+    account.finish(*PACKAGES)
 
 
-def build_recipe(args: argparse.Namespace, model_type: str) -> list[object]:
+def build_recipe(args: argparse.Namespace, model_type: str) -> list[Any]:
     """Smoothing, then the rounding."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 
+    leave_out_pinning()
     weights = QuantizationArgs(
         num_bits=args.bits, type="int", symmetric=False, strategy="group", group_size=args.group_size,
         observer=args.observer,
@@ -90,6 +59,14 @@ def build_recipe(args: argparse.Namespace, model_type: str) -> list[object]:
         ]
     smoothing = AWQModifier(mappings=mappings, duo_scaling="both")
     return [smoothing, (GPTQModifier if args.then_gptq else QuantizationModifier)(**rounding)]
+
+
+def leave_out_pinning() -> None:
+    """Where there is no accelerator to pin for."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        torch.Tensor.pin_memory = lambda tensor, device=None: tensor
 
 
 if __name__ == "__main__":

@@ -10,27 +10,21 @@ the head out. Nothing is exported: version 0.47 refuses to ("Unsupported quantiz
 the fake-quantized weights with AWQ's input scales folded in (an engine would put them into the layer before; no cost).
 """
 
-import argparse
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 from accounting import Account
+from arguments import make_parser
 from dense_output import save_dense
 
 WIDTHS, GROUP, SCALE_BITS = (2, 3, 4, 8), 64, 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("tokens", type=Path)
-    parser.add_argument("average_bits", type=float)
-    parser.add_argument("output", type=Path)
+    parser = make_parser(__doc__, average_bits=float)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--algorithm", default="awq_lite")
     parser.add_argument("--work", type=Path, required=True, help="keeps the search's state, which all averages share")
-    parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
     account = Account()
     with account.step("import"):
@@ -42,7 +36,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     with account.step("load"):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        input_ids = load_file(args.tokens)["input_ids"]
+        input_ids = load_file(args.calibration)["input_ids"]
     batches = [{"input_ids": rows, "labels": rows} for rows in input_ids.split(args.batch_size)]
     args.work.mkdir(parents=True, exist_ok=True)
     state = args.work / "search.pth"
@@ -63,11 +57,7 @@ def main() -> None:
     with account.step("save"):
         save_dense(args.output, *read_weights(model))
     account.figures["recipe"] = {"widths": WIDTHS, "group": GROUP, "algorithm": args.algorithm, "method": "gradient"}
-    account.figures["versions"] = {
-        name: importlib.metadata.version(name) for name in ("nvidia-modelopt", "transformers", "torch")
-    }
-    account.figures["threads"] = torch.get_num_threads()
-    account.print_figures()
+    account.finish("nvidia-modelopt", "transformers", "torch")
 
 
 def weight_only(width: int, algorithm: str) -> dict[str, Any]:

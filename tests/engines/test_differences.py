@@ -22,6 +22,9 @@ def test_what_is_within_the_bound_passes() -> None:
     refuse_differences(FILE, [], [SAME], "")
     original = way(math.nan, None).model_copy(update={"weights": "original"})
     refuse_differences(FILE, [way(0.0), original], [SAME], "")
+    just_over = math.nextafter(1e-3, 1)  # the first call's list with one value a step further: it was looked at
+    with pytest.raises(EngineError, match=r"float activations: 0\.001 nats, allowed 0\.001"):
+        refuse_differences(FILE, [way(just_over), way(0.7, None), way(None, 1e-3, 0.9995)], [SAME], "")
 
 
 @pytest.mark.parametrize(
