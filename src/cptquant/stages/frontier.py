@@ -35,7 +35,7 @@ from cptquant.stages.frontier_budgets import Scope, read_budgets, spread_budgets
 from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
 from cptquant.stages.quantize import quantize_stage
-from cptquant.stages.run import Run
+from cptquant.stages.run import Run, nobody_edits
 
 FOLDER = "frontier"
 DEFAULT_POINTS = 5
@@ -176,13 +176,8 @@ def _trace(
         "own_text": str(run.settings.own_text_for(layout)),
     }
     return run.stage(
-        "frontier.json", Frontier, inputs, lambda: _assemble(run, problem, table, plans, losses, prior), damage=_none
+        "frontier.json", Frontier, inputs, lambda: _assemble(run, problem, table, plans, losses, prior), damage=nobody_edits
     )
-
-
-def _none(_: object) -> list[str]:
-    """Nobody edits these files: a damaged one is made again."""
-    return []
 
 
 def _plan(run: Run, layout: ModelLayout, table: SensitivityTable, budget: Budget) -> Plan:
@@ -206,7 +201,7 @@ def _plan(run: Run, layout: ModelLayout, table: SensitivityTable, budget: Budget
         Plan,
         inputs,
         lambda: allocate(layout, table, budget, target, Knapsack(), formats=formats, seed=run.settings.seed),
-        damage=_none,
+        damage=nobody_edits,
     )
 
 
@@ -248,7 +243,7 @@ def _measure(run: Run, layout: ModelLayout, plans: Mapping[str, Plan]) -> dict[s
             )
             inputs = _evaluation_inputs(run, sources[name])
             found[name] = run.stage(
-                _evaluation_file(name), EvaluationReport, inputs, lambda made=report: made, damage=_none
+                _evaluation_file(name), EvaluationReport, inputs, lambda made=report: made, damage=nobody_edits
             )
     if plans:
         run.progress("frontier: measured", len(plans), len(plans))

@@ -36,7 +36,7 @@ from cptquant.sensitivity.perturbation import original_weight
 from cptquant.sensitivity.plan_loss import PlanLoss
 from cptquant.stages.allocate import UNREFINED, allocate_stage
 from cptquant.stages.quantize import quantize_stage
-from cptquant.stages.run import Run
+from cptquant.stages.run import Run, nobody_edits
 
 _MINIMUM_SEQUENCES = 16
 
@@ -222,7 +222,14 @@ def _refinement(run: Run, layout: ModelLayout, problem: Problem, plan: Plan) -> 
             formats={name: fmt.name for name, fmt in problem.formats(refined.choice).items()},
         )
 
-    return run.stage("refinement.json", Refinement, inputs, make)
+    return run.stage("refinement.json", Refinement, inputs, make, damage=lambda found: _contradictions(found, plan))
+
+
+def _contradictions(found: Refinement, plan: Plan) -> list[str]:
+    formats = dict(plan.formats)
+    for swaps in found.rounds:
+        formats.update(swaps.after if swaps.taken else {})
+    return [] if formats == found.formats else ["refinement.json holds another plan than its rounds lead to"]
 
 
 def _changed(problem: Problem, before: Choice, after: Choice) -> dict[str, tuple[QuantFormat, QuantFormat]]:

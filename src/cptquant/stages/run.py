@@ -156,7 +156,7 @@ class Run:
 
         Args:
             damage: what is wrong with the files that the artifact describes; if anything, or if the artifact itself is
-                damaged, it is made anew, and the progress says why.
+                damaged, it is made anew, and the progress says why. `nobody_edits` where it describes no files.
         """
         path = self.folder / name
         found = self._found(path, kind, keeps=damage is None) if path.exists() else None
@@ -191,6 +191,11 @@ class Run:
             ArtifactError: missing or damaged; names the command that makes it.
         """
         return kind.load(self.folder / name)
+
+
+def nobody_edits(_: Artifact) -> list[str]:
+    """The `damage` of a file that no person writes in: a damaged one holds nothing of theirs and is made again."""
+    return []
 
 
 def _replaced(changes: dict[str, object]) -> dict[str, object]:
