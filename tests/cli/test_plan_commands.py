@@ -211,7 +211,8 @@ def test_diff_says_that_a_table_is_not_the_plans_own(cptquant: Callable, run: Pa
     outcome = cptquant("diff", run, other)
     assert outcome.code == 0, outcome.err
     for folder in (run, other):
-        assert f"The plan of {folder}/plan.json was made from another table than the one at hand, ablation." in outcome.out
+        said = f"The plan of {folder}/plan.json was made from another table than the one at hand, ablation."
+        assert said in outcome.out
     assert "different sensitivity tables" not in outcome.out
 
 

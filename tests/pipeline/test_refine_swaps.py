@@ -141,6 +141,7 @@ def test_allocate_refines_too(cptquant: Callable, loud: Path, tmp_path: Path) ->
         (("--allocator", "uniform"), "--refine-swaps orders formats by a sensitivity table, and --allocator uniform"),
         (("--calibration-sequences", 12), "--refine-swaps needs 16 calibration sequences or more, half of them to"),
         (("--refine-swaps", -1), "Invalid value for '--refine-swaps'"),
+        (("--refine-swaps", 10**400), "Invalid value for '--refine-swaps'"),
     ],
 )
 def test_refusals(cptquant: Callable, folder: Path, tmp_path: Path, flags: tuple, message: str) -> None:

@@ -176,7 +176,11 @@ def _trace(
         "own_text": str(run.settings.own_text_for(layout)),
     }
     return run.stage(
-        "frontier.json", Frontier, inputs, lambda: _assemble(run, problem, table, plans, losses, prior), damage=nobody_edits
+        "frontier.json",
+        Frontier,
+        inputs,
+        lambda: _assemble(run, problem, table, plans, losses, prior),
+        damage=nobody_edits,
     )
 
 

@@ -36,7 +36,8 @@ def find_preset(layout: ModelLayout, plan: Plan, table: SensitivityTable | None)
     """The largest preset at no more bytes, in the scope of the plan's budget, unless predicted to be clearly worse.
 
     Args:
-        table: damages that predict; without one, or where it lacks a type, the preset is quantized and compared.
+        table: damages that predict; without one, where it lacks a type, or where its damages are scores of blocks times
+            relative errors, the preset is quantized and compared.
     """
     counted = plan.size_bytes if plan.budget_scope == "file" else plan.site_bytes
     best: tuple[int, str, Plan] | None = None
@@ -87,7 +88,7 @@ def _plan_of(layout: ModelLayout, plan: Plan, preset: str) -> Plan:
 
 def _times_worse(layout: ModelLayout, plan: Plan, preset: Plan, table: SensitivityTable | None) -> float | None:
     """Predicted damage of the preset over the plan's, over the sites the budget counts; None where it is not known."""
-    if table is None:
+    if table is None or "relative" in table.unit:  # CMPQ's and PMPQ's: they order sites, no loss is in proportion
         return None
     sites = layout.sites if plan.budget_scope == "file" else layout.block_sites
     try:
