@@ -66,7 +66,9 @@ def test_damaged_and_edited_files(cptquant: Callable, loud: Path, tmp_path: Path
     assert cptquant(*flags).code == 0
     plan, before = Plan.load(run / "plan.json"), Plan.load(run / "plan-unrefined.json")
     assert plan.formats != before.formats
-    for name in ("refinement", "plan-unrefined", "plan-uniform", "manifest-unrefined", "manifest", "evaluation"):
+    names = ("layout", "sensitivity-tdmpq", "refinement", "plan-unrefined", "plan-uniform", "manifest-unrefined",
+             "manifest", "evaluation")  # fmt: skip
+    for name in names:
         path = run / f"{name}.json"
         kept = _without_provenance(path)
         path.write_text(path.read_text()[:-99])
@@ -82,8 +84,14 @@ def test_damaged_and_edited_files(cptquant: Callable, loud: Path, tmp_path: Path
     assert outcome.code == 0 and "refinement.json holds another plan than its rounds lead to" in outcome.err
     assert Plan.load(run / "plan.json") == plan
 
-    smallest = {site: "int2-g32" if ".layers." in site else fmt for site, fmt in plan.formats.items()}
     uniform = Plan.load(run / "plan-uniform.json")
+    large = {site: "int8-g32" if ".layers." in site else fmt for site, fmt in plan.formats.items()}
+    uniform.model_copy(update={"formats": large, "site_bytes": 2 * plan.site_bytes}).save(run / "plan-uniform.json")
+    outcome = cptquant(*flags)
+    assert outcome.code == 0 and "made anew: plan-uniform.json is too large" in outcome.err
+    assert Plan.load(run / "plan-uniform.json").formats == uniform.formats
+
+    smallest = {site: "int2-g32" if ".layers." in site else fmt for site, fmt in plan.formats.items()}
     assert smallest == uniform.formats
     sizes = {"size_bytes": uniform.size_bytes, "limit_bytes": uniform.site_bytes}
     edited = plan.model_copy(update={"formats": smallest, **sizes})

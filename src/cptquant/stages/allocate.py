@@ -13,7 +13,7 @@ from cptquant.core.sensitivity import SensitivityTable
 from cptquant.core.settings import RunSettings
 from cptquant.core.targets import candidate_formats, find_target, list_refusals
 from cptquant.stages.presets import TARGET, PresetBaseline, find_preset
-from cptquant.stages.run import Run, nobody_edits
+from cptquant.stages.run import Run
 
 UNREFINED = "plan-unrefined.json"
 """The allocator's plan, where swaps went on from it."""
@@ -55,8 +55,7 @@ def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None
         "seed": str(settings.seed),
     }
     return run.stage(
-        file_name, Plan, inputs, lambda: _allocate_within(settings, layout, table),
-        damage=nobody_edits if file_name == UNREFINED else None,
+        file_name, Plan, inputs, lambda: _allocate_within(settings, layout, table), edited=file_name != UNREFINED,
     )  # fmt: skip
 
 
@@ -122,7 +121,7 @@ def preset_baseline(run: Run, layout: ModelLayout, plan: Plan) -> PresetBaseline
 
 def _baseline_plan(run: Run, layout: ModelLayout, plan: Plan, allocator: str) -> Plan:
     """plan-NAME.json: uniform or random bits at no more bytes than the plan, in the scope of its budget."""
-    limit_bytes = plan.size_bytes if plan.budget_scope == "file" else plan.site_bytes
+    limit_bytes = plan.counted_bytes
     budget = Budget(limit_bytes, "bytes", plan.budget_scope, f"{limit_bytes} bytes ({plan.budget_scope}), as the plan")
     formats = {name for name in plan.formats.values() if not QuantFormat.parse(name).is_float}
     offered = tuple(
@@ -137,7 +136,7 @@ def _baseline_plan(run: Run, layout: ModelLayout, plan: Plan, allocator: str) ->
             layout, None, budget, find_target(plan.target), find_allocator(allocator), formats=offered,
             seed=run.settings.seed,
         ),
-        damage=nobody_edits,
+        damage=lambda found: [f"plan-{allocator}.json is too large"] if found.counted_bytes > limit_bytes else [],
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from cptquant.stages.allocate import preset_baseline
 from cptquant.stages.export import ENGINE_TARGETS
 from cptquant.stages.presets import TARGET, preset_label
 from cptquant.stages.quantize import Variant
-from cptquant.stages.run import Run, nobody_edits
+from cptquant.stages.run import Run
 
 
 def guard_stage(run: Run, variants: dict[str, Variant]) -> tuple[str, str]:
@@ -113,7 +113,7 @@ def evaluate_stage(
             guard=guard,
         )
 
-    return run.stage("evaluation.json", EvaluationReport, inputs, make, damage=nobody_edits)
+    return run.stage("evaluation.json", EvaluationReport, inputs, make)
 
 
 def evaluate_any(settings: RunSettings, original: str | None, progress: Progress) -> EvaluationReport:

@@ -35,7 +35,7 @@ from cptquant.stages.frontier_budgets import Scope, read_budgets, spread_budgets
 from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
 from cptquant.stages.quantize import quantize_stage
-from cptquant.stages.run import Run, nobody_edits
+from cptquant.stages.run import Run
 
 FOLDER = "frontier"
 DEFAULT_POINTS = 5
@@ -180,7 +180,6 @@ def _trace(
         Frontier,
         inputs,
         lambda: _assemble(run, problem, table, plans, losses, prior),
-        damage=nobody_edits,
     )
 
 
@@ -205,7 +204,6 @@ def _plan(run: Run, layout: ModelLayout, table: SensitivityTable, budget: Budget
         Plan,
         inputs,
         lambda: allocate(layout, table, budget, target, Knapsack(), formats=formats, seed=run.settings.seed),
-        damage=nobody_edits,
     )
 
 
@@ -246,9 +244,7 @@ def _measure(run: Run, layout: ModelLayout, plans: Mapping[str, Plan]) -> dict[s
                 settings=evaluation_settings(layout.task, run.test),
             )
             inputs = _evaluation_inputs(run, sources[name])
-            found[name] = run.stage(
-                _evaluation_file(name), EvaluationReport, inputs, lambda made=report: made, damage=nobody_edits
-            )
+            found[name] = run.stage(_evaluation_file(name), EvaluationReport, inputs, lambda made=report: made)
     if plans:
         run.progress("frontier: measured", len(plans), len(plans))
     return {name: _loss(found[name], name, layout) for name in plans}

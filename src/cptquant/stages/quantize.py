@@ -20,7 +20,7 @@ from cptquant.quantizers.methods import Quantizer, find_quantizer, spelling_of
 from cptquant.quantizers.quantize import quantize_sites
 from cptquant.quantizers.refine import refine_sites
 from cptquant.stages.allocate import check_plan
-from cptquant.stages.run import Run, nobody_edits
+from cptquant.stages.run import Run
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def quantize_stage(
 
     if not shards.labels.issuperset([*labels, block_label(None)]):  # pieces were removed after the manifest was made
         (run.folder / file_name).unlink(missing_ok=True)
-    run.stage(file_name, Manifest, inputs, make, damage=nobody_edits)
+    run.stage(file_name, Manifest, inputs, make)
     return shards
 
 

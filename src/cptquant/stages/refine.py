@@ -163,7 +163,7 @@ def plan_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None) ->
     given = _Given(tuple(chosen_option(group, formats) for group in problem.groups))
     made = solve_problem(problem, target, given, sources=source_digests(layout, table), seed=run.settings.seed)
     made = made.model_copy(update={"allocator": plan.allocator, "notes": (refinement.sentence, *made.notes)})
-    return run.stage("plan.json", Plan, {**plan.inputs, "refinement": refinement.digest()}, lambda: made)
+    return run.stage("plan.json", Plan, {**plan.inputs, "refinement": refinement.digest()}, lambda: made, edited=True)
 
 
 @dataclass(frozen=True)

@@ -151,15 +151,17 @@ class Run:
         make: Callable[[], A],
         *,
         damage: Callable[[A], list[str]] | None = None,
+        edited: bool = False,
     ) -> A:
         """The artifact of that name: as found if made from the same inputs, else made and saved.
 
         Args:
-            damage: what is wrong with the files that the artifact describes; if anything, or if the artifact itself is
-                damaged, it is made anew, and the progress says why. `nobody_edits` where it describes no files.
+            damage: what is wrong with the content or with the files that the artifact describes; if anything, it is
+                made anew, as it is where it cannot be read, and the progress says why.
+            edited: a person may have written in it, so one that cannot be read is refused instead.
         """
         path = self.folder / name
-        found = self._found(path, kind, keeps=damage is None) if path.exists() else None
+        found = self._found(path, kind, keeps=edited) if path.exists() else None
         if found is not None:
             if found.inputs == inputs:
                 wrong = [] if damage is None else damage(found)
@@ -180,7 +182,7 @@ class Run:
             return kind.load(path)
         except ArtifactError as error:
             if keeps:
-                raise
+                raise ArtifactError(f"{error}, after removing this one, which may hold what you wrote") from None
             self.progress(f"made anew: {error}", 1, 1)
             return None
 
@@ -191,11 +193,6 @@ class Run:
             ArtifactError: missing or damaged; names the command that makes it.
         """
         return kind.load(self.folder / name)
-
-
-def nobody_edits(_: Artifact) -> list[str]:
-    """The `damage` of a file that no person writes in: a damaged one holds nothing of theirs and is made again."""
-    return []
 
 
 def _replaced(changes: dict[str, object]) -> dict[str, object]:
