@@ -12,6 +12,7 @@ from pathlib import Path
 from cptquant.allocation.reach import check_budget
 from cptquant.core.engine_export import ExportRecord
 from cptquant.core.engine_memory import find_context
+from cptquant.core.errors import ArtifactError
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.forecast import PtqForecast
 from cptquant.core.layout import ModelLayout
@@ -98,8 +99,9 @@ def quantize_run(folder: Path, progress: Progress = ignore_progress, **changes: 
 
 
 def _from_plan(run: Run, layout: ModelLayout) -> Result:
-    forecast = forecast_stage(run, layout, _plans(run, layout))
-    variants = _quantize_variants(run, layout)
+    plans = _plans(run, layout)
+    forecast = forecast_stage(run, layout, plans)
+    variants = quantize_variants(run, layout, plans)
     written, guard = guard_stage(run, variants)
     write_stage(run, variants[written])
     drop_other_exports(run, variants[written].shards.folder.name)
@@ -118,11 +120,6 @@ def _plans(run: Run, layout: ModelLayout) -> dict[str, Plan]:
     check_plan(plan, layout)
     run.read_all_text()
     return {"quantized": plan, **unrefined_plan(run, plan), **baseline_plans(run, layout, plan)}
-
-
-def _quantize_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:
-    """The plan and its baselines, each quantized the same way."""
-    return quantize_variants(run, layout, _plans(run, layout))
 
 
 def export_run(
@@ -156,13 +153,18 @@ def evaluate_run(folder: Path, progress: Progress = ignore_progress, **changes: 
     """Evaluate a run again, on other text or more of it; what was written stays written.
 
     Raises:
-        ArtifactError: the run has no evaluation yet.
+        ArtifactError: the run has no evaluation yet, or what it wrote is no longer among its plans.
     """
     run = Run.resume(folder, progress, **changes)
     layout = run.load("layout.json", ModelLayout)
     before = run.load("evaluation.json", EvaluationReport)
-    variants = _quantize_variants(run, layout)
-    evaluation = evaluate_stage(run, layout, variants, before.written or "quantized", before.guard)
+    plans, written = _plans(run, layout), before.written or "quantized"
+    if written not in plans:
+        raise ArtifactError(
+            f"{folder}/checkpoint holds the weights of plan-{written}.json, with which plan.json or --baselines no "
+            f"longer compare; choose and write anew with: cptquant quantize {folder}"
+        )
+    evaluation = evaluate_stage(run, layout, quantize_variants(run, layout, plans), written, before.guard)
     render_report(run.folder)
     return evaluation
 

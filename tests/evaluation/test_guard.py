@@ -40,7 +40,8 @@ def test_the_best_is_written_and_the_plan_where_nothing_is_better(values, writte
     assert sentence.endswith(f"(n = 100): {verdict}")
     for name, value in values.items():
         if name not in ("quantized", "uniform"):
-            assert f"{LABELS[name]} at no more bytes {value} ± 0.001" in sentence
+            limit = "under the same limit" if name == "unrefined" else "at no more bytes"
+            assert f"{LABELS[name]} {limit} {value} ± 0.001" in sentence
     assert ("uniform at no more bytes" in sentence) is ("uniform" in values)
 
 

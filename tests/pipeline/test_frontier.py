@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from exporters.gguf_toys import save_toy
+from safetensors.torch import load
 
 from cptquant.core.budget import Budget
 from cptquant.core.evaluation import EvaluationReport
@@ -82,7 +84,8 @@ def test_points_are_what_quantize_gives(cptquant: Callable, folder: Path, tmp_pa
     explained = json.loads(cptquant("explain", run, "--json").out)
     assert explained["predicted"] == diff["before"]["predicted"]
     baseline = cptquant("diff", run, run / "plan-random.json")
-    assert "The plan was made without a table; it is judged by the one at hand, tdmpq." in baseline.out, baseline.err
+    said = f"The plan of {run}/plan-random.json was made without a table; it is judged by the one at hand, tdmpq."
+    assert said in baseline.out, baseline.err
     assert cptquant("report", run).code == 0
     assert "Predicted damage against size" in (run / "report.html").read_text()
 
@@ -149,11 +152,14 @@ def test_a_plan_counts_once_and_no_damage_is_not_checked(traced: Path) -> None:
 
 def test_damaged_files_of_a_frontier_are_made_again(traced: Path) -> None:
     before = Frontier.load(traced / "run/frontier.json")
-    names = ("frontier/evaluation-4bpw@sites.json", "frontier/plan-6bpw@sites.json", "frontier.json")
+    names = ("frontier/evaluation-4bpw@sites.json", "frontier/plan-6bpw@sites.json", "frontier.json",
+             "frontier/manifest-4bpw@sites.json")  # fmt: skip
     paths = [traced / "run" / name for name in names]
     for path in paths:
         path.write_text(path.read_text()[:-40])
-    pieces = {path: path.stat().st_mtime_ns for path in (traced / "run").rglob("*.safetensors")}
+    pieces = {path: path.stat().st_mtime_ns for path in (traced / "run").rglob("block-*.safetensors")}
+    outer = {path: load(path.read_bytes()) for path in (traced / "run").rglob("outer.safetensors")}
+    assert pieces and outer
     after, said = trace(traced)
     assert (after.points, after.vertices, after.calibration) == (before.points, before.vertices, before.calibration)
     for path in paths:
@@ -162,6 +168,9 @@ def test_damaged_files_of_a_frontier_are_made_again(traced: Path) -> None:
     assert EvaluationReport.load(paths[0]).find(before.measure, "4bpw@sites") is not None
     assert Frontier.load(paths[2]) == after
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in pieces.items()), "a finished stage ran again"
+    for path, tensors in outer.items():
+        again = load(path.read_bytes())
+        assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items()) and len(again) == len(tensors)
 
 
 @pytest.mark.parametrize(

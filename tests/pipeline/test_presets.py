@@ -70,6 +70,8 @@ def test_a_preset_that_is_predicted_to_be_clearly_worse_is_not_quantized(folder:
     assert clear.preset == "Q4_K_M" and clear.plan is None
     assert clear.reason.startswith("llama.cpp's Q4_K_M was not quantized: its predicted damage is ")
     assert clear.reason.endswith(" times the plan's")
+    scores = damages(layout, {**ordinary, "Q8_0": 0.1}).model_copy(update={"unit": "relative"})
+    assert find_preset(layout, plan, scores).plan is not None, "scores of blocks say nothing of how many times worse"
     without = find_preset(layout, plan, damages(layout, {"Q8_0": 0.1}))
     assert without.plan is not None, "a table that does not know the preset's types says nothing against it"
 
@@ -108,8 +110,13 @@ def test_the_preset_is_written_where_it_is_better(cptquant: Callable, folder: Pa
     assert "What was written: types of llama.cpp" in page and "Quantized (types of llama.cpp" in page
     assert "was written" in outcome.out.replace("\n", " ")
     assert cptquant("export", run).code == 0
+    plan = Plan.load(run / "plan.json")
+    larger = {"formats": {site: "Q8_0" for site in plan.formats}}  # more bytes than the plan
+    written.model_copy(update=larger).save(run / "plan-preset.json")
     again = cptquant("quantize", run, *flags)
-    assert again.code == 0 and EvaluationReport.load(run / "evaluation.json").written == "preset"
+    assert again.code == 0 and "made anew: plan-preset.json does not hold the preset's types" in again.err
+    assert Plan.load(run / "plan-preset.json").formats == written.formats
+    assert EvaluationReport.load(run / "evaluation.json").written == "preset"
 
 
 def test_the_preset_stands_beside_the_plan(cptquant: Callable, folder: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_the_whole_chain(cptquant: Callable, loud: Path, tmp_path: Path) -> None
             walked.update(step.after)
     assert walked == plan.formats
     if plan.formats != before.formats:
-        assert "the plan before swaps at no more bytes" in evaluation.guard
+        assert "the plan before swaps under the same limit" in evaluation.guard
         assert evaluation.find("kl_nats_per_token", "unrefined") is not None
         assert "Plan before swaps" in (run / "report.html").read_text()
     stamps = {path.name: path.stat().st_mtime_ns for path in run.glob("*.json")}
@@ -57,6 +57,72 @@ def test_the_whole_chain(cptquant: Callable, loud: Path, tmp_path: Path) -> None
     assert outcome.code == 0, outcome.err
     assert Plan.load(run / "plan.json").formats == before.formats
     assert not (run / "refinement.json").exists() and not (run / "plan-unrefined.json").exists()
+
+
+def test_damaged_and_edited_files(cptquant: Callable, loud: Path, tmp_path: Path) -> None:
+    """What nobody edits is made again by the same command; an edited plan is not replaced by one over its limit."""
+    run = tmp_path / "run"
+    flags = ("quantize", loud, "--budget", "3.2bpw@sites", "--output", run, *FORMATS, *QUICK, *SWAPS, "--no-predict")
+    assert cptquant(*flags).code == 0
+    plan, before = Plan.load(run / "plan.json"), Plan.load(run / "plan-unrefined.json")
+    assert plan.formats != before.formats
+    names = ("layout", "sensitivity-tdmpq", "refinement", "plan-unrefined", "plan-uniform", "manifest-unrefined",
+             "manifest", "evaluation")  # fmt: skip
+    for name in names:
+        path = run / f"{name}.json"
+        kept = _without_provenance(path)
+        path.write_text(path.read_text()[:-99])
+        outcome = cptquant(*flags)
+        assert outcome.code == 0 and f"made anew: {path} is not valid JSON" in outcome.err, outcome.err
+        assert _without_provenance(path) == kept, name
+
+    path = run / "refinement.json"
+    altered = json.loads(path.read_text())
+    altered["formats"] = {site: "int8-g32" if ".layers." in site else fmt for site, fmt in altered["formats"].items()}
+    path.write_text(json.dumps(altered))
+    outcome = cptquant(*flags)
+    assert outcome.code == 0 and "refinement.json holds another plan than its rounds lead to" in outcome.err
+    assert Plan.load(run / "plan.json") == plan
+
+    uniform = Plan.load(run / "plan-uniform.json")
+    large = {site: "int8-g32" if ".layers." in site else fmt for site, fmt in plan.formats.items()}
+    uniform.model_copy(update={"formats": large, "site_bytes": 2 * plan.site_bytes}).save(run / "plan-uniform.json")
+    outcome = cptquant(*flags)
+    assert outcome.code == 0 and "made anew: plan-uniform.json is too large" in outcome.err
+    assert Plan.load(run / "plan-uniform.json").formats == uniform.formats
+
+    smallest = {site: "int2-g32" if ".layers." in site else fmt for site, fmt in plan.formats.items()}
+    assert smallest == uniform.formats
+    sizes = {"size_bytes": uniform.size_bytes, "limit_bytes": uniform.site_bytes}
+    edited = plan.model_copy(update={"formats": smallest, **sizes})
+    edited.save(run / "plan.json")
+    outcome = cptquant("quantize", run)
+    said = f"plan.json says site_bytes = {plan.site_bytes}, its formats take {uniform.site_bytes}"
+    assert outcome.code == 2 and said in outcome.err
+    edited.model_copy(update={"site_bytes": uniform.site_bytes}).save(run / "plan.json")
+    outcome = cptquant("quantize", run)
+    assert outcome.code == 0, outcome.err
+    evaluation = EvaluationReport.load(run / "evaluation.json")
+    assert evaluation.written == "quantized" and "before swaps" not in evaluation.guard
+
+
+def test_evaluating_a_variant_that_is_gone(cptquant: Callable, loud: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ("--budget", "3.2bpw@sites", "--output", run, *FORMATS, *QUICK, *SWAPS, "--no-predict")
+    assert cptquant("quantize", loud, *flags).code == 0
+    evaluation = EvaluationReport.load(run / "evaluation.json")
+    evaluation.model_copy(update={"written": "unrefined"}).save(run / "evaluation.json")  # as a close guard chooses
+    assert cptquant("evaluate", run, "--eval-sequences", 6).code == 0
+    assert cptquant("allocate", run, "--budget", "3.2bpw@sites", "--refine-swaps", 0).code == 0
+    outcome = cptquant("evaluate", run)
+    assert outcome.code == 2
+    assert "checkpoint holds the weights of plan-unrefined.json, with which plan.json or --baselines no" in outcome.err
+    assert f"choose and write anew with: cptquant quantize {run}" in outcome.err
+    assert cptquant("quantize", run).code == 0 and cptquant("evaluate", run).code == 0
+
+
+def _without_provenance(path: Path) -> dict:
+    return {key: value for key, value in json.loads(path.read_text()).items() if key != "provenance"}
 
 
 def test_a_dry_run_counts_the_search(cptquant: Callable, folder: Path) -> None:
@@ -83,6 +149,7 @@ def test_allocate_refines_too(cptquant: Callable, loud: Path, tmp_path: Path) ->
         (("--allocator", "uniform"), "--refine-swaps orders formats by a sensitivity table, and --allocator uniform"),
         (("--calibration-sequences", 12), "--refine-swaps needs 16 calibration sequences or more, half of them to"),
         (("--refine-swaps", -1), "Invalid value for '--refine-swaps'"),
+        (("--refine-swaps", 10**400), "Invalid value for '--refine-swaps'"),
     ],
 )
 def test_refusals(cptquant: Callable, folder: Path, tmp_path: Path, flags: tuple, message: str) -> None:

@@ -61,6 +61,15 @@ def test_equals_every_plan_by_itself(name, toy, text):
     assert torch.from_numpy(loss.losses(changes, some)).numpy() == pytest.approx(found[:, some].numpy(), rel=1e-3)
 
 
+def test_stored_weights_are_dequantized_where_they_are_run(toy, text):
+    model, tokens = toy("llama"), text()
+    site = next(site for site in model.layout.block_sites)
+    stored = Rtn()(original_weight(model, site), QuantFormat.parse("int3-g16"), torch.float16)
+    loss = PlanLoss(model, Weights({}), tokens)
+    found = loss.losses([{site.name: stored}, {site.name: stored.dequantize()}, {}], [0, 1])
+    assert (found[0] == found[1]).all() and (found[0] > found[2]).all()
+
+
 def test_chunks_do_not_matter(toy, text, monkeypatch):
     model, tokens = toy("llama"), text()
     sites = [site.name for site in model.layout.block_sites]

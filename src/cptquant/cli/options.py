@@ -94,6 +94,7 @@ RefineSwaps = Annotated[
     typer.Option(
         "--refine-swaps",
         min=0,
+        max=1000,
         help="After allocation, up to N rounds of swaps between sites at no more bytes, each judged by the KL of the "
         "whole quantized model on calibration text; the guard compares with the plan before.  [default: 0]",
         show_default=False,

@@ -49,7 +49,7 @@ class EvaluationReport(Artifact):
     """
 
     SCHEMA: ClassVar[str] = "cptquant.evaluation"
-    MADE_BY: ClassVar[str] = "cptquant evaluate RUN"
+    MADE_BY: ClassVar[str] = "cptquant quantize RUN"
 
     measurements: tuple[Measurement, ...]
     settings: dict[str, str | int | float | bool | None] = {}

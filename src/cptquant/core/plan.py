@@ -65,6 +65,11 @@ class Plan(Artifact):
         cast(dict[str, Any], copied.__dict__).pop("quant_formats", None)
         return copied
 
+    @property
+    def counted_bytes(self) -> int:
+        """What the budget limits, in its scope."""
+        return self.size_bytes if self.budget_scope == "file" else self.site_bytes
+
     @cached_property
     def quant_formats(self) -> dict[str, QuantFormat]:
         """Site name -> parsed format."""

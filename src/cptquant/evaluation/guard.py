@@ -1,4 +1,4 @@
-"""The guard: a plan is written only if nothing else at no more bytes is better on held-out text."""
+"""The guard: a plan is written only if nothing else under its limit is better on held-out text."""
 
 from collections.abc import Mapping, Sequence
 
@@ -33,7 +33,8 @@ def choose(measurements: Sequence[Measurement], task: Task, rivals: Mapping[str,
 
 
 def _short(subject: str, label: str) -> str:
-    return f"{'uniform' if subject == 'uniform' else label} at no more bytes"
+    limit = "under the same limit" if subject == "unrefined" else "at no more bytes"  # swaps may leave bytes over
+    return f"{'uniform' if subject == 'uniform' else label} {limit}"
 
 
 def _find(measurements: Sequence[Measurement], name: str, subject: str) -> Measurement:

@@ -17,11 +17,13 @@ from cptquant.models.load import LoadedModel
 from cptquant.models.losses import IGNORED
 from cptquant.models.stream import ModelStream, WeightSource, site_modules
 from cptquant.models.text import TokenSet
+from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.sensitivity.loss import pose_question
 from cptquant.sensitivity.perturbation import changed_weights, run_block_on_all
 
-Change = Mapping[str, Tensor]
-"""Site inside the blocks -> its float32 weight (out_features, in_features) in place of the plan's."""
+Change = Mapping[str, Tensor | StoredWeight]
+"""Site inside the blocks -> its weight (out_features, in_features) in place of the plan's; dequantized where it is run,
+so that all changes together take no more memory than they are stored in."""
 
 _BATCH_SIZE = 8
 _LOGITS_AT_ONCE = 1 << 23
@@ -91,13 +93,14 @@ class PlanLoss:
                 before = states[number]
                 if before is None and index not in change:
                     continue
-                with changed_weights(modules, self._layout, change.get(index, {})):
+                weights = {name: _dequantize(weight) for name, weight in change.get(index, {}).items()}
+                with changed_weights(modules, self._layout, weights):
                     states[number] = run_block_on_all(stream, block, index, before or stream.hidden)
             stream.advance(block)
         return [stream.hidden if found is None else found for found in states]
 
-    def _split(self, change: Change) -> dict[int, dict[str, Tensor]]:
-        found: dict[int, dict[str, Tensor]] = {}
+    def _split(self, change: Change) -> dict[int, dict[str, Tensor | StoredWeight]]:
+        found: dict[int, dict[str, Tensor | StoredWeight]] = {}
         for name, weight in change.items():
             block_index = self._layout.site_by_name[name].block_index
             if block_index is None:
@@ -135,6 +138,10 @@ class PlanLoss:
         step = max(1, _LOGITS_AT_ONCE // (len(hidden) * max(1, self._layout.vocabulary_size)))
         for start in range(0, hidden.shape[1], step):
             yield slice(start, min(start + step, hidden.shape[1]))
+
+
+def _dequantize(weight: Tensor | StoredWeight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.dequantize()
 
 
 def _cut(hidden: Tensor, part: slice | None) -> Tensor:

@@ -8,6 +8,7 @@ from cptquant.core.errors import ArtifactError, BudgetError, UserError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
+from cptquant.core.refinement import Refinement
 from cptquant.core.sensitivity import SensitivityTable
 from cptquant.core.settings import RunSettings
 from cptquant.core.targets import candidate_formats, find_target, list_refusals
@@ -53,7 +54,9 @@ def allocate_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None
         "formats": ",".join(map(str, settings.formats_for(layout))),
         "seed": str(settings.seed),
     }
-    return run.stage(file_name, Plan, inputs, lambda: _allocate_within(settings, layout, table))
+    return run.stage(
+        file_name, Plan, inputs, lambda: _allocate_within(settings, layout, table), edited=file_name != UNREFINED,
+    )  # fmt: skip
 
 
 def _allocate_within(settings: RunSettings, layout: ModelLayout, table: SensitivityTable | None) -> Plan:
@@ -101,7 +104,13 @@ def baseline_plans(run: Run, layout: ModelLayout, plan: Plan) -> dict[str, Plan]
 def _preset_plan(run: Run, layout: ModelLayout, plan: Plan) -> Plan | None:
     """plan-preset.json; None where there is no preset to compare with."""
     made = preset_baseline(run, layout, plan).plan
-    return None if made is None else run.stage("plan-preset.json", Plan, made.inputs, lambda: made)
+    if made is None:
+        return None
+    wrong = ["plan-preset.json does not hold the preset's types"]
+    return run.stage(
+        "plan-preset.json", Plan, made.inputs, lambda: made,
+        damage=lambda found: [] if found.formats == made.formats else wrong,
+    )  # fmt: skip
 
 
 def preset_baseline(run: Run, layout: ModelLayout, plan: Plan) -> PresetBaseline:
@@ -112,7 +121,7 @@ def preset_baseline(run: Run, layout: ModelLayout, plan: Plan) -> PresetBaseline
 
 def _baseline_plan(run: Run, layout: ModelLayout, plan: Plan, allocator: str) -> Plan:
     """plan-NAME.json: uniform or random bits at no more bytes than the plan, in the scope of its budget."""
-    limit_bytes = plan.size_bytes if plan.budget_scope == "file" else plan.site_bytes
+    limit_bytes = plan.counted_bytes
     budget = Budget(limit_bytes, "bytes", plan.budget_scope, f"{limit_bytes} bytes ({plan.budget_scope}), as the plan")
     formats = {name for name in plan.formats.values() if not QuantFormat.parse(name).is_float}
     offered = tuple(
@@ -127,15 +136,21 @@ def _baseline_plan(run: Run, layout: ModelLayout, plan: Plan, allocator: str) ->
             layout, None, budget, find_target(plan.target), find_allocator(allocator), formats=offered,
             seed=run.settings.seed,
         ),
+        damage=lambda found: [f"plan-{allocator}.json is too large"] if found.counted_bytes > limit_bytes else [],
     )  # fmt: skip
 
 
 def unrefined_plan(run: Run, plan: Plan) -> dict[str, Plan]:
-    """The plan before swaps, by name, where the plan came from it and differs."""
+    """The plan before swaps, by name, where the plan came from it and differs.
+
+    Not where the plan was edited since, or the plan before swaps made anew: only what a search started from keeps to
+    the limit of what came out of it.
+    """
     if "refinement" not in plan.inputs or not (run.folder / UNREFINED).exists():
         return {}
-    before = run.load(UNREFINED, Plan)
-    return {} if before.formats == plan.formats else {"unrefined": before}
+    before, found = run.load(UNREFINED, Plan), run.load("refinement.json", Refinement)
+    whole = (plan.inputs["refinement"], found.inputs.get("plan")) == (found.digest(), before.digest())
+    return {"unrefined": before} if whole and found.formats == plan.formats != before.formats else {}
 
 
 def check_plan(plan: Plan, layout: ModelLayout) -> None:
@@ -159,9 +174,14 @@ def check_plan(plan: Plan, layout: ModelLayout) -> None:
             f"{'place' if len(refusals) == 1 else 'places'}: {'; '.join(refusals[:_LISTED])}"
             + ("" if len(refusals) <= _LISTED else f"; and {len(refusals) - _LISTED} more")
         )
-    size_bytes = target.plan_bytes(layout, plan.quant_formats)
-    if size_bytes != plan.size_bytes:
+    taken = {
+        "size_bytes": target.plan_bytes(layout, plan.quant_formats),
+        "site_bytes": target.block_site_bytes(layout, plan.quant_formats),
+    }
+    wrong = {name: size_bytes for name, size_bytes in taken.items() if getattr(plan, name) != size_bytes}
+    if wrong:
+        said = ", ".join(f"{name} = {getattr(plan, name)}" for name in wrong)
         raise ArtifactError(
-            f"plan.json says size_bytes = {plan.size_bytes}, its formats take {size_bytes}; correct the number if the "
-            f"formats were edited on purpose, or make it anew with: {Plan.MADE_BY}"
+            f"plan.json says {said}, its formats take {', '.join(map(str, wrong.values()))}; correct what is wrong if "
+            f"the formats were edited on purpose, or make it anew with: {Plan.MADE_BY}"
         )

@@ -43,7 +43,8 @@ def diff_plans(first: Path, second: Path) -> PlanComparison:
     if tables[0] is not None and tables[1] is not None and not alike:
         notes.append("made from different sensitivity tables: their damages do not compare")
     pairs = zip(sources, tables, strict=True)
-    notes.extend(dict.fromkeys(note for source, table in pairs if table is not None for note in source.stale(table)))
+    for source, table in pairs:
+        notes.extend(() if table is None else source.stale(table, f"the plan of {source.label}"))
     if before.quantizer != after.quantizer:
         alike = False
         notes.append(f"carried out with {before.quantizer} and {after.quantizer}: their damages alone say no ratio")

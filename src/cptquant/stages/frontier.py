@@ -177,13 +177,11 @@ def _trace(
         "own_text": str(run.settings.own_text_for(layout)),
     }
     return run.stage(
-        "frontier.json", Frontier, inputs, lambda: _assemble(run, problem, table, plans, losses, prior), damage=_none
+        "frontier.json",
+        Frontier,
+        inputs,
+        lambda: _assemble(run, problem, table, plans, losses, prior),
     )
-
-
-def _none(_: object) -> list[str]:
-    """Nobody edits these files: a damaged one is made again."""
-    return []
 
 
 def _plan(run: Run, layout: ModelLayout, table: SensitivityTable, budget: Budget) -> Plan:
@@ -207,7 +205,6 @@ def _plan(run: Run, layout: ModelLayout, table: SensitivityTable, budget: Budget
         Plan,
         inputs,
         lambda: allocate(layout, table, budget, target, Knapsack(), formats=formats, seed=run.settings.seed),
-        damage=_none,
     )
 
 
@@ -248,9 +245,7 @@ def _measure(run: Run, layout: ModelLayout, plans: Mapping[str, Plan]) -> dict[s
                 settings=evaluation_settings(layout.task, run.test),
             )
             inputs = _evaluation_inputs(run, sources[name])
-            found[name] = run.stage(
-                _evaluation_file(name), EvaluationReport, inputs, lambda made=report: made, damage=_none
-            )
+            found[name] = run.stage(_evaluation_file(name), EvaluationReport, inputs, lambda made=report: made)
     if plans:
         run.progress("frontier: measured", len(plans), len(plans))
     return {name: _loss(found[name], name, layout) for name in plans}

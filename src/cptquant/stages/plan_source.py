@@ -58,14 +58,18 @@ class PlanSource:
             )
         return SensitivityTable.load(path)
 
-    def stale(self, table: SensitivityTable) -> tuple[str, ...]:
-        """One sentence where the table is not the one the plan was made from."""
+    def stale(self, table: SensitivityTable, subject: str = "the plan") -> tuple[str, ...]:
+        """One sentence where the table is not the one the plan was made from.
+
+        Args:
+            subject: of the sentence, where there are several plans.
+        """
         wanted = self.plan.inputs.get("table")
         if wanted == table.digest():
             return ()
         if not wanted:
-            return (f"the plan was made without a table; it is judged by the one at hand, {table.method}",)
-        return (f"the plan was made from another table than the one at hand, {table.method}",)
+            return (f"{subject} was made without a table; it is judged by the one at hand, {table.method}",)
+        return (f"{subject} was made from another table than the one at hand, {table.method}",)
 
     def formats(self, table: SensitivityTable) -> tuple[QuantFormat, ...]:
         """The candidates the plan was made from, beside 16 bits; the table's where the plan does not say."""

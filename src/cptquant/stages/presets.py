@@ -36,18 +36,17 @@ def find_preset(layout: ModelLayout, plan: Plan, table: SensitivityTable | None)
     """The largest preset at no more bytes, in the scope of the plan's budget, unless predicted to be clearly worse.
 
     Args:
-        table: damages that predict; without one, or where it lacks a type, the preset is quantized and compared.
+        table: damages that predict; without one, where it lacks a type, or where its damages are scores of blocks times
+            relative errors, the preset is quantized and compared.
     """
-    counted = plan.size_bytes if plan.budget_scope == "file" else plan.site_bytes
-    best: tuple[int, str, Plan] | None = None
-    for preset in PRESETS:
-        made = _plan_of(layout, plan, preset)
-        size_bytes = made.size_bytes if plan.budget_scope == "file" else made.site_bytes
-        if size_bytes <= counted and (best is None or size_bytes > best[0]):
-            best = (size_bytes, preset, made)
-    if best is None:
+    fitting = {
+        preset: made
+        for preset in PRESETS
+        if (made := _plan_of(layout, plan, preset)).counted_bytes <= plan.counted_bytes
+    }
+    if not fitting:
         return PresetBaseline(None, None, "no preset of llama.cpp takes as few bytes")
-    _, preset, made = best
+    preset, made = max(fitting.items(), key=lambda item: item[1].counted_bytes)
     times = _times_worse(layout, plan, made, table)
     if times is not None and times >= CLEARLY_WORSE:
         reason = f"llama.cpp's {preset} was not quantized: its predicted damage is {times:.2g} times the plan's"
@@ -66,7 +65,7 @@ def _plan_of(layout: ModelLayout, plan: Plan, preset: str) -> Plan:
         wanted = {site.name: wanted[site.name] for site in layout.block_sites}
     chosen = {site.name: wanted.get(site.name, layout.keep_format) for site in layout.sites}
     size_bytes, site_bytes = target.plan_bytes(layout, chosen), target.block_site_bytes(layout, chosen)
-    limit_bytes = plan.size_bytes if plan.budget_scope == "file" else plan.site_bytes
+    limit_bytes = plan.counted_bytes
     block_weights = sum(site.weight_count for site in layout.block_sites)
     return Plan(
         inputs={"plan": plan.digest(), "preset": preset},
@@ -87,7 +86,7 @@ def _plan_of(layout: ModelLayout, plan: Plan, preset: str) -> Plan:
 
 def _times_worse(layout: ModelLayout, plan: Plan, preset: Plan, table: SensitivityTable | None) -> float | None:
     """Predicted damage of the preset over the plan's, over the sites the budget counts; None where it is not known."""
-    if table is None:
+    if table is None or "relative" in table.unit:  # CMPQ's and PMPQ's: they order sites, no loss is in proportion
         return None
     sites = layout.sites if plan.budget_scope == "file" else layout.block_sites
     try:

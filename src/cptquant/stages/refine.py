@@ -33,7 +33,7 @@ from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.methods import find_quantizer
 from cptquant.quantizers.rtn import Rtn
 from cptquant.sensitivity.perturbation import original_weight
-from cptquant.sensitivity.plan_loss import PlanLoss
+from cptquant.sensitivity.plan_loss import Change, PlanLoss
 from cptquant.stages.allocate import UNREFINED, allocate_stage
 from cptquant.stages.quantize import quantize_stage
 from cptquant.stages.run import Run
@@ -75,21 +75,16 @@ class SwapJudge:
 
     def __call__(self, choices: Sequence[Choice], sequences: Sequence[int]) -> NDArray[np.float64]:
         """KL in nats per scored token, (choices, sequences)."""
-        dequantized: dict[tuple[str, str], Tensor] = {}
-        return self._loss.losses([self._change(choice, dequantized) for choice in choices], sequences)
+        return self._loss.losses([self._change(choice) for choice in choices], sequences)
 
-    def _change(self, choice: Choice, dequantized: dict[tuple[str, str], Tensor]) -> dict[str, Tensor]:
-        changes: dict[str, Tensor] = {}
+    def _change(self, choice: Choice) -> Change:
+        changes: dict[str, Tensor | StoredWeight] = {}
         for group, before, after in zip(self._problem.groups, self._start, choice, strict=True):
             if before == after:
                 continue
             for site, fmt in zip(group.sites, group.options[after].formats, strict=True):
-                key = (site.name, fmt.name)
-                if key not in dequantized:
-                    stored: StoredWeight | None = self._alternatives.get(site.name, {}).get(fmt.name)
-                    kept = original_weight(self._model, site)
-                    dequantized[key] = kept.float() if stored is None else stored.dequantize()
-                changes[site.name] = dequantized[key]
+                stored = self._alternatives.get(site.name, {}).get(fmt.name)
+                changes[site.name] = original_weight(self._model, site) if stored is None else stored
         return changes
 
 
@@ -168,7 +163,7 @@ def plan_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None) ->
     given = _Given(tuple(chosen_option(group, formats) for group in problem.groups))
     made = solve_problem(problem, target, given, sources=source_digests(layout, table), seed=run.settings.seed)
     made = made.model_copy(update={"allocator": plan.allocator, "notes": (refinement.sentence, *made.notes)})
-    return run.stage("plan.json", Plan, {**plan.inputs, "refinement": refinement.digest()}, lambda: made)
+    return run.stage("plan.json", Plan, {**plan.inputs, "refinement": refinement.digest()}, lambda: made, edited=True)
 
 
 @dataclass(frozen=True)
@@ -222,7 +217,14 @@ def _refinement(run: Run, layout: ModelLayout, problem: Problem, plan: Plan) -> 
             formats={name: fmt.name for name, fmt in problem.formats(refined.choice).items()},
         )
 
-    return run.stage("refinement.json", Refinement, inputs, make)
+    return run.stage("refinement.json", Refinement, inputs, make, damage=lambda found: _contradictions(found, plan))
+
+
+def _contradictions(found: Refinement, plan: Plan) -> list[str]:
+    formats = dict(plan.formats)
+    for swaps in found.rounds:
+        formats.update(swaps.after if swaps.taken else {})
+    return [] if formats == found.formats else ["refinement.json holds another plan than its rounds lead to"]
 
 
 def _changed(problem: Problem, before: Choice, after: Choice) -> dict[str, tuple[QuantFormat, QuantFormat]]:

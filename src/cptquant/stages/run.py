@@ -151,15 +151,17 @@ class Run:
         make: Callable[[], A],
         *,
         damage: Callable[[A], list[str]] | None = None,
+        edited: bool = False,
     ) -> A:
         """The artifact of that name: as found if made from the same inputs, else made and saved.
 
         Args:
-            damage: what is wrong with the files that the artifact describes; if anything, or if the artifact itself is
-                damaged, it is made anew, and the progress says why.
+            damage: what is wrong with the content or with the files that the artifact describes; if anything, it is
+                made anew, as it is where it cannot be read, and the progress says why.
+            edited: a person may have written in it, so one that cannot be read is refused instead.
         """
         path = self.folder / name
-        found = self._found(path, kind, keeps=damage is None) if path.exists() else None
+        found = self._found(path, kind, keeps=edited) if path.exists() else None
         if found is not None:
             if found.inputs == inputs:
                 wrong = [] if damage is None else damage(found)
@@ -180,7 +182,7 @@ class Run:
             return kind.load(path)
         except ArtifactError as error:
             if keeps:
-                raise
+                raise ArtifactError(f"{error}, after removing this one, which may hold what you wrote") from None
             self.progress(f"made anew: {error}", 1, 1)
             return None
 
