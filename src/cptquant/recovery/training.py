@@ -8,7 +8,7 @@ loss is no number. Weight decay is zero: it would pull latent weights and steps 
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -72,6 +72,7 @@ class Training:
     looks: list[Look] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_step: int = 0
+    done: int = 0
     stopped: str = ""
 
     @property
@@ -273,6 +274,7 @@ class _Keeper(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the progress; look where it is time."""
+        self.training.done = state.global_step
         self._progress(state.global_step, self.schedule.steps)
         if state.global_step in self._looks:
             self._look(state.global_step)
@@ -333,12 +335,3 @@ def _last_whole(folder: Path) -> Path | None:
             return path
         shutil.rmtree(path)
     return None
-
-
-def moved_share(student: Student, parameters: int) -> float:
-    """Numbers that training moves over the model's parameters."""
-    return sum(parameter.numel() for _, parameter in student.trainable()) / parameters
-
-
-__all__ = ["Diverged", "Look", "Schedule", "SequenceData", "Training", "mean_loss", "moved_share", "train_student"]
-_ = Mapping

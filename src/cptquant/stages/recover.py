@@ -1,0 +1,221 @@
+"""A quantized run -> weights trained further, in a run folder of their own."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from cptquant.core.artifact import digest_json, output_error
+from cptquant.core.errors import ArtifactError, UserError
+from cptquant.core.layout import ModelLayout
+from cptquant.core.manifest import Manifest, SiteRecord
+from cptquant.core.plan import Plan
+from cptquant.core.recovery import RecoveryLook, RecoveryRecord, RecoveryRequest
+from cptquant.models.arithmetic import describe_arithmetic
+from cptquant.models.load import LoadedModel, load_model
+from cptquant.models.text import TokenSet, load_tokens
+from cptquant.packing.quantized_weight import StoredWeight
+from cptquant.packing.shards import KEPT, ShardFolder
+from cptquant.recovery.end_to_end import EndToEnd, Material, Recovered, fit_steps, run_end_to_end, split_text
+from cptquant.recovery.methods import end_to_end
+from cptquant.stages.own_text import with_own_text
+from cptquant.stages.quantize import Variant, block_label, quantize_stage
+from cptquant.stages.run import Run
+from cptquant.stages.written import written_plan
+
+PARENT = "parent"
+_SEQUENCES, _BATCH = 512, 8
+RECORD = "recovery.json"
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The run that is trained on.
+
+    Attributes:
+        run: looked at, never changed. plan, name: of the weights that it wrote. shards: these weights.
+        manifest: how each site was quantized.
+    """
+
+    run: Run
+    layout: ModelLayout
+    plan: Plan
+    name: str
+    shards: ShardFolder
+    manifest: Manifest
+
+
+def open_parent(run: Run) -> Parent:
+    """What a finished run wrote.
+
+    Raises:
+        ArtifactError: it is not finished, or its pieces are gone and cannot be made anew.
+    """
+    name, plan = written_plan(run.folder)
+    layout = run.load("layout.json", ModelLayout)
+    if is_recovered(run.folder):
+        variant = recovered_variants(run, layout)[name]
+        manifest = run.load("manifest.json", Manifest)
+        return Parent(run, layout, plan, name, variant.shards, manifest)
+    shards = quantize_stage(run, layout, plan, name)
+    file_name = "manifest.json" if name == "quantized" else f"manifest-{name}.json"
+    return Parent(run, layout, plan, name, shards, run.load(file_name, Manifest))
+
+
+def is_recovered(folder: Path) -> bool:
+    """Whether a run folder was made by `cptquant recover`."""
+    return (folder / RECORD).is_file()
+
+
+def recovered_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:
+    """The trained weights, and those that training started from, from the pieces that stand in the run folder.
+
+    Raises:
+        ArtifactError: pieces are missing or damaged, or plan.json was changed since.
+    """
+    record, plan = run.load(RECORD, RecoveryRecord), run.load("plan.json", Plan)
+    remedy = f"make it anew with: cptquant recover {record.parent} --output {run.folder}"
+    if record.inputs.get("plan") != digest_json(plan.formats):
+        raise ArtifactError(f"{run.folder}/plan.json was changed after its weights were trained; {remedy}")
+    wanted = {*(block_label(index) for index in range(layout.block_count)), block_label(None)}
+    found: dict[str, Variant] = {}
+    for name, pieces in (("quantized", record.pieces), (PARENT, record.parent_pieces)):
+        shards = _pieces(run, layout, plan, pieces)
+        if not shards.labels.issuperset(wanted):
+            damage = shards.damaged[0] if shards.damaged else f"{shards.folder} lacks pieces"
+            raise ArtifactError(f"{damage}; {remedy}")
+        found[name] = Variant(plan, shards)
+    return found
+
+
+def _pieces(run: Run, layout: ModelLayout, plan: Plan, name: str) -> ShardFolder:
+    shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
+    return ShardFolder(run.folder / "work" / name, plan.quant_formats, shapes)
+
+
+def adopt_parent(run: Run, parent: Parent) -> dict[str, Variant]:
+    """Copy what the new run shares with its parent: layout, plan, and the weights that training starts from."""
+    parent.layout.save(run.folder / "layout.json")
+    for name in ("plan.json", "plan-parent.json"):
+        parent.plan.save(run.folder / name)
+    target = run.folder / "work" / parent.shards.folder.name
+    if not target.exists():
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            shutil.copytree(parent.shards.folder, partial)
+            partial.replace(target)
+        except OSError as error:
+            raise output_error(target, error) from None
+    return {PARENT: Variant(parent.plan, _pieces(run, parent.layout, parent.plan, target.name))}
+
+
+def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant:
+    """recovery.json, manifest.json and the trained pieces under work/; goes on where a killed call stopped.
+
+    Raises:
+        UserError: the method, its flags, the teacher or the text do not fit.
+    """
+    material = _material(run, parent, request)
+    method = end_to_end(request)
+    inputs = {
+        "parent": parent.shards.folder.name,
+        "plan": digest_json(parent.plan.formats),
+        "layout": parent.layout.digest(),
+        "request": request.model_dump_json(),
+        "method": repr(method),
+        "tokens": material.learned.digest,
+        "held out": material.held_out.digest,
+        "teacher": material.teacher.layout.source_digest,
+        "arithmetic": describe_arithmetic(coarse=True),
+    }
+    shards = _pieces(run, parent.layout, parent.plan, digest_json(inputs)[:16])
+
+    def make() -> RecoveryRecord:
+        folder = shards.folder.with_name(shards.folder.name + "-training")
+        method_now = _with_time(run, material, method, request, folder)
+        found = run_end_to_end(
+            material, method_now, folder, lambda done, total: run.progress(f"train ({request.method})", done, total)
+        )
+        changed = _keep(run, parent, found, shards)
+        record = _describe(run, parent, request, method_now, material, found)
+        shutil.rmtree(folder, ignore_errors=True)
+        return record.model_copy(update={"pieces": shards.folder.name, "codes_changed": changed})
+
+    labels = {block_label(index) for index in range(parent.layout.block_count)} | {block_label(None)}
+    if not shards.labels.issuperset(labels):
+        (run.folder / RECORD).unlink(missing_ok=True)
+    record = run.stage(RECORD, RecoveryRecord, inputs, make)
+    _write_manifest(run, parent, shards, record)
+    return Variant(parent.plan, shards)
+
+
+def _material(run: Run, parent: Parent, request: RecoveryRequest) -> Material:
+    model = run.model
+    teacher = model if request.teacher is None else _teacher(run, request.teacher)
+    source = run.settings.calibration if request.data is None else request.data
+    text = load_tokens(
+        model, source, "training", sequences=_SEQUENCES if request.sequences is None else request.sequences,
+        length=run.settings.sequence_length, seed=request.seed,
+    )  # fmt: skip
+    learned, held_out = split_text(text)
+    learned = with_own_text(run, learned, request.own_text or 0, request.seed)
+    batch = request.batch_sequences or _BATCH
+    if learned.sequence_count < batch:
+        raise UserError(
+            f"--batch-sequences {batch} is more than the {learned.sequence_count} sequences to learn from; give fewer, "
+            "or more text with --data"
+        )
+    return Material(model, teacher, parent.shards, parent.shards.kept(), learned, held_out)
+
+
+def _teacher(run: Run, source: str) -> LoadedModel:
+    teacher, layout = load_model(source, trust_remote_code=run.settings.trust_remote_code), run.model.layout
+    if teacher.layout.task != layout.task:
+        raise UserError(f"--teacher {source} is for {teacher.layout.task}, the run's model is for {layout.task}")
+    if teacher.layout.vocabulary_size != layout.vocabulary_size:
+        raise UserError(
+            f"--teacher {source} knows {teacher.layout.vocabulary_size:,} tokens, the run's model "
+            f"{layout.vocabulary_size:,}; give a teacher with the same tokenizer"
+        )
+    return teacher
+
+
+def _with_time(
+    run: Run, material: Material, method: EndToEnd, request: RecoveryRequest, folder: Path
+) -> EndToEnd:
+    """With --time, as many steps as fit; a call that goes on from a killed one takes the number found before."""
+    if request.seconds is None:
+        return method
+    path = folder / "steps.txt"
+    if path.is_file():
+        return replace(method, schedule=replace(method.schedule, steps=int(path.read_text())))
+    fitted, step = fit_steps(material, method, request.seconds)
+    run.progress(f"--time: {fitted.schedule.steps} steps of {step:.2g} s fit into {request.seconds:.0f} s", 1, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(str(fitted.schedule.steps))
+    return fitted
+
+
+def _keep(run: Run, parent: Parent, found: Recovered, shards: ShardFolder) -> float:
+    """Write all pieces; the share of codes that training changed."""
+    changed = count = 0
+    records = {record.site: record for record in parent.manifest.sites}
+    for index in [*range(parent.layout.block_count), None]:
+        weights: dict[str, StoredWeight] = {}
+        for site in (site for site in parent.layout.sites if site.block_index == index):
+            before = parent.shards.quantized(site.name)
+            if before is None:
+                continue
+            weights[site.name] = found.weights.get(site.name, before)
+            changed += int((weights[site.name].codes != before.codes).sum())
+            count += before.codes.numel()
+        mine = [records[site.name] for site in parent.layout.sites if site.block_index == index and site.name in records]
+        shards.save(block_label(index), weights, mine)
+    if found.kept:
+        shards.save_kept({**parent.shards.kept(), **found.kept})
+    elif parent.shards.kept():
+        shards.save_kept(parent.shards.kept())
+    return changed / max(1, count)
