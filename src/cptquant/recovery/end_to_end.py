@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cptquant.core.errors import DataError
 from cptquant.core.layout import Task
 from cptquant.models.load import LoadedModel
-from cptquant.models.losses import IGNORED, mask_tokens, scored_targets
+from cptquant.models.losses import mask_tokens, scored_targets
 from cptquant.models.stream import QuantizedSource
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
@@ -48,12 +48,13 @@ class Recovered:
 
     Attributes:
         weights: quantized sites inside the blocks. kept: norms and biases that moved, in 16 bits.
-        training: how it went. moved_share: trained numbers over the model's parameters. step_seconds: mean of a step.
+        training: how it went. objective: what its losses are. moved_share: trained numbers over the model's parameters. step_seconds: mean of a step.
     """
 
     weights: Mapping[str, StoredWeight]
     kept: Mapping[str, Tensor]
     training: Training
+    objective: str
     moved_share: float
     step_seconds: float
 
@@ -113,7 +114,7 @@ def run_end_to_end(
     )
     seconds = (time.monotonic() - start) / max(1, training.done)
     share = sum(p.numel() for _, p in student.trainable()) / material.model.layout.parameters
-    return Recovered(student.stored(), student.kept(), training, share, seconds)
+    return Recovered(student.stored(), student.kept(), training, method.weights.describe(), share, seconds)
 
 
 def fit_steps(material: Material, method: EndToEnd, seconds: float) -> tuple[EndToEnd, float]:
@@ -165,5 +166,3 @@ def _prepare(material: Material, method: EndToEnd) -> tuple[Student, Lesson]:
     )
     return student, lesson
 
-
-_ = IGNORED

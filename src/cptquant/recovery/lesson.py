@@ -33,6 +33,16 @@ class Weights:
         """Whether the original has to run beside the student."""
         return self.kl > 0 or self.states > 0
 
+    def describe(self) -> str:
+        """The loss in words, with its unit."""
+        names = {"kl": "KL from the teacher", "ce": "cross-entropy of the text", "states": "distance of hidden states"}
+        parts = [
+            text if weight == 1 else f"{weight:g} x {text}"
+            for name, text in names.items()
+            if (weight := getattr(self, name)) > 0
+        ]
+        return f"{' + '.join(parts)}, nats a token"
+
 
 class Lesson(nn.Module):
     """A student with its teacher; forward gives the mean loss of a batch.

@@ -24,6 +24,8 @@ END_TO_END: Mapping[str, EndToEnd] = {
 }
 """What `--method` stands for; flags that are given go before it."""
 
+METHODS = tuple(END_TO_END)
+
 _OF_LATENTS = ("rounding", "sharpness", "clamp", "gate", "gate_beta", "soft_forward", "latent_rate")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.recovery.fake_quantize import fake_quantize
+from cptquant.recovery.fake_quantize import fake_quantize, nearest_codes
 from cptquant.recovery.surrogates import Surrogate
 from cptquant.recovery.trained_grid import TrainedGrid, start_latent
 
@@ -161,11 +161,10 @@ class TrainedLinear(nn.Module):
 
     def _codes(self, steps: Tensor, zeros: Tensor | None) -> Tensor:
         """int8 (rows, columns), as the forward pass has them."""
-        latent = self._grouped(cast(Tensor, self.latent)) / steps.unsqueeze(-1)
-        if zeros is not None:
-            latent = latent + zeros.unsqueeze(-1)
-        codes = latent.round()
-        codes = torch.minimum(torch.maximum(codes, torch.as_tensor(self.low)), torch.as_tensor(self.high))
+        codes = nearest_codes(
+            self._grouped(cast(Tensor, self.latent)), steps.unsqueeze(-1),
+            None if zeros is None else zeros.unsqueeze(-1), self.low, self.high,
+        )  # fmt: skip
         return codes.flatten(1)[:, : self.in_features].to(torch.int8).contiguous()
 
     def _grouped(self, latent: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ def _note_in_manifest(run: Run, written: str, guard: str) -> None:
 
 def _rivals(variants: dict[str, Variant]) -> dict[str, str]:
     """Variants that differ from the plan and may be written instead, and what each is."""
+    if "parent" in variants:
+        return {"parent": "the parent"}
     labels = {"uniform": "uniform bits", "unrefined": "the plan before swaps"}
     if "preset" in variants:
         labels["preset"] = preset_label(variants["preset"].plan)
@@ -71,6 +73,8 @@ def _missing(run: Run, variants: dict[str, Variant]) -> list[str]:
     """What the plan is not compared with, and why."""
     wanted, layout = run.settings.baselines_for(run.model.layout), run.model.layout
     reasons: list[str] = []
+    if "parent" in variants:
+        return reasons
     if "uniform" not in variants:
         why = "no uniform plan takes as few bytes" if "uniform" in wanted else "--baselines leaves out uniform"
         reasons.append(f"not run: {why}" if not _rivals(variants) else f"not compared with uniform bits: {why}")

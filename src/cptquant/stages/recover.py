@@ -1,25 +1,27 @@
 """A quantized run -> weights trained further, in a run folder of their own."""
 
+import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from cptquant.core.artifact import digest_json, output_error
-from cptquant.core.errors import ArtifactError, UserError
-from cptquant.core.layout import ModelLayout
-from cptquant.core.manifest import Manifest, SiteRecord
+from cptquant.core.errors import ArtifactError, DataError, UserError
+from cptquant.core.layout import ModelLayout, Site
+from cptquant.core.manifest import LearningRecord, Manifest, SiteRecord
 from cptquant.core.plan import Plan
 from cptquant.core.recovery import RecoveryLook, RecoveryRecord, RecoveryRequest
 from cptquant.models.arithmetic import describe_arithmetic
 from cptquant.models.load import LoadedModel, load_model
-from cptquant.models.text import TokenSet, load_tokens
+from cptquant.models.stream import read_weight
+from cptquant.models.text import load_tokens
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.packing.shards import KEPT, ShardFolder
+from cptquant.packing.shards import ShardFolder
+from cptquant.quantizers.results import relative_error
 from cptquant.recovery.end_to_end import EndToEnd, Material, Recovered, fit_steps, run_end_to_end, split_text
-from cptquant.recovery.methods import end_to_end
+from cptquant.recovery.methods import END_TO_END, METHODS, end_to_end
+from cptquant.recovery.student import frozen_sites
+from cptquant.stages.check import check_seed
 from cptquant.stages.own_text import with_own_text
 from cptquant.stages.quantize import Variant, block_label, quantize_stage
 from cptquant.stages.run import Run
@@ -45,6 +47,31 @@ class Parent:
     name: str
     shards: ShardFolder
     manifest: Manifest
+
+
+def run_parent(folder: Path) -> str:
+    """Where a recovered run came from, as it was given."""
+    return RecoveryRecord.load(folder / RECORD).parent
+
+
+def check_request(request: RecoveryRequest, parent: Path, output: Path) -> None:
+    """Refuse, before anything is loaded, flags that say nothing sensible.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    if parent.resolve() == output.resolve():
+        raise UserError(f"--output {output} is the run to be trained; choose another folder: a parent is never changed")
+    if request.method not in METHODS:
+        raise UserError(f"--method {request.method!r} is unknown; choose one of: {', '.join(METHODS)}")
+    if request.steps is not None and request.seconds is not None:
+        raise UserError("--steps and --time were both given; --time chooses the steps")
+    check_seed(request.seed)
+    for flag, path in (("--data", request.data),):
+        if path is not None and not Path(path).exists():
+            raise DataError(f"{flag} {path!r} does not exist; give a .txt, a .jsonl or a saved `datasets` folder")
+    if request.method in END_TO_END:
+        end_to_end(request)
 
 
 def open_parent(run: Run) -> Parent:
@@ -212,10 +239,99 @@ def _keep(run: Run, parent: Parent, found: Recovered, shards: ShardFolder) -> fl
             weights[site.name] = found.weights.get(site.name, before)
             changed += int((weights[site.name].codes != before.codes).sum())
             count += before.codes.numel()
-        mine = [records[site.name] for site in parent.layout.sites if site.block_index == index and site.name in records]
+        sites = [site for site in parent.layout.sites if site.block_index == index and site.name in records]
+        mine = [_record(run, parent, site, records[site.name], weights.get(site.name), found) for site in sites]
         shards.save(block_label(index), weights, mine)
     if found.kept:
         shards.save_kept({**parent.shards.kept(), **found.kept})
     elif parent.shards.kept():
         shards.save_kept(parent.shards.kept())
     return changed / max(1, count)
+
+
+def _record(
+    run: Run, parent: Parent, site: Site, before: SiteRecord, stored: StoredWeight | None, found: Recovered
+) -> SiteRecord:
+    """The parent's record, with what training did to the site; its output error on calibration inputs is not known."""
+    if stored is None or site.name not in found.weights:
+        return before
+    original = read_weight(run.model.module.get_submodule(site.name), site).detach()
+    start = parent.shards.quantized(site.name)
+    assert start is not None
+    changed = float((stored.codes != start.codes).float().mean())
+    learning = LearningRecord(
+        objective=found.objective, held_out_before=found.training.looks[0].held_out_loss,
+        held_out_after=found.training.best_loss, codes_changed=changed,
+    )  # fmt: skip
+    return before.model_copy(
+        update={
+            "relative_weight_error": relative_error(original, stored),
+            "relative_output_error": None,
+            "learning": learning,
+        }
+    )
+
+
+def _describe(
+    run: Run, parent: Parent, request: RecoveryRequest, method: EndToEnd, material: Material, found: Recovered
+) -> RecoveryRecord:
+    training, schedule = found.training, method.schedule
+    options = {
+        "method": request.method,
+        "moves": _moves(method, parent.layout, request),
+        "loss": found.objective,
+        "steps": f"{schedule.steps} of {schedule.batch_sequences} sequences, {training.done} done",
+        "rates": f"latent weights {schedule.latent_rate:g} of a step of the grid, steps {schedule.step_rate:g} relative, "
+        f"norms and biases {schedule.other_rate:g}; warm-up {schedule.warm_up:.0%}, then cosine to a tenth",
+        "learned on": material.learned.description,
+        "chosen on": f"{material.held_out.sequence_count} sequences held out of it",
+        "teacher": material.teacher.layout.source if method.weights.needs_teacher else "none",
+        "surrogate": repr(method.options.surrogate) if method.options.trains.latent else "none",
+        "activations": "16 bits" if request.activation_bits is None else f"{request.activation_bits} bits a token",
+        "arithmetic": describe_arithmetic(coarse=True),
+    }
+    return RecoveryRecord(
+        parent=str(parent.run.folder),
+        parent_name=parent.name,
+        parent_pieces=parent.shards.folder.name,
+        pieces="",
+        request=request,
+        options=options,
+        objective=found.objective,
+        looks=tuple(
+            RecoveryLook(
+                step=look.step,
+                training_loss=None if math.isnan(look.training_loss) else look.training_loss,
+                held_out_loss=look.held_out_loss,
+            )
+            for look in training.looks
+        ),
+        best_step=training.best_step,
+        stopped=training.stopped,
+        moved_share=found.moved_share,
+        step_seconds=found.step_seconds,
+    )
+
+
+def _moves(method: EndToEnd, layout: ModelLayout, request: RecoveryRequest) -> str:
+    trains = method.options.trains
+    parts = ["latent weights"] if trains.latent else (["codes, a few at a time"] if method.codes else [])
+    parts += ["multipliers of steps"] if trains.multipliers else (["steps and zero points"] if trains.steps else [])
+    parts += ["norms and biases"] if method.options.others else []
+    frozen = len(frozen_sites(layout, request.freeze))
+    return ", ".join(parts) + (f"; {frozen} sites frozen" if frozen else "")
+
+
+def _write_manifest(run: Run, parent: Parent, shards: ShardFolder, record: RecoveryRecord) -> None:
+    """manifest.json of the trained weights."""
+    records = {found.site: found for found in shards.records()}
+    start = {name: value for name, value in parent.manifest.settings.items() if name not in ("written", "guard")}
+    Manifest(
+        quantizer=f"{parent.manifest.quantizer} + {record.request.method}",
+        settings={**start, **{f"recovery: {name}": text for name, text in record.options.items()}},
+        sites=tuple(records[site.name] for site in parent.layout.sites if site.name in records),
+        tensor_bytes=parent.plan.size_bytes,
+        plan_digest=parent.plan.digest(),
+        parameters=parent.layout.parameters,
+        inputs={"recovery": record.digest()},
+    ).save(run.folder / "manifest.json")
