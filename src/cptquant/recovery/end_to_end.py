@@ -19,7 +19,7 @@ from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.recovery.code_steps import CodeSteps
 from cptquant.recovery.lesson import Lesson, Weights
-from cptquant.recovery.student import Student, StudentOptions, build_student
+from cptquant.recovery.student import Student, StudentOptions, add_inverses_, build_student
 from cptquant.recovery.training import Schedule, SequenceData, Training, train_student
 
 _TIMED_STEPS = 3
@@ -33,13 +33,15 @@ class EndToEnd:
 
     Attributes:
         options: what moves. weights: of the loss. schedule: how long and how fast. codes: how codes without latent
-            weights are rounded anew (PV-Tuning); None leaves them.
+            weights are rounded anew (PV-Tuning); None leaves them. damping: of the inverse Hessians that turn gradients
+            of latent weights, as a fraction of their mean diagonal; None is Adam's rule.
     """
 
     options: StudentOptions
     weights: Weights
     schedule: Schedule
     codes: CodeSteps | None = None
+    damping: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def run_end_to_end(
         DataError, OutputError: as `train_student`.
     """
     student, lesson = _prepare(material, method)
+    if method.damping is not None:
+        add_inverses_(student, material.model, material.start, material.learned, method.damping)
     learned = as_data(material.learned, material.model, method.schedule.seed)
     held_out = as_data(material.held_out, material.model, method.schedule.seed)
     codes = None if method.codes is None else method.codes.start(student)

@@ -15,12 +15,12 @@ from cptquant.recovery.training import Schedule
 
 _SCALES = Trains(latent=False)
 END_TO_END: Mapping[str, EndToEnd] = {
-    "qat": EndToEnd(StudentOptions(Trains()), Weights(states=1.0), Schedule(steps=600)),
+    "qat": EndToEnd(StudentOptions(Trains()), Weights(states=8.0), Schedule(steps=600), damping=0.1),
     "scales": EndToEnd(StudentOptions(_SCALES, others=False), Weights(), Schedule(steps=300)),
     "multipliers": EndToEnd(
         StudentOptions(Trains(latent=False, multipliers=True), others=False), Weights(), Schedule(steps=300)
     ),
-    "pv": EndToEnd(StudentOptions(_SCALES), Weights(states=1.0), Schedule(steps=600), CodeSteps()),
+    "pv": EndToEnd(StudentOptions(_SCALES), Weights(states=8.0), Schedule(steps=600), CodeSteps()),
 }
 """What `--method` stands for; flags that are given go before it."""
 

@@ -121,6 +121,10 @@ class TrainedLinear(nn.Module):
             stored_zeros = None if zeros is None or self.grid.moves is not None else zeros.to(torch.int8)
             return self.grid.rebuild(codes, steps, stored_zeros)
 
+    def latent_unit(self) -> Tensor:
+        """|s| of every latent weight, broadcastable against it."""
+        return self.spread(self.present_steps().detach().abs())
+
     def follow_codes(self) -> None:
         """From now on codes may be changed from outside, and the gradient of the weight is kept for that."""
         self.moves_codes = True

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from cptquant.core.artifact import output_error
 from cptquant.models.load import quiet_transformers
+from cptquant.recovery.grid_optimizer import GridOptimizer
 from cptquant.recovery.lesson import Lesson
 from cptquant.recovery.student import Student
 
@@ -36,7 +37,7 @@ class Schedule:
 
     Attributes:
         steps: optimizer steps. batch_sequences: sequences in each, all processes together.
-        latent_rate: Adam's rate of a latent weight, in steps of its layer's grid (their mean).
+        latent_rate: of a latent weight whose gradient has its row's root mean square, in steps of the grid.
         step_rate: of a grid's step, relative. zero_rate: of a zero point, in codes. other_rate: of norms and biases.
         warm_up: share of the steps over which rates rise; then they fall along a cosine to a tenth.
         checks: how often held-out text is looked at. saves: how often a checkpoint is written.
@@ -45,8 +46,8 @@ class Schedule:
 
     steps: int
     batch_sequences: int = 8
-    latent_rate: float = 0.005
-    step_rate: float = 1e-3
+    latent_rate: float = 0.002
+    step_rate: float = 5e-4
     zero_rate: float = 0.01
     other_rate: float = 1e-3
     warm_up: float = 0.05
@@ -79,6 +80,10 @@ class Training:
     def best_loss(self) -> float:
         """Held-out loss of the best look."""
         return min((look.held_out_loss for look in self.looks), default=math.inf)
+
+
+_RATES = {"latent": "latent_rate", "log_steps": "step_rate", "zeros": "zero_rate"}
+"""Last part of a parameter's name -> its rate in `Schedule`; norms and biases have the other one."""
 
 
 class SequenceData(Dataset[dict[str, Tensor]]):
@@ -180,23 +185,25 @@ class _StudentTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Adam with one group for each rate."""
-        groups: dict[float, list[nn.Parameter]] = {}
+        """One group for each rate."""
+        groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self._student.trainable():
-            groups.setdefault(self._rate(name), []).append(parameter)
+            kind = name.rpartition(".")[2]
+            groups.setdefault(kind if kind in _RATES and name not in self._student.others else "", []).append(parameter)
         if self.optimizer is None:
-            made = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
-            self.optimizer = torch.optim.Adam(made, betas=(0.9, 0.95), eps=1e-12)
+            schedule, inverses = self._keeper.schedule, self._student.inverses
+            made = [
+                {"params": found, "lr": getattr(schedule, _RATES.get(kind, "other_rate")), "latent": kind == "latent"}
+                for kind, found in groups.items()
+            ]
+            layers = {layer.latent: layer for layer in self._student.layers.values() if layer.latent is not None}
+            by_latent = {self._student.layers[site].latent: inverse for site, inverse in inverses.items()}
+            self.optimizer = GridOptimizer(
+                made,
+                {latent: layer.latent_unit for latent, layer in layers.items()},
+                {latent: inverse for latent, inverse in by_latent.items() if latent is not None},
+            )
         return self.optimizer
-
-    def _rate(self, name: str) -> float:
-        schedule, (site, _, kind) = self._keeper.schedule, name.rpartition(".")
-        layer = self._student.layers.get(site)
-        if layer is None or kind == "bias":
-            return schedule.other_rate
-        if kind == "latent":
-            return schedule.latent_rate * float(layer.grid.steps.abs().mean())
-        return schedule.step_rate if kind == "log_steps" else schedule.zero_rate
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The lesson's loss.
