@@ -22,6 +22,7 @@ from cptquant.core.recovery import RecoveryRequest
 from cptquant.core.settings import RunSettings
 from cptquant.core.targets import find_target
 from cptquant.exporters.export import find_exporter
+from cptquant.recovery.processes import is_first
 from cptquant.reports.html import render_report
 from cptquant.stages.allocate import baseline_plans, check_plan, needs_table, unrefined_plan
 from cptquant.stages.check import check_choices, check_target
@@ -34,6 +35,7 @@ from cptquant.stages.quantize import Variant, quantize_stage, write_stage
 from cptquant.stages.recover import (
     adopt_parent,
     check_request,
+    follow_training,
     is_recovered,
     open_parent,
     recover_stage,
@@ -115,12 +117,15 @@ def quantize_run(folder: Path, progress: Progress = ignore_progress, **changes: 
 
 def recover_run(
     parent: Path, request: RecoveryRequest, output: Path, progress: Progress = ignore_progress, **changes: object
-) -> Result:
+) -> Result | None:
     """Train the weights of a finished run further, and write them as a run of its own where that helped.
 
     Args:
         parent: run folder, not changed. request: how. output: new run folder; finished stages there are not run again.
         changes: fields of `RunSettings` for the evaluation.
+
+    Returns:
+        None in every process but the first, where several train together.
 
     Raises:
         UserError: anything the caller can change, before compute is spent where that can be known.
@@ -129,6 +134,9 @@ def recover_run(
     check_request(request, parent, output)
     before = Run.look(parent, progress, **changes)
     origin = open_parent(before)
+    if not is_first():
+        follow_training(Run(output, before.settings), origin, request)
+        return None
     run = Run.start(output, before.settings, progress)
     run.read_all_text()
     variants = {"quantized": recover_stage(run, origin, request), **adopt_parent(run, origin)}
@@ -141,9 +149,7 @@ def _from_plan(run: Run, layout: ModelLayout) -> Result:
     return _finish(run, layout, quantize_variants(run, layout, plans), forecast)
 
 
-def _finish(
-    run: Run, layout: ModelLayout, variants: dict[str, Variant], forecast: PtqForecast | None = None
-) -> Result:
+def _finish(run: Run, layout: ModelLayout, variants: dict[str, Variant], forecast: PtqForecast | None = None) -> Result:
     """Guard, checkpoint, evaluation, report, and the engine's files."""
     written, guard = guard_stage(run, variants)
     write_stage(run, variants[written])
@@ -186,8 +192,10 @@ def export_run(
     run = Run.look(folder, progress, **changes)
     find_exporter(target or plan.target).check(run.model, find_context(layout, run.settings.context))
     run.keep_settings()
-    variant = recovered_variants(run, layout)[name] if is_recovered(folder) else Variant(
-        plan, quantize_stage(run, layout, plan, name)
+    variant = (
+        recovered_variants(run, layout)[name]
+        if is_recovered(folder)
+        else Variant(plan, quantize_stage(run, layout, plan, name))
     )
     record = export_stage(run, layout, variant, target or plan.target)
     render_report(run.folder)

@@ -35,7 +35,9 @@ _States = Annotated[
 ]  # fmt: skip
 _Teacher = Annotated[
     str | None,
-    typer.Option("--teacher", help="Model whose predictions are followed.  [default: the original]", show_default=False),
+    typer.Option(
+        "--teacher", help="Model whose predictions are followed.  [default: the original]", show_default=False
+    ),
 ]
 _Freeze = Annotated[
     str | None,
@@ -48,11 +50,14 @@ _Norms = Annotated[
                  show_default=False),
 ]  # fmt: skip
 _Steps = Annotated[
-    int | None, typer.Option("--steps", min=1, max=10_000_000, help="Optimizer steps.  [default: by method]", show_default=False)
+    int | None,
+    typer.Option("--steps", min=1, max=10_000_000, help="Optimizer steps.  [default: by method]", show_default=False),
 ]
 _Time = Annotated[
     str | None,
-    typer.Option("--time", help="Instead of --steps: train for about so long, e.g. 90s, 20min, 2h.", show_default=False),
+    typer.Option(
+        "--time", help="Instead of --steps: train for about so long, e.g. 90s, 20min, 2h.", show_default=False
+    ),
 ]
 _Data = Annotated[
     str | None,
@@ -103,7 +108,9 @@ def recover(
     sequences: _Sequences = None,
     own_text: _OwnText = None,
     batch_sequences: _Batch = None,
-    latent_rate: Annotated[float | None, _rate("--latent-rate", "Adam's rate of latent weights, in steps of the grid.")] = None,
+    latent_rate: Annotated[
+        float | None, _rate("--latent-rate", "Adam's rate of latent weights, in steps of the grid.")
+    ] = None,
     step_rate: Annotated[float | None, _rate("--step-rate", "Rate of the grid's steps, relative.")] = None,
     norm_rate: Annotated[float | None, _rate("--norm-rate", "Rate of norms and biases.")] = None,
     activation_bits: _Activations = None,
@@ -154,6 +161,8 @@ def recover(
     changes = options.given(eval_text=eval_text, eval_sequences=eval_sequences, trust_remote_code=trust_remote_code)
     with watch(quiet=as_json) as progress:
         result = recover_run(run, request, output, progress, **changes)
+    if result is None:
+        return  # another process than the first
     if as_json:
         print_json(result.evaluation)
     else:

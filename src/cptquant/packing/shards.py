@@ -19,7 +19,6 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteRecord
 from cptquant.packing.quantized_weight import StoredWeight, decode, encode
 
-
 KEPT = "kept"
 """Label of the piece with norms and biases."""
 

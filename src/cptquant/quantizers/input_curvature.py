@@ -1,4 +1,4 @@
-"""Inverse Hessians of layers' inputs, by which gradients of codes are turned before a step (kl_rounding.py says why)."""
+"""Inverse Hessians of layers' inputs, which turn gradients of codes before a step (kl_rounding.py says why)."""
 
 import math
 from collections.abc import Sequence

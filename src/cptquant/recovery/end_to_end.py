@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,9 @@ def split_text(tokens: TokenSet, minimum: int = 2) -> tuple[TokenSet, TokenSet]:
     count = tokens.sequence_count
     held = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * count)))
     if count - held < minimum:
-        raise DataError(f"--data gives {count} sequences; at least {minimum + held} are needed to train and to choose on")
+        raise DataError(
+            f"--data gives {count} sequences; at least {minimum + held} are needed to train and to choose on"
+        )
     chosen = torch.linspace(0, count - 1, held + 2)[1:-1].round().long()
     rest = torch.ones(count, dtype=torch.bool)
     rest[chosen] = False
@@ -117,6 +119,7 @@ def run_end_to_end(
         student, lesson, learned, held_out, method.schedule, folder, progress=progress, before_step=codes
     )
     seconds = (time.monotonic() - start) / max(1, training.done)
+    student.module.cpu()
     share = sum(p.numel() for _, p in student.trainable()) / material.model.layout.parameters
     return Recovered(student.stored(), student.kept(), training, method.weights.describe(), share, seconds)
 
@@ -163,10 +166,7 @@ def as_data(tokens: TokenSet, model: LoadedModel, seed: int) -> SequenceData:
 def _prepare(material: Material, method: EndToEnd) -> tuple[Student, Lesson]:
     student = build_student(material.model, material.start, material.kept, method.options)
     if method.schedule.gradient_checkpointing:
-        cast(nn.Module, student.module).gradient_checkpointing_enable()
+        cast(Any, student.module).gradient_checkpointing_enable()
     teacher: nn.Module = copy.deepcopy(material.teacher.module) if method.weights.needs_teacher else nn.Module()
-    lesson = Lesson(
-        student.module, teacher.float().eval(), material.model.layout.task, method.weights, coarse=True
-    )
+    lesson = Lesson(student.module, teacher.float().eval(), material.model.layout.task, method.weights, coarse=True)
     return student, lesson
-

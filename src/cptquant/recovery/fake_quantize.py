@@ -120,9 +120,7 @@ class _Block:
         return outgoing, codes if self.zero is None else codes.sub_(self.zero)
 
 
-def _row_blocks(
-    weight: Tensor, scale: Tensor, zero: Tensor | None, limits: tuple[Limit, Limit]
-) -> Iterator[_Block]:
+def _row_blocks(weight: Tensor, scale: Tensor, zero: Tensor | None, limits: tuple[Limit, Limit]) -> Iterator[_Block]:
     dtype = _working_dtype(weight, scale)
     rows = weight.shape[0]
     step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel())) if weight.device.type == "cpu" and rows else rows

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from cptquant.core.errors import UserError
 from cptquant.core.layout import ModelLayout
-from cptquant.models.load import LoadedModel
 from cptquant.models.arithmetic import coarse_products
+from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, QuantizedSource, read_weight, write_weight_
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
@@ -36,7 +36,7 @@ class StudentOptions:
     """
 
     trains: Trains
-    surrogate: Surrogate = Surrogate()
+    surrogate: Surrogate = field(default_factory=Surrogate)
     others: bool = True
     frozen: tuple[str, ...] = ()
     activation_bits: int | None = None
@@ -148,7 +148,9 @@ def build_student(
     return Student(module, layers, others, storage)
 
 
-def add_inverses_(student: Student, model: LoadedModel, start: QuantizedSource, tokens: TokenSet, damping: float) -> None:
+def add_inverses_(
+    student: Student, model: LoadedModel, start: QuantizedSource, tokens: TokenSet, damping: float
+) -> None:
     """Fill `student.inverses` from the inputs that the start's layers get on some of the tokens."""
     stream = ModelStream(model, surveyed(tokens), weights=start)
     for index in range(model.layout.block_count):

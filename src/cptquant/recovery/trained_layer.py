@@ -43,7 +43,7 @@ class TrainedLinear(nn.Module):
 
     Args:
         stored: the weight that training starts from: the first forward pass gives exactly this.
-        original: what it was rounded from, (out_features, in_features), any float dtype; None without a latent. A latent
+        original: what it was rounded from, (out_features, in_features), any float dtype; None without a latent, which
             starts there where that rounds to the stored code, else at the nearer end of the code's cell.
         bias: (out_features,) or None.
         activation_bits: of the inputs, each token with a step of its own (symmetric); None leaves them as they are.
@@ -52,6 +52,13 @@ class TrainedLinear(nn.Module):
         latent: float32 (rows, columns) in stored order, or None. log_steps: ln |s|, (rows or 1, groups), or None; of
         multipliers the ratio to the first step. zeros: float32, the same shape, or None.
     """
+
+    steps: Tensor
+    codes: Tensor
+    fixed_zeros: Tensor | None
+    offsets: Tensor | None
+    order: Tensor | None
+    code_momentum: Tensor
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from cptquant.core.artifact import output_error
 from cptquant.models.load import quiet_transformers
 from cptquant.recovery.grid_optimizer import GridOptimizer
 from cptquant.recovery.lesson import Lesson
+from cptquant.recovery.processes import process_count
 from cptquant.recovery.student import Student
 
 _MOVED = "moved.safetensors"
@@ -155,7 +156,7 @@ def _arguments(schedule: Schedule, folder: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=schedule.steps,
-        per_device_train_batch_size=schedule.batch_sequences,
+        per_device_train_batch_size=schedule.batch_sequences // process_count(),
         learning_rate=1.0,  # every group has its own; the scheduler's factor multiplies them
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
@@ -174,6 +175,7 @@ def _arguments(schedule: Schedule, folder: Path) -> TrainingArguments:
         dataloader_pin_memory=False,
         dataloader_drop_last=True,
         use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         ddp_find_unused_parameters=False,
     )
 
@@ -236,7 +238,7 @@ class _StudentTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            self._keeper.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            self._keeper.save(Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
 
 class _Keeper(TrainerCallback):

@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from cptquant.core.artifact import digest_json, output_error
 from cptquant.core.errors import ArtifactError, DataError, UserError
@@ -20,6 +21,7 @@ from cptquant.packing.shards import ShardFolder
 from cptquant.quantizers.results import relative_error
 from cptquant.recovery.end_to_end import EndToEnd, Material, Recovered, fit_steps, run_end_to_end, split_text
 from cptquant.recovery.methods import END_TO_END, METHODS, end_to_end
+from cptquant.recovery.processes import check_launcher, tell
 from cptquant.recovery.student import frozen_sites
 from cptquant.stages.check import check_seed
 from cptquant.stages.own_text import with_own_text
@@ -145,6 +147,7 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
     Raises:
         UserError: the method, its flags, the teacher or the text do not fit.
     """
+    check_launcher()
     material = _material(run, parent, request)
     method = end_to_end(request)
     inputs = {
@@ -160,9 +163,13 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
     }
     shards = _pieces(run, parent.layout, parent.plan, digest_json(inputs)[:16])
 
+    told: list[bool] = []
+
     def make() -> RecoveryRecord:
         folder = shards.folder.with_name(shards.folder.name + "-training")
         method_now = _with_time(run, material, method, request, folder)
+        told.append(True)
+        tell((method_now, folder))
         found = run_end_to_end(
             material, method_now, folder, lambda done, total: run.progress(f"train ({request.method})", done, total)
         )
@@ -174,9 +181,22 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
     labels = {block_label(index) for index in range(parent.layout.block_count)} | {block_label(None)}
     if not shards.labels.issuperset(labels):
         (run.folder / RECORD).unlink(missing_ok=True)
+    tell(True)  # the text that the model writes stands now
     record = run.stage(RECORD, RecoveryRecord, inputs, make)
+    if not told:
+        tell(None)
     _write_manifest(run, parent, shards, record)
     return Variant(parent.plan, shards)
+
+
+def follow_training(run: Run, parent: Parent, request: RecoveryRequest) -> None:
+    """What processes beside the first do: train along where the first one says so; they write nothing."""
+    check_launcher()
+    tell(None)
+    task = tell(None)
+    if task is not None:
+        method, folder = cast(tuple[EndToEnd, Path], task)
+        run_end_to_end(_material(run, parent, request), method, folder, lambda done, total: None)
 
 
 def _material(run: Run, parent: Parent, request: RecoveryRequest) -> Material:
@@ -210,9 +230,7 @@ def _teacher(run: Run, source: str) -> LoadedModel:
     return teacher
 
 
-def _with_time(
-    run: Run, material: Material, method: EndToEnd, request: RecoveryRequest, folder: Path
-) -> EndToEnd:
+def _with_time(run: Run, material: Material, method: EndToEnd, request: RecoveryRequest, folder: Path) -> EndToEnd:
     """With --time, as many steps as fit; a call that goes on from a killed one takes the number found before."""
     if request.seconds is None:
         return method
