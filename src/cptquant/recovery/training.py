@@ -228,7 +228,7 @@ class _StudentTrainer(Trainer):
         assert output_dir is not None
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._student.snapshot(), folder / _MOVED)
+        save_file({**self._student.snapshot(), **self._student.moments()}, folder / _MOVED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
