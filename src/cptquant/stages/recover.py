@@ -129,6 +129,8 @@ def adopt_parent(run: Run, parent: Parent) -> dict[str, Variant]:
     parent.layout.save(run.folder / "layout.json")
     for name in ("plan.json", "plan-parent.json"):
         parent.plan.save(run.folder / name)
+    for table in parent.run.folder.glob("sensitivity*.json"):  # for the report and explain
+        shutil.copyfile(table, run.folder / table.name)
     target = run.folder / "work" / parent.shards.folder.name
     if not target.exists():
         partial = target.with_name(target.name + ".partial")
