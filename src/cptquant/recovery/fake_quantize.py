@@ -9,9 +9,9 @@ k = r'(c) f'(x), r the surrogate of rounding, f that of clamping:
 
     d value / d w = k            d value / d s = q - z - (w/s) k            d value / d z = s (k - 1)
 
-f' is taken at x. r' is taken at what is rounded: c = clip(x) where the forward pass clamps hard, c = f(x) where it clamps
-softly. Its peaks then lie on the thresholds that the forward pass has; r'(f(x)) under a hard forward pass would put them
-beside, by up to half a code at 2 bits. Gradients are exact for the composite s (r(c) - z), up to that choice.
+f' is taken at x. r' is taken at what is rounded: c = clip(x) where the forward pass clamps hard, c = f(x) where it
+clamps softly. Its peaks then lie on the thresholds that the forward pass has; r'(f(x)) under a hard forward pass would
+put them beside. Gradients are exact for the composite s (r(c) - z), up to that choice.
 
 On a CPU rows are worked through in blocks that stay in the second-level cache: two to three times as fast as
 whole tensors, and temporaries are small. Nothing but the arguments is kept for the backward pass.
@@ -120,9 +120,18 @@ class _Block:
         return outgoing, codes if self.zero is None else codes.sub_(self.zero)
 
 
+def _of_one_kind(limits: tuple[Limit, Limit], device: torch.device) -> tuple[Limit, Limit]:
+    """Two numbers or two tensors: torch clamps to either, but not to one of each."""
+    if not any(isinstance(limit, Tensor) for limit in limits):
+        return limits
+    low, high = (torch.as_tensor(limit, device=device) for limit in limits)
+    return low, high
+
+
 def _row_blocks(weight: Tensor, scale: Tensor, zero: Tensor | None, limits: tuple[Limit, Limit]) -> Iterator[_Block]:
     dtype = _working_dtype(weight, scale)
     rows = weight.shape[0]
+    limits = _of_one_kind(limits, weight.device)
     step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel())) if weight.device.type == "cpu" and rows else rows
     for start in range(0, rows, step or 1):
         part = slice(start, min(start + step, rows))
