@@ -27,7 +27,7 @@ def weight_of(rows: int = 6, columns: int = 96, seed: int = 0) -> Tensor:
 def rounded(name: str, weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
     """Rounded to nearest, with some scales below zero, as our GPTQ gives them."""
     fmt = QuantFormat.parse(name)
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     width = fmt.granularity if isinstance(fmt.granularity, int) else columns
     low, high = -(2 ** (fmt.code_bits - 1)), 2 ** (fmt.code_bits - 1) - 1
     pieces = weight.split(width, dim=1)

@@ -30,8 +30,8 @@ _Loss = Annotated[
 ]
 _States = Annotated[
     float | None,
-    typer.Option("--states", min=0, help="Weight of the distance of hidden states to the teacher's.  [default: by method]",
-                 show_default=False),
+    typer.Option("--states", min=0, help="Weight of the distance of hidden states to the teacher's.  [default: by "
+                 "method]", show_default=False),
 ]  # fmt: skip
 _Teacher = Annotated[
     str | None,
@@ -78,8 +78,8 @@ _Batch = Annotated[
 ]
 _Activations = Annotated[
     int | None,
-    typer.Option("--activation-bits", min=2, max=16, help="Train with inputs of quantized layers in so many bits, a step a "
-                 "token.", show_default=False),
+    typer.Option("--activation-bits", min=2, max=16, help="Train with inputs of quantized layers in so many bits, a step "
+                 "a token.", show_default=False),
 ]  # fmt: skip
 
 

@@ -5,7 +5,8 @@ exactly where they are. So steps can be long enough to leave a rounding cell wit
 between two codes a weight stands. The paper re-rounds groups of codes of a learned codebook; on a grid with fixed steps
 that is one code up or down, and the expected effect of it is |dL/dw| s to first order:
 
-    m <- momentum m + (1 - momentum) dL/dw;   S = the share of all codes with the largest |m| s;   q <- q - sign(m s) in S
+    m <- momentum m + (1 - momentum) dL/dw;    S = the share of all codes with the largest |m| s
+    q <- q - sign(m s) in S
 
 Departures: gradients are averaged over steps (the paper's code uses none for codes and a batch of 128 sequences
 instead); the share is taken over the whole model, not of each layer, and falls with the schedule. A code that moved

@@ -20,7 +20,7 @@ from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.recovery.code_steps import CodeSteps
 from cptquant.recovery.lesson import Lesson, Weights
 from cptquant.recovery.student import Student, StudentOptions, add_inverses_, build_student
-from cptquant.recovery.training import Schedule, SequenceData, Training, train_student
+from cptquant.recovery.training import Schedule, SequenceData, Training, TrainingText, train_student
 
 _TIMED_STEPS = 3
 _HELD_OUT = 1 / 16
@@ -50,7 +50,8 @@ class Recovered:
 
     Attributes:
         weights: quantized sites inside the blocks. kept: norms and biases that moved, in 16 bits.
-        training: how it went. objective: what its losses are. moved_share: trained numbers over the model's parameters. step_seconds: mean of a step.
+        training: how it went. objective: what its losses are. moved_share: trained numbers over the model's parameters.
+        step_seconds: mean of a step.
     """
 
     weights: Mapping[str, StoredWeight]
@@ -111,13 +112,13 @@ def run_end_to_end(
     student, lesson = _prepare(material, method)
     if method.damping is not None:
         add_inverses_(student, material.model, material.start, material.learned, method.damping)
-    learned = as_data(material.learned, material.model, method.schedule.seed)
-    held_out = as_data(material.held_out, material.model, method.schedule.seed)
+    seed = method.schedule.seed
+    text = TrainingText(
+        as_data(material.learned, material.model, seed), as_data(material.held_out, material.model, seed)
+    )
     codes = None if method.codes is None else method.codes.start(student)
     start = time.monotonic()
-    training = train_student(
-        student, lesson, learned, held_out, method.schedule, folder, progress=progress, before_step=codes
-    )
+    training = train_student(student, lesson, text, method.schedule, folder, progress=progress, before_step=codes)
     seconds = (time.monotonic() - start) / max(1, training.done)
     student.module.cpu()
     share = sum(p.numel() for _, p in student.trainable()) / material.model.layout.parameters

@@ -28,8 +28,8 @@ class GridOptimizer(torch.optim.Optimizer):
     """One group for each rate (`lr`); a group whose `latent` is true holds latent weights.
 
     Args:
-        groups: with `params`, `lr`, and `latent`. steps: latent weight -> its present steps. inverses: latent weight -> (H +
-            damping)^-1, float32 (columns, columns) in stored order.
+        groups: with `params`, `lr`, and `latent`. steps: latent weight -> its present steps.
+        inverses: latent weight -> (H + damping)^-1, float32 (columns, columns) in stored order.
         momentum, memory: of the gradient's mean and its mean square, per step.
     """
 

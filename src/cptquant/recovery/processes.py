@@ -23,8 +23,10 @@ def check_launcher() -> None:
         UserError: with the variable that asks.
     """
     for variable, what in (
-        ("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron"),
-    ):  # fmt: skip
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron"),
+    ):
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise UserError(
                 f"{variable} asks for {what}, which cptquant recover does not do: latent weights would be spread over "

@@ -104,6 +104,14 @@ class SequenceData(Dataset[dict[str, Tensor]]):
         return {name: column[index] for name, column in self._columns.items()}
 
 
+@dataclass(frozen=True)
+class TrainingText:
+    """What is learned on, and what chooses the iterate."""
+
+    learned: SequenceData
+    held_out: SequenceData
+
+
 class Diverged(Exception):
     """The loss or a gradient is no number any more."""
 
@@ -111,8 +119,7 @@ class Diverged(Exception):
 def train_student(
     student: Student,
     lesson: Lesson,
-    data: SequenceData,
-    held_out: SequenceData,
+    text: TrainingText,
     schedule: Schedule,
     folder: Path,
     *,
@@ -132,14 +139,13 @@ def train_student(
     Raises:
         OutputError: the disk is full.
     """
-    keeper = _Keeper(student, lesson, held_out, schedule, progress, before_step)
+    keeper = _Keeper(student, lesson, text.held_out, schedule, progress, before_step)
     arguments = _arguments(schedule, folder)
     with quiet_transformers():
-        trainer = _StudentTrainer(student, keeper, model=lesson, args=arguments, train_dataset=data)
+        trainer = _StudentTrainer(student, keeper, model=lesson, args=arguments, train_dataset=text.learned)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(keeper)
-        keeper.world = trainer
         resumed = _last_whole(folder)
         try:
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -250,7 +256,6 @@ class _Keeper(TrainerCallback):
     ) -> None:  # fmt: skip
         self.schedule, self.training = schedule, Training()
         self.losses: list[Tensor] = []
-        self.world: Trainer | None = None
         self._student, self._lesson, self._held_out = student, lesson, held_out
         self._progress, self._before_step = progress, before_step
         self._looks = {math.ceil(schedule.steps * (n + 1) / schedule.checks) for n in range(schedule.checks)}

@@ -23,13 +23,17 @@ def recovery_section(record: RunRecord) -> RecoverySection | None:
     found = record.recovery
     if found is None:
         return None
-    before, after = (found.looks[0].held_out_loss, min(look.held_out_loss for look in found.looks)) if found.looks else (0, 0)
+    losses = [look.held_out_loss for look in found.looks]
     taken = (
         "no step was better on held-out training text than the start, which was kept"
         if found.best_step == 0 and found.looks
         else f"{found.codes_changed:.1%} of the codes differ from the parent's"
     )
-    course = f"Held-out training loss {before:.4g} → {after:.4g}, step {found.best_step} taken; " if found.looks else ""
+    course = (
+        f"Held-out training loss {losses[0]:.4g} → {min(losses):.4g}, step {found.best_step} taken; "
+        if found.looks
+        else ""
+    )
     facts = [("Parent", found.parent), *((name.capitalize(), text) for name, text in found.options.items())]
     facts.append(("Trained numbers", f"{found.moved_share:.2%} of the parameters"))
     if found.step_seconds is not None:

@@ -301,8 +301,8 @@ def _describe(
         "moves": _moves(method, parent.layout, request),
         "loss": found.objective,
         "steps": f"{schedule.steps} of {schedule.batch_sequences} sequences, {training.done} done",
-        "rates": f"latent weights {schedule.latent_rate:g} of a step of the grid, steps {schedule.step_rate:g} relative, "
-        f"norms and biases {schedule.other_rate:g}; warm-up {schedule.warm_up:.0%}, then cosine to a tenth",
+        "rates": f"latent weights {schedule.latent_rate:g} of a step of the grid, steps {schedule.step_rate:g} "
+        f"relative, norms and biases {schedule.other_rate:g}; warm-up {schedule.warm_up:.0%}, then cosine to a tenth",
         "learned on": material.learned.description,
         "chosen on": f"{material.held_out.sequence_count} sequences held out of it",
         "teacher": material.teacher.layout.source if method.weights.needs_teacher else "none",
