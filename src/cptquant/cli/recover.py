@@ -78,8 +78,8 @@ _Batch = Annotated[
 ]
 _Activations = Annotated[
     int | None,
-    typer.Option("--activation-bits", min=2, max=16, help="Train with inputs of quantized layers in so many bits, a step "
-                 "a token.", show_default=False),
+    typer.Option("--activation-bits", min=2, max=16, help="Train with inputs of quantized layers in so many bits, a "
+                 "step a token.", show_default=False),
 ]  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """What was asked of `cptquant recover`, and what came of it (recovery.json in the run folder)."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from cptquant.core.artifact import Artifact, Frozen
 
-Loss = Literal["kl", "ce", "both"]
+LOSSES = ("kl", "ce", "both")
 
 
 class RecoveryRequest(Frozen):
@@ -30,7 +30,7 @@ class RecoveryRequest(Frozen):
     gate: str = "sigmoid"
     gate_beta: float = 4.0
     soft_forward: bool = False
-    loss: Loss = "kl"
+    loss: str = "kl"
     states: float | None = None
     teacher: str | None = None
     freeze: tuple[str, ...] = ()

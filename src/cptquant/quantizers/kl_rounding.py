@@ -57,7 +57,7 @@ from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
 from cptquant.quantizers.followed_text import FollowedText, StateDistance
 from cptquant.quantizers.goes_on import GoesOn
 from cptquant.quantizers.gptq import Gptq
-from cptquant.quantizers.input_curvature import Inverses, inverse_hessians, surveyed
+from cptquant.quantizers.hessian import collect_block_hessians
 from cptquant.quantizers.learned_codes import LearnedWeight
 from cptquant.quantizers.variables import Variable, gradients_of, learning_of
 
@@ -65,6 +65,8 @@ _ACTIVATION_BYTES = 1 << 30
 """Activations of a batch that are kept for the way back; above it, blocks are run again."""
 _ACTIVATIONS_PER_WIDTH = 40
 """Float32 numbers a block keeps for each of a token's `width` numbers, roughly."""
+_SURVEYED = 128
+"""Sequences from which the Hessians are taken."""
 _TINY = 1e-30
 
 
@@ -156,6 +158,15 @@ def _split(tokens: TokenSet, method: KlRounding) -> tuple[TokenSet, TokenSet]:
     return tokens.subset(chosen), tokens.subset(left[order])  # batches of both kinds of text
 
 
+def _some(tokens: TokenSet) -> TokenSet:
+    """At most `_SURVEYED` sequences, evenly spread."""
+    count = tokens.sequence_count
+    return tokens.subset(torch.linspace(0, count - 1, min(count, _SURVEYED)).round().long())
+
+
+_Inverses = dict[str, Tensor | None]
+
+
 class _State:
     """A site that is learned, with the moments of its gradient."""
 
@@ -191,6 +202,35 @@ class _State:
         self.variable.write_()
 
 
+def _inverse_hessians(stream: ModelStream, block: nn.Module, wanted: Sequence[str], method: KlRounding) -> _Inverses:
+    """(H + damping * mean diagonal)^-1 of every wanted site's inputs in the block that the stream stands at."""
+    modules = site_modules(block, stream.layout, stream.block_index)
+    chosen = {name: modules[name] for name in wanted}
+    if not chosen:
+        return {}
+    hessians = collect_block_hessians(stream, block, chosen, coarse=method.coarse_products)
+    made: _Inverses = {}
+    found: _Inverses = {}
+    for name in chosen:
+        if hessians.has(name):
+            leader = hessians.leader[name]
+            if leader not in made:
+                made[leader] = _damped_inverse(hessians.hessian(leader), method.damping)
+            found[name] = made[leader]
+    return found
+
+
+def _damped_inverse(hessian: Tensor, damping: float) -> Tensor | None:
+    """None where the Hessian is not finite or has no live input: such a site is moved by its plain gradient."""
+    mean = float(hessian.diagonal().mean())
+    if not math.isfinite(mean) or mean <= 0:
+        return None
+    damped = hessian.clone()
+    damped.diagonal().add_(damping * mean)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    return None if int(info) else torch.cholesky_inverse(factor)
+
+
 def _load_blocks(stream: ModelStream) -> list[nn.Module]:
     """Private float32 copies of all blocks; the stream stays where it is."""
     blocks: list[nn.Module] = []
@@ -211,13 +251,13 @@ class _WholeModel:
         self._originals = _load_blocks(self._learned.original)
         self._blocks: list[nn.Module] = []
         self._states: list[list[_State]] = []
-        survey = ModelStream(model, surveyed(learned), weights=start, batch_size=method.batch_sequences)
+        survey = ModelStream(model, _some(learned), weights=start, batch_size=method.batch_sequences)
         for index in range(model.layout.block_count):
             block = survey.load_block()
             self._blocks.append(block)
             sites = [site.name for site in model.layout.sites if site.block_index == index]
             quantized = [name for name in sites if isinstance(start.quantized(name), QuantizedWeight | BlockWeight)]
-            self._states.append(self._states_of(block, self._inverses(survey, block, quantized), quantized))
+            self._states.append(self._states_of(block, _inverse_hessians(survey, block, quantized, method), quantized))
             with coarse_products(method.coarse_products):
                 survey.advance(block)
         with coarse_products(method.coarse_products):
@@ -228,11 +268,7 @@ class _WholeModel:
         kept = 4 * tokens * width * _ACTIVATIONS_PER_WIDTH * len(self._blocks)
         self._recomputes = kept > _ACTIVATION_BYTES
 
-    def _inverses(self, survey: ModelStream, block: nn.Module, wanted: Sequence[str]) -> Inverses:
-        method = self._method
-        return inverse_hessians(survey, block, wanted, damping=method.damping, coarse=method.coarse_products)
-
-    def _states_of(self, block: nn.Module, inverses: Inverses, quantized: Sequence[str]) -> list[_State]:
+    def _states_of(self, block: nn.Module, inverses: _Inverses, quantized: Sequence[str]) -> list[_State]:
         found: list[_State] = []
         for name in quantized:
             site, stored = self._model.layout.site_by_name[name], self._start.quantized(name)

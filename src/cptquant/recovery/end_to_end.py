@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cptquant.core.errors import DataError
+from cptquant.core.errors import DataError, UserError
 from cptquant.core.layout import Task
 from cptquant.models.load import LoadedModel
 from cptquant.models.losses import mask_tokens, scored_targets
@@ -19,7 +19,7 @@ from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.recovery.code_steps import CodeSteps
 from cptquant.recovery.lesson import Lesson, Weights
-from cptquant.recovery.student import Student, StudentOptions, add_inverses_, build_student
+from cptquant.recovery.student import Student, StudentOptions, build_student
 from cptquant.recovery.training import Schedule, SequenceData, Training, TrainingText, train_student
 
 _TIMED_STEPS = 3
@@ -32,16 +32,15 @@ class EndToEnd:
     """A method of this kind.
 
     Attributes:
-        options: what moves. weights: of the loss. schedule: how long and how fast. codes: how codes without latent
-            weights are rounded anew (PV-Tuning); None leaves them. damping: of the inverse Hessians that turn gradients
-            of latent weights, as a fraction of their mean diagonal; None is Adam's rule.
+        name: as `--method` spells it. options: what moves. weights: of the loss. schedule: how long and how fast. codes: how codes without latent
+            weights are rounded anew (PV-Tuning); None leaves them.
     """
 
+    name: str
     options: StudentOptions
     weights: Weights
     schedule: Schedule
     codes: CodeSteps | None = None
-    damping: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,6 @@ def run_end_to_end(
         DataError, OutputError: as `train_student`.
     """
     student, lesson = _prepare(material, method)
-    if method.damping is not None:
-        add_inverses_(student, material.model, material.start, material.learned, method.damping)
     seed = method.schedule.seed
     text = TrainingText(
         as_data(material.learned, material.model, seed), as_data(material.held_out, material.model, seed)
@@ -166,6 +163,10 @@ def as_data(tokens: TokenSet, model: LoadedModel, seed: int) -> SequenceData:
 
 def _prepare(material: Material, method: EndToEnd) -> tuple[Student, Lesson]:
     student = build_student(material.model, material.start, material.kept, method.options)
+    trains = method.options.trains
+    if not trains.latent and not any(layer.log_steps is not None for layer in student.layers.values()):
+        fixed = "all are frozen" if method.options.frozen else "in this run's formats steps are fixed, or nothing is quantized"
+        raise UserError(f"--method {method.name} moves the steps of the grid, and {fixed}; use --method qat")
     if method.schedule.gradient_checkpointing:
         cast(Any, student.module).gradient_checkpointing_enable()
     teacher: nn.Module = copy.deepcopy(material.teacher.module) if method.weights.needs_teacher else nn.Module()

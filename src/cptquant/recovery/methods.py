@@ -14,14 +14,14 @@ from cptquant.recovery.trained_layer import Trains
 from cptquant.recovery.training import Schedule
 
 _SCALES = Trains(latent=False)
-END_TO_END: Mapping[str, EndToEnd] = {
-    "qat": EndToEnd(StudentOptions(Trains()), Weights(states=8.0), Schedule(steps=600), damping=0.1),
-    "scales": EndToEnd(StudentOptions(_SCALES, others=False), Weights(), Schedule(steps=300)),
-    "multipliers": EndToEnd(
-        StudentOptions(Trains(latent=False, multipliers=True), others=False), Weights(), Schedule(steps=300)
-    ),
-    "pv": EndToEnd(StudentOptions(_SCALES), Weights(states=8.0), Schedule(steps=600), CodeSteps()),
-}
+_MULTIPLIERS = Trains(latent=False, multipliers=True)
+_KINDS = (
+    EndToEnd("qat", StudentOptions(Trains()), Weights(states=1.0), Schedule(steps=600)),
+    EndToEnd("scales", StudentOptions(_SCALES, others=False), Weights(), Schedule(steps=300)),
+    EndToEnd("multipliers", StudentOptions(_MULTIPLIERS, others=False), Weights(), Schedule(steps=300)),
+    EndToEnd("pv", StudentOptions(_SCALES), Weights(states=1.0), Schedule(steps=600), CodeSteps()),
+)
+END_TO_END: Mapping[str, EndToEnd] = {method.name: method for method in _KINDS}
 """What `--method` stands for; flags that are given go before it."""
 
 METHODS = tuple(END_TO_END)

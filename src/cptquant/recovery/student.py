@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from cptquant.core.errors import UserError
 from cptquant.core.layout import ModelLayout
-from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import LoadedModel
-from cptquant.models.stream import ModelStream, QuantizedSource, read_weight, write_weight_
-from cptquant.models.text import TokenSet
+from cptquant.models.stream import QuantizedSource, read_weight, write_weight_
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.quantizers.input_curvature import inverse_hessians, surveyed
 from cptquant.recovery.surrogates import Surrogate
 from cptquant.recovery.trained_layer import TrainedLinear, Trains
 
@@ -57,8 +54,6 @@ class Student:
     layers: Mapping[str, TrainedLinear]
     others: Mapping[str, nn.Parameter]
     storage_dtype: torch.dtype
-    inverses: dict[str, Tensor] = field(default_factory=dict)
-    """Site -> inverse Hessian of its inputs, (columns, columns) in stored order; for latent weights, where wanted."""
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names that do not depend on how the module is wrapped, and what moves."""
@@ -157,23 +152,6 @@ def build_student(
     for parameter in others.values():
         parameter.requires_grad_(True)
     return Student(module, layers, others, storage)
-
-
-def add_inverses_(
-    student: Student, model: LoadedModel, start: QuantizedSource, tokens: TokenSet, damping: float
-) -> None:
-    """Fill `student.inverses` from the inputs that the start's layers get on some of the tokens."""
-    stream = ModelStream(model, surveyed(tokens), weights=start)
-    for index in range(model.layout.block_count):
-        block = stream.load_block()
-        sites = [site.name for site in model.layout.sites if site.block_index == index]
-        wanted = [name for name in sites if name in student.layers and student.layers[name].latent is not None]
-        for name, inverse in inverse_hessians(stream, block, wanted, damping=damping, coarse=True).items():
-            if inverse is not None:
-                order = student.layers[name].grid.order
-                student.inverses[name] = inverse if order is None else inverse[order][:, order]
-        with coarse_products():
-            stream.advance(block)
 
 
 def frozen_sites(layout: ModelLayout, patterns: Sequence[str]) -> frozenset[str]:

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from cptquant.core.artifact import output_error
 from cptquant.models.load import quiet_transformers
-from cptquant.recovery.grid_optimizer import GridOptimizer
+from cptquant.recovery.grid_optimizer import GridAdam
 from cptquant.recovery.lesson import Lesson
 from cptquant.recovery.processes import process_count
 from cptquant.recovery.student import Student
@@ -38,7 +38,7 @@ class Schedule:
 
     Attributes:
         steps: optimizer steps. batch_sequences: sequences in each, all processes together.
-        latent_rate: of a latent weight whose gradient has its row's root mean square, in steps of the grid.
+        latent_rate: Adam's rate of a latent weight, in steps of its group's grid.
         step_rate: of a grid's step, relative. zero_rate: of a zero point, in codes. other_rate: of norms and biases.
         warm_up: share of the steps over which rates rise; then they fall along a cosine to a tenth.
         checks: how often held-out text is looked at. saves: how often a checkpoint is written.
@@ -199,18 +199,13 @@ class _StudentTrainer(Trainer):
             kind = name.rpartition(".")[2]
             groups.setdefault(kind if kind in _RATES and name not in self._student.others else "", []).append(parameter)
         if self.optimizer is None:
-            schedule, inverses = self._keeper.schedule, self._student.inverses
+            schedule = self._keeper.schedule
             made = [
-                {"params": found, "lr": getattr(schedule, _RATES.get(kind, "other_rate")), "latent": kind == "latent"}
+                {"params": found, "lr": getattr(schedule, _RATES.get(kind, "other_rate"))}
                 for kind, found in groups.items()
             ]
-            layers = {layer.latent: layer for layer in self._student.layers.values() if layer.latent is not None}
-            by_latent = {self._student.layers[site].latent: inverse for site, inverse in inverses.items()}
-            self.optimizer = GridOptimizer(
-                made,
-                {latent: layer.latent_unit for latent, layer in layers.items()},
-                {latent: inverse for latent, inverse in by_latent.items() if latent is not None},
-            )
+            layers = self._student.layers.values()
+            self.optimizer = GridAdam(made, {v.latent: v.latent_unit for v in layers if v.latent is not None})
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

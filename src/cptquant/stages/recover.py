@@ -11,7 +11,7 @@ from cptquant.core.errors import ArtifactError, DataError, UserError
 from cptquant.core.layout import ModelLayout, Site
 from cptquant.core.manifest import LearningRecord, Manifest, SiteRecord
 from cptquant.core.plan import Plan
-from cptquant.core.recovery import RecoveryLook, RecoveryRecord, RecoveryRequest
+from cptquant.core.recovery import LOSSES, RecoveryLook, RecoveryRecord, RecoveryRequest
 from cptquant.models.arithmetic import describe_arithmetic
 from cptquant.models.load import LoadedModel, load_model
 from cptquant.models.stream import read_weight
@@ -66,6 +66,12 @@ def check_request(request: RecoveryRequest, parent: Path, output: Path) -> None:
         raise UserError(f"--output {output} is the run to be trained; choose another folder: a parent is never changed")
     if request.method not in METHODS:
         raise UserError(f"--method {request.method!r} is unknown; choose one of: {', '.join(METHODS)}")
+    if request.loss not in LOSSES:
+        raise UserError(f"--loss {request.loss!r} is unknown; choose one of: {', '.join(LOSSES)}")
+    for name in ("latent_rate", "step_rate", "norm_rate", "states"):
+        value = getattr(request, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; give a number from 0 up")
     if request.steps is not None and request.seconds is not None:
         raise UserError("--steps and --time were both given; --time chooses the steps")
     check_seed(request.seed)
@@ -175,6 +181,8 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
         found = run_end_to_end(
             material, method_now, folder, lambda done, total: run.progress(f"train ({request.method})", done, total)
         )
+        if found.training.stopped:
+            run.progress(found.training.stopped, 1, 1)
         changed = _keep(run, parent, found, shards)
         record = _describe(run, parent, request, method_now, material, found)
         shutil.rmtree(folder, ignore_errors=True)
