@@ -149,7 +149,7 @@ def test_gradients_that_nobody_asked_for_are_left_out() -> None:
     assert torch.equal(scale.grad, full[2])
 
 
-@pytest.mark.parametrize("name", [name for name in SURROGATES if "forward" not in name])
+@pytest.mark.parametrize("name", ["ste-hard", "sigmoid-phi"])
 @pytest.mark.parametrize("granularity", [1, 16, 48, "channel", "tensor"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -9,7 +9,7 @@ Rounding has slope 0 almost everywhere, clamping has slope 0 outside its limits.
 
 The paper's formula of the sigmoid estimator is known only from a summary whose operators were lost. Read literally it
 jumps by 1 - tanh(T/2) at every threshold and its slopes add up to tanh(T/2) from one integer to the next. We divide by
-tanh(T/2), which makes it continuous with a mean slope of exactly 1, so that T changes the form of the gradient, not its size
+tanh(T/2), which makes it continuous with a mean slope of exactly 1, so that T changes the gradient's form, not its size
 (`normalised`; False is the literal reading). With d = x - round(x), A = cosh(T d), C = cosh(T/2):
 
     r_T(x)  = round(x) + sinh(T d) / (A + C) / tanh(T/2)
