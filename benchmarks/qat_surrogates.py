@@ -22,11 +22,15 @@ from results_file import FOLDER, write_results
 
 from cptquant.core.recovery import RecoveryRequest
 
-SETTINGS: dict[str, tuple[str, int | None]] = {"W2": ("int2-g64", None), "W3": ("int3-g64", None), "W4A8": ("int4-g64", 8)}
+SETTINGS: dict[str, tuple[str, int | None]] = {
+    "W2": ("int2-g64", None),
+    "W3": ("int3-g64", None),
+    "W4A8": ("int4-g64", 8),
+}
 ROUNDINGS = {"STE": ("ste", 4.0), "sigmoid T=4": ("sigmoid", 4.0), "sigmoid T=6": ("sigmoid", 6.0),
              "sigmoid T=8": ("sigmoid", 8.0)}  # fmt: skip
-CLAMPS = {"clamp": ("hard", "sigmoid", 4.0), "soft, phi": ("soft", "phi", 4.0), "soft, sigmoid 1": ("soft", "sigmoid", 1.0),
-          "soft, sigmoid 4": ("soft", "sigmoid", 4.0)}  # fmt: skip
+CLAMPS = {"clamp": ("hard", "sigmoid", 4.0), "soft, phi": ("soft", "phi", 4.0),
+          "soft, sigmoid 1": ("soft", "sigmoid", 1.0), "soft, sigmoid 4": ("soft", "sigmoid", 4.0)}  # fmt: skip
 STEPS, BATCH, SEQUENCES = 80, 4, 512
 
 

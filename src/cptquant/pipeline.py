@@ -36,6 +36,7 @@ from cptquant.stages.recover import (
     adopt_parent,
     check_request,
     follow_training,
+    guard_measure,
     is_recovered,
     open_parent,
     recover_stage,
@@ -140,7 +141,7 @@ def recover_run(
     run = Run.start(output, before.settings, progress)
     run.read_all_text()
     variants = {"quantized": recover_stage(run, origin, request), **adopt_parent(run, origin)}
-    return _finish(run, origin.layout, variants)
+    return _finish(run, origin.layout, variants, judged_by=guard_measure(request, origin.layout.task))
 
 
 def _from_plan(run: Run, layout: ModelLayout) -> Result:
@@ -149,9 +150,15 @@ def _from_plan(run: Run, layout: ModelLayout) -> Result:
     return _finish(run, layout, quantize_variants(run, layout, plans), forecast)
 
 
-def _finish(run: Run, layout: ModelLayout, variants: dict[str, Variant], forecast: PtqForecast | None = None) -> Result:
+def _finish(
+    run: Run,
+    layout: ModelLayout,
+    variants: dict[str, Variant],
+    forecast: PtqForecast | None = None,
+    judged_by: str | None = None,
+) -> Result:
     """Guard, checkpoint, evaluation, report, and the engine's files."""
-    written, guard = guard_stage(run, variants)
+    written, guard = guard_stage(run, variants, by=judged_by)
     write_stage(run, variants[written])
     drop_other_exports(run, variants[written].shards.folder.name)
     evaluation = evaluate_stage(run, layout, variants, written, guard)

@@ -64,7 +64,7 @@ def test_the_whole_chain(method: str, cptquant: Callable, parent: Path, tmp_path
     for name in EVERY_MEASURE:
         ours, theirs = evaluation.find(name, "parent"), measured(parent).find(name, "quantized")
         assert ours is not None and theirs is not None and ours.value == pytest.approx(theirs.value, rel=1e-6)
-    assert "the parent at no more bytes" in evaluation.guard
+    assert "on validation text: trained" in evaluation.guard and ", the parent " in evaluation.guard
     sizes = [evaluation.find("weight_bytes", subject) for subject in ("quantized", "parent")]
     assert sizes[0].value == sizes[1].value == Plan.load(run / "plan.json").size_bytes
     assert Manifest.load(run / "manifest.json").quantizer.endswith(f"gptq + {method}")
@@ -149,6 +149,17 @@ def test_where_training_does_not_help_the_parent_is_written(cptquant: Callable, 
     one, other = (load_file(path / "checkpoint/model.safetensors") for path in (run, parent))
     assert all(torch.equal(one[name], other[name]) for name in other)
     assert "training stopped at step" in (run / "report.html").read_text()
+
+
+def test_learning_the_text_is_judged_by_the_text(cptquant: Callable, parent: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    outcome = cptquant("recover", parent, "--output", run, "--loss", "ce", "--steps", 20, "--sequences", 64)
+    assert outcome.code == 0, outcome.err
+    record, evaluation = RecoveryRecord.load(run / "recovery.json"), measured(run)
+    assert record.objective == "cross-entropy of the text, nats a token" and record.options["teacher"] == "none"
+    assert evaluation.guard.startswith("nll_nats_per_token on validation text") and evaluation.written == "quantized"
+    ours, theirs = (evaluation.find("nll_nats_per_token", name) for name in ("quantized", "parent"))
+    assert ours.value < theirs.value - 0.03  # an untrained model has everything to learn
 
 
 def test_verbs_of_a_recovered_run(cptquant: Callable, parent: Path, tmp_path: Path) -> None:
@@ -250,8 +261,8 @@ def test_bad_places_and_texts_are_refused(cptquant: Callable, parent: Path, tmp_
 def test_two_processes_train_together(parent: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cptquant", "recover", str(parent),
-        "--output", str(run), *map(str, FAST), "--own-text", "4",
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cptquant", "recover",
+        str(parent), "--output", str(run), *map(str, FAST), "--own-text", "4",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

@@ -32,8 +32,8 @@ class EndToEnd:
     """A method of this kind.
 
     Attributes:
-        name: as `--method` spells it. options: what moves. weights: of the loss. schedule: how long and how fast. codes: how codes without latent
-            weights are rounded anew (PV-Tuning); None leaves them.
+        name: as `--method` spells it. options: what moves. weights: of the loss. schedule: how long and how fast.
+        codes: how codes without latent weights are rounded anew (PV-Tuning); None leaves them.
     """
 
     name: str
@@ -165,7 +165,11 @@ def _prepare(material: Material, method: EndToEnd) -> tuple[Student, Lesson]:
     student = build_student(material.model, material.start, material.kept, method.options)
     trains = method.options.trains
     if not trains.latent and not any(layer.log_steps is not None for layer in student.layers.values()):
-        fixed = "all are frozen" if method.options.frozen else "in this run's formats steps are fixed, or nothing is quantized"
+        fixed = (
+            "all are frozen"
+            if method.options.frozen
+            else "in this run's formats steps are fixed, or nothing is quantized"
+        )
         raise UserError(f"--method {method.name} moves the steps of the grid, and {fixed}; use --method qat")
     if method.schedule.gradient_checkpointing:
         cast(Any, student.module).gradient_checkpointing_enable()

@@ -24,10 +24,14 @@ from cptquant.stages.quantize import Variant
 from cptquant.stages.run import Run
 
 
-def guard_stage(run: Run, variants: dict[str, Variant]) -> tuple[str, str]:
+def guard_stage(run: Run, variants: dict[str, Variant], *, by: str | None = None) -> tuple[str, str]:
     """Compare the plan with uniform bits, and with what else there is at no more bytes, on validation text.
 
-    Others are llama.cpp's preset (`presets.py`) and the plan before swaps (`refine.py`). The best is written.
+    Others are llama.cpp's preset (`presets.py`) and the plan before swaps (`refine.py`), or what training started from
+    (`recover.py`). The best is written.
+
+    Args:
+        by: the measurement to choose by; None is the distance to the original.
 
     Returns:
         The name of the variant to write, and one sentence for the report.
@@ -38,7 +42,7 @@ def guard_stage(run: Run, variants: dict[str, Variant]) -> tuple[str, str]:
     if rivals:
         sources = {name: variants[name].shards for name in ("quantized", *rivals)}
         measured = evaluate(run.model, sources, run.validation, progress=run.progress)
-        written, sentence = choose(measured, run.model.layout.task, rivals)
+        written, sentence = choose(measured, run.model.layout.task, rivals, by=by)
     notes = [variant.note for variant in variants.values()]
     sentence = "; ".join(part for part in (sentence, *missing, *notes) if part)
     _note_in_manifest(run, written, sentence)

@@ -8,7 +8,7 @@ from typing import cast
 
 from cptquant.core.artifact import digest_json, output_error
 from cptquant.core.errors import ArtifactError, DataError, UserError
-from cptquant.core.layout import ModelLayout, Site
+from cptquant.core.layout import ModelLayout, Site, Task
 from cptquant.core.manifest import LearningRecord, Manifest, SiteRecord
 from cptquant.core.plan import Plan
 from cptquant.core.recovery import LOSSES, RecoveryLook, RecoveryRecord, RecoveryRequest
@@ -183,6 +183,8 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
         )
         if found.training.stopped:
             run.progress(found.training.stopped, 1, 1)
+        if found.training.best_step == 0:
+            run.progress("no step was better on held-out training text than the start, which is kept", 1, 1)
         changed = _keep(run, parent, found, shards)
         record = _describe(run, parent, request, method_now, material, found)
         shutil.rmtree(folder, ignore_errors=True)
@@ -197,6 +199,13 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
         tell(None)
     _write_manifest(run, parent, shards, record)
     return Variant(parent.plan, shards)
+
+
+def guard_measure(request: RecoveryRequest, task: Task) -> str | None:
+    """What the guard compares: the distance to the original, but the loss of the text where that alone was trained."""
+    if request.loss != "ce":
+        return None
+    return "nll_nats_per_example" if task == "sequence_classification" else "nll_nats_per_token"
 
 
 def follow_training(run: Run, parent: Parent, request: RecoveryRequest) -> None:
