@@ -121,7 +121,7 @@ def build_student(
     layout = model.layout
     frozen = frozen_sites(layout, options.frozen)
     storage = torch.float16 if layout.storage_dtype == "float16" else torch.bfloat16
-    module = copy.deepcopy(model.module)
+    module = _copy_without(model.module, [s.name for s in layout.block_sites if start.quantized(s.name) is not None])
     _round_kept(module, layout, storage, kept)
     module = module.float().requires_grad_(False).eval()
     cast(Any, module).config.use_cache = False
@@ -152,6 +152,12 @@ def build_student(
     for parameter in others.values():
         parameter.requires_grad_(True)
     return Student(module, layers, others, storage)
+
+
+def _copy_without(module: nn.Module, sites: Sequence[str]) -> nn.Module:
+    """A copy in which some sites have empty weights: those that are replaced at once need not be held twice."""
+    weights = [cast(Tensor, module.get_submodule(name).weight) for name in sites]
+    return copy.deepcopy(module, {id(weight): nn.Parameter(torch.empty(0), requires_grad=False) for weight in weights})
 
 
 def frozen_sites(layout: ModelLayout, patterns: Sequence[str]) -> frozenset[str]:

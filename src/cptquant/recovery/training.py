@@ -47,7 +47,7 @@ class Schedule:
 
     steps: int
     batch_sequences: int = 8
-    latent_rate: float = 0.002
+    latent_rate: float = 0.001
     step_rate: float = 5e-4
     zero_rate: float = 0.01
     other_rate: float = 1e-3

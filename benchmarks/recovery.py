@@ -1,0 +1,75 @@
+"""Loss won back against training time: every method of `cptquant recover`, from the same quantized starts.
+
+    OMP_NUM_THREADS=1 python benchmarks/recovery.py                                   # goes on where a call stopped
+    ... --models reference-llama --plans int2-g64 --starts kl-rounding --methods qat scales --steps 100 400
+
+A start is a format for all linear layers of the blocks or a budget for the knapsack, made by `gptq` or `kl-rounding`;
+embedding and head stay in 16 bits. Training text: 512 windows of 256 tokens of the model's calibration text and 1,024
+that the model writes itself, the same for all. Figures on test text, standard errors by document; CPU seconds of
+training without writing own text, which are beside them. Writes results/recovery.json.
+"""
+
+import argparse
+import json
+from typing import Any
+
+from machine import describe_machine
+from recovery_lab import Start, start_row, train, training_text
+from results_file import FOLDER, model_folder, write_results
+
+from cptquant.core.recovery import RecoveryRequest
+from cptquant.recovery.methods import END_TO_END
+
+MODELS = ("embedded:opt-mini", "reference-llama", "reference-opt")
+PLANS = ("int2-g64", "int3-g64")
+SEQUENCES, OWN_TEXT = 512, 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=None)
+    parser.add_argument("--plans", nargs="+", default=list(PLANS))
+    parser.add_argument("--starts", nargs="+", default=["gptq", "kl-rounding"])
+    parser.add_argument("--methods", nargs="+", default=list(END_TO_END), choices=list(END_TO_END))
+    parser.add_argument("--steps", nargs="+", type=int, default=[100, 400])
+    parser.add_argument("--flags", default="{}", help="JSON of further fields of the request")
+    parser.add_argument("--own-text", type=int, default=OWN_TEXT)
+    args = parser.parse_args()
+    models = args.models or [name for name in MODELS if name.startswith("embedded:") or model_folder(name).is_dir()]
+    path = FOLDER / "recovery.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    for start in (Start(m, plan, quantizer) for m in models for plan in args.plans for quantizer in args.starts):
+        keep(rows, start, RecoveryRequest(method="none"), lambda start=start: start_row(start))
+        wanted = [
+            RecoveryRequest(method=method, steps=steps, **json.loads(args.flags))
+            for method in args.methods
+            for steps in args.steps
+        ]
+        if any(find(rows, start, request, args.own_text) is None for request in wanted):
+            texts = training_text(start, SEQUENCES, args.own_text, None)
+            for request in wanted:
+                keep(rows, start, request, lambda r=request, s=start, t=texts: train(s, r, t), args.own_text)
+
+
+def find(rows: list[dict[str, Any]], start: Start, request: RecoveryRequest, own_text: int) -> dict[str, Any] | None:
+    """The row of that training, if it was run."""
+    wanted = (start.model, start.plan, start.quantizer, request.model_dump(exclude_defaults=True), own_text)
+    for row in rows:
+        if (row["model"], row["plan"], row["start"], row["request"], row["own_text"]) == wanted:
+            return row
+    return None
+
+
+def keep(rows: list[dict[str, Any]], start: Start, request: RecoveryRequest, make: Any, own_text: int = 0) -> None:
+    """Run what is not there yet."""
+    if find(rows, start, request, own_text) is not None:
+        return
+    row = {**make(), "request": request.model_dump(exclude_defaults=True), "own_text": own_text}
+    rows.append(row)
+    write_results("recovery", {"machine": describe_machine(), "rows": rows})
+    test = {name: found["value"] for name, found in row["test"].items() if isinstance(found, dict)}
+    print(start.model, start.plan, start.quantizer, row["request"], test, row.get("training_cpu_seconds"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
