@@ -5,9 +5,9 @@
 
 {straight-through, sigmoid with T = 4, 6, 8} x {hard clamp, soft clamp with three gates} on embedded:opt-mini from the
 same GPTQ start, same text, steps and rates; three seeds of the order of the text. W2 and W3 are weights alone in groups
-of 64; W4A8 adds 8-bit activations, a step a token, in training and in nothing else that is compared: the figures judge the
-weights. The rates were chosen for the straight-through estimator with the hard clamp, on validation text (at most an
-advantage for the baseline); the page reports test text. Writes results/qat_surrogates.json.
+of 64; W4A8 trains with 8-bit activations, a step a token; the figures judge the weights. The rates were chosen for the
+straight-through estimator with the hard clamp, on validation text (at most an advantage for the baseline); the page
+reports test text. Writes results/qat_surrogates.json.
 """
 
 import argparse
@@ -31,7 +31,7 @@ ROUNDINGS = {"STE": ("ste", 4.0), "sigmoid T=4": ("sigmoid", 4.0), "sigmoid T=6"
              "sigmoid T=8": ("sigmoid", 8.0)}  # fmt: skip
 CLAMPS = {"clamp": ("hard", "sigmoid", 4.0), "soft, phi": ("soft", "phi", 4.0),
           "soft, sigmoid 1": ("soft", "sigmoid", 1.0), "soft, sigmoid 4": ("soft", "sigmoid", 4.0)}  # fmt: skip
-STEPS, BATCH, SEQUENCES = 80, 4, 512
+STEPS, BATCH, SEQUENCES = 60, 4, 512
 
 
 def main() -> None:
