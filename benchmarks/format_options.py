@@ -1,4 +1,4 @@
-"""Ways to hold a weight matrix beyond plain integer formats, in memory only: what each leaves of the error, and its bits.
+"""Ways to hold a weight matrix beyond plain integer formats, in memory only: what each leaves of it, and its bits.
 
 Each is a value with `bits(rows, columns)`, stored bits of the whole matrix with everything it needs, and
 `quantize(weight, hessian, gptq, dtype)`, what is left of the weight when it is read back, (out, in) float32. All end in
@@ -196,8 +196,8 @@ class Entries:
 
     Codes are fitted to the weight without them, the entries by least squares to what the codes leave, twice; the best
     by calibration error. `by`: largest |w| (AdpQ); "group", largest |w| relative to the root mean square of its group,
-    which is what stretches the group's scale; largest w^2 / [H^-1]_jj^2 (PB-LLM); "correction", the entries whose change
-    alone lowers the error of plain GPTQ most.
+    which is what stretches the group's scale; "salience", largest w^2 / [H^-1]_jj^2 (PB-LLM); "correction", the entries
+    whose change alone lowers the error of plain GPTQ most.
     """
 
     base: QuantFormat

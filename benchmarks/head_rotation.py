@@ -2,11 +2,11 @@
 
     value rows of head h:  W_v[h] <- R' W_v[h],  b_v[h] <- R' b_v[h]        output columns:  W_o[:, h] <- W_o[:, h] R
 
-Holds with and without rotary embeddings (they touch queries and keys only), with biases, and where several heads share a
-value head, if all heads have the same R. No engine has to know: shapes, names and plain weights stay. Not foldable in
-the same way: queries and keys where a rotary embedding lies between projection and product (R would have to commute
-with it) or a norm acts on them; the inputs of the second MLP matrix, behind an element-wise nonlinearity; the residual
-stream of models with LayerNorm, which subtracts the mean of the unrotated coordinates.
+Holds with and without rotary embeddings (they touch queries and keys only), with biases, and where several heads share
+a value head, if all heads have the same R. No engine has to know: shapes, names and plain weights stay. Queries and
+keys can be turned together too where nothing lies between projection and product (OPT); a rotary embedding or a norm
+there would have to commute with R. Not foldable: the inputs of the second MLP matrix, behind an element-wise
+nonlinearity; the residual stream of models with LayerNorm, which subtracts the mean of the unrotated coordinates.
 """
 
 import copy
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from cptquant.models.load import LoadedModel
 
 
-def fold_heads(model: LoadedModel, *, seed: int = 0) -> nn.Module:
-    """A float64 copy of the model with every head's values rotated by one Hadamard matrix."""
+def fold_heads(model: LoadedModel, *, seed: int = 0, queries: bool = False) -> nn.Module:
+    """A float64 copy with every head's values, and queries and keys, rotated by one Hadamard matrix."""
     module: Any = copy.deepcopy(model.module).double()
     width = model.layout.hidden_size // module.config.num_attention_heads
     turned = rotation(width, width, seed).sign().double() / width**0.5  # orthogonal to float64, not float32 alone
     for site in model.layout.block_sites:
-        if site.role == "v":
+        if site.role == "v" or (queries and site.role in ("q", "k")):
             _turn_rows_(module.get_submodule(site.name), turned)
         elif site.role == "o":
             linear = module.get_submodule(site.name)
@@ -45,8 +45,8 @@ def _blocks(matrix: Tensor, turned: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def largest_logit_change(model: LoadedModel, input_ids: Tensor, *, seed: int = 0) -> tuple[float, float]:
+def largest_logit_change(model: LoadedModel, input_ids: Tensor, *, queries: bool = False) -> tuple[float, float]:
     """max |logit of the folded - logit of the original| in float64, and the largest logit."""
     reference = copy.deepcopy(model.module).double()(input_ids=input_ids).logits
-    folded = fold_heads(model, seed=seed)(input_ids=input_ids).logits
+    folded = fold_heads(model, queries=queries)(input_ids=input_ids).logits
     return float((folded - reference).abs().max()), float(reference.abs().max())

@@ -1,4 +1,4 @@
-"""KL at equal bytes of whole models whose knapsack may take an option of `format_options.py`, or whose heads are rotated.
+"""KL at equal bytes of whole models whose knapsack may take options of `format_options.py`, or whose heads are rotated.
 
     OMP_NUM_THREADS=1 python benchmarks/more_formats_kl.py [--models reference-opt] [--lists "weights apart"]
 
@@ -9,9 +9,10 @@ weights that would be read back. Calibration draws (the plan is made with the fi
 windows x 255 tokens each. A figure's first standard error is by document for the mean over seeds; differences to
 "plain" are paired, with standard errors by document and over seeds.
 
-"heads rotated" and "residual rotated" take the plan of "plain": v's rows and o's columns by one Hadamard matrix a head,
-which folds exactly in both families; or all that reads or writes the residual stream of a model with RMSNorm, after its
-gains are folded into the matrices. "inputs rotated" turns the inputs of every site and folds nowhere: a bound.
+Rotations take the plan of "plain". "heads rotated": v's rows and o's columns by one Hadamard matrix a head, which folds
+exactly in both families; "all heads rotated": rows of q and k too, OPT only (no rotary embedding). "residual rotated":
+all that reads or writes the residual stream of a model with RMSNorm, after its gains are folded into the matrices.
+"inputs rotated" turns the inputs of every site and folds nowhere: a bound.
 Goes on where an earlier call stopped. Adds to results/more_formats.json.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from format_options import Columns, Entries, Option, Plain, Rotated, output_error
+from head_rotation import largest_logit_change
 from joint_formats import LISTS, Bench
 from machine import describe_machine
 from more_formats import MODELS, input_moments, load_texts, original, storage_dtype
@@ -60,7 +62,8 @@ CHOOSING: dict[str, tuple[Option, ...]] = {
     "weights or columns apart": (*_WEIGHTS, *_COLUMNS),
 }
 """Lists whose options the knapsack may take beside the plain formats."""
-ROTATING = ("heads rotated", "inputs rotated", "residual rotated")
+ROTATING = ("heads rotated", "all heads rotated", "inputs rotated", "residual rotated")
+ONLY_IN = {"residual rotated": "llama", "all heads rotated": "opt"}
 Choices = dict[str, Option]
 """Site -> how it is held."""
 
@@ -134,8 +137,8 @@ def rotate(kind: str, choices: Choices, model: LoadedModel) -> Choices:
         base = choices[site.name].base
         if kind == "inputs rotated":
             turned[site.name] = Rotated(base, "columns")
-        elif kind == "heads rotated" and site.role in ("v", "o"):
-            turned[site.name] = Rotated(base, "rows" if site.role == "v" else "columns", width, same=True)
+        elif site.role in (("q", "k", "v", "o") if kind == "all heads rotated" else ("v", "o")) and "heads" in kind:
+            turned[site.name] = Rotated(base, "columns" if site.role == "o" else "rows", width, same=True)
         elif kind == "residual rotated":
             turned[site.name] = Rotated(base, "rows" if site.role in ("o", "down") else "columns", 0)
     return turned
@@ -232,7 +235,7 @@ def measure_model(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]
         plain, plain_bytes, predicted = costs.choose((), budget)
         reference = measure_list(bench, plain, "plain", args)
         for label in args.lists:
-            if label == "residual rotated" and bench.model.layout.model_type != "llama":
+            if ONLY_IN.get(label, bench.model.layout.model_type) != bench.model.layout.model_type:
                 continue
             if label in CHOOSING:
                 choices, size, damage = costs.choose(CHOOSING[label], budget)
@@ -248,6 +251,16 @@ def measure_model(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]
                          "site_count": len(choices), "used": used, **found})  # fmt: skip
             print_row(rows[-1])
     return rows
+
+
+def check_fold(bench: Bench) -> dict[str, Any]:
+    """The unquantized model with its heads rotated, in float64: largest change of a logit, beside the largest logit."""
+    some = bench.texts["validation"].input_ids[:4]
+    found: dict[str, Any] = {"tokens": some.numel()}
+    found["v, o"], found["largest_logit"] = largest_logit_change(bench.model, some)
+    if bench.model.layout.model_type == "opt":
+        found["q, k, v, o"], _ = largest_logit_change(bench.model, some, queries=True)
+    return found
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -274,10 +287,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "more_formats.json"
     for name in args.models:
-        rows = measure_model(Bench(name, args), args)
+        bench = Bench(name, args)
+        folded, rows = check_fold(bench), measure_model(bench, args)
         content = json.loads(path.read_text()) if path.exists() else {}
         keys = {(row["model"], row["budget"], row["list"]) for row in rows}
         kept = [r for r in content.get("models", []) if (r["model"], r["budget"], r["list"]) not in keys]
+        content.setdefault("head_rotation_float64", {})[name] = folded
         content["models"], content["models_machine"] = kept + rows, describe_machine()
         write_results("more_formats", content)
 
