@@ -1,7 +1,7 @@
 """Would the knapsack ever choose rotation, a low-rank residual, or outliers in 8 or 16 bits? Errors at equal bits.
 
     OMP_NUM_THREADS=1 python benchmarks/more_formats.py              # all sites of three blocks a model
-    OMP_NUM_THREADS=1 python benchmarks/more_formats_kl.py           # the KL of whole models; needs nothing of this one
+    OMP_NUM_THREADS=1 python benchmarks/more_formats_kl.py           # the KL of whole models, afterwards
 
 Per site of the first, a middle and the last block, with the second moments of its inputs in the original model on 128 x
 256 calibration tokens: tr(E H E') / tr(W H W') after GPTQ with its descent, for plain formats and for each option of
@@ -23,7 +23,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from format_options import Columns, Entries, LowRank, Option, Plain, Rotated, output_error
@@ -86,10 +86,14 @@ def input_moments(model: LoadedModel, tokens: TokenSet, blocks: Sequence[int]) -
     return found
 
 
-def options_of(site: Site, head_width: int) -> dict[str, list[Option]]:
-    """Family -> options measured at a site."""
+Families = dict[str, list[Option]]
+"""Family -> options measured at a site."""
+
+
+def options_of(site: Site, head_width: int) -> Families:
+    """What is measured at a site."""
     bases = [QuantFormat.parse(f"int{bits}-g64") for bits in CODE_BITS]
-    families: dict[str, list[Option]] = {"plain": [Plain(fmt) for fmt in PLAIN]}
+    families: Families = {"plain": [Plain(fmt) for fmt in PLAIN]}
     families["low rank"] = [LowRank(b, rank, kept) for b in bases for rank in (2, 4, 8, 16) for kept in (8, 16)]
     families["columns"] = [Columns(b, s, kept) for b in bases for s in SHARES for kept in (8, 16)]
     families["weights"] = [Entries(b, s, 8, by) for b in bases for s in SHARES for by in ("magnitude", "group")]
@@ -105,15 +109,8 @@ def options_of(site: Site, head_width: int) -> dict[str, list[Option]]:
     return families
 
 
-def measure_site(
-    model: LoadedModel, site: Site, moments: dict[str, Tensor], head_width: int, work: Path
-) -> dict[str, Any]:
-    """Errors of every option of one site; read again where they stand."""
-    families = options_of(site, head_width)
-    key = [model.layout.digest(), site.name, repr(families)]
-    path = work / f"site-{digest_json(key)[:24]}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+def measure_site(model: LoadedModel, site: Site, moments: dict[str, Tensor], families: Families) -> dict[str, Any]:
+    """Errors of every option of one site."""
     weight, gptq, dtype = original(model, site), Gptq(), storage_dtype(model)
     power = {text: output_error(weight, hessian) for text, hessian in moments.items()}
     rows: list[dict[str, Any]] = []
@@ -124,10 +121,8 @@ def measure_site(
             errors = {text: output_error(error, hessian) / power[text] for text, hessian in moments.items()}
             bits = option.bits(*weight.shape) / weight.numel()
             rows.append({"family": family, "option": option.name, "base": option.base.name, "bits": bits, **errors})
-    found = {"site": site.name, "role": site.role, "shape": list(weight.shape), "rows": rows,
-             "cpu_seconds": time.process_time() - start}  # fmt: skip
-    path.write_text(json.dumps(found))
-    return found
+    return {"site": site.name, "role": site.role, "shape": list(weight.shape), "rows": rows,
+            "cpu_seconds": time.process_time() - start}  # fmt: skip
 
 
 def lower_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -184,6 +179,8 @@ def summarise(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 values.setdefault("bits", []).append(row["bits"])
     result: list[dict[str, Any]] = []
     for (family, option), values in rows.items():
+        if len(values["bits"]) < 2:
+            continue  # no spread to read
         entry: dict[str, Any] = {"family": family, "option": option, "n": len(values["bits"])}
         for name, list_of in values.items():
             if name.startswith("to_"):
@@ -207,18 +204,25 @@ def print_table(model: str, rows: list[dict[str, Any]]) -> None:
 
 
 def measure_model(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The sites of three blocks."""
+    """The sites of three blocks; finished ones are read again."""
     model = load_model(str(model_folder(name)))
-    layout, texts = model.layout, load_texts(model, name, args.windows)
-    blocks = sorted({0, layout.block_count // 2, layout.block_count - 1})
-    moments = {text: input_moments(model, texts[text], blocks) for text in ("calibration", "validation")}
-    config: Any = model.module.config
+    layout, config = model.layout, cast(Any, model.module.config)
+    blocks = args.blocks or sorted({0, layout.block_count // 2, layout.block_count - 1})
     head_width = layout.hidden_size // config.num_attention_heads
-    sites = [site for site in layout.block_sites if site.block_index in blocks]
+    moments: dict[str, dict[str, Tensor]] = {}
     found: list[dict[str, Any]] = []
-    for site in sites:
-        own = {text: hessians[site.name] for text, hessians in moments.items()}
-        found.append(measure_site(model, site, own, head_width, args.work))
+    for site in (site for site in layout.block_sites if site.block_index in blocks):
+        families = options_of(site, head_width)
+        path = args.work / f"site-{digest_json([layout.digest(), site.name, repr(families)])[:24]}.json"
+        if not path.exists():
+            if args.finished:
+                continue
+            if not moments:
+                texts = load_texts(model, name, args.windows)
+                moments = {text: input_moments(model, texts[text], blocks) for text in ("calibration", "validation")}
+            own = {text: hessians[site.name] for text, hessians in moments.items()}
+            path.write_text(json.dumps(measure_site(model, site, own, families)))
+        found.append(json.loads(path.read_text()))
         print(name, site.name, f"{found[-1]['cpu_seconds']:.1f} CPU s", flush=True)
     return found
 
@@ -226,6 +230,8 @@ def measure_model(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--blocks", nargs="+", type=int, help="the first, a middle and the last")
+    parser.add_argument("--finished", action="store_true", help="report sites that earlier calls finished, no others")
     parser.add_argument("--windows", type=int, default=64, help="of 256 tokens of validation text")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "more_formats")
     args = parser.parse_args()

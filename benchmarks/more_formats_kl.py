@@ -4,10 +4,11 @@
 
 The budget counts the blocks' linear layers, everything an option needs included. TDMPQ scores the plain formats; an
 option's damage is that of the format of its codes times the ratio of their output errors after GPTQ in the original
-model. GPTQ goes through the blocks on the stream of the quantized blocks before. Everything is held in memory as the
-weights that would be read back. Calibration draws (the plan is made with the first); validation and test text, n =
-windows x 255 tokens each. A figure's first standard error is by document for the mean over seeds; differences to
-"plain" are paired, with standard errors by document and over seeds.
+model: each site's own for columns, the mean of the sites that `more_formats.py` measured for single weights. GPTQ goes
+through the blocks on the stream of the quantized blocks before. Everything is held in memory as the weights that would
+be read back. Calibration draws (the plan is made with the first); validation and test text, n = windows x 255 tokens
+each. A figure's first standard error is by document for the mean over draws; differences to "plain" are paired, with
+standard errors by document and over draws.
 
 Rotations take the plan of "plain". "heads rotated": v's rows and o's columns by one Hadamard matrix a head, which folds
 exactly in both families; "all heads rotated": rows of q and k too, OPT only (no rotary embedding). "residual rotated":
@@ -20,6 +21,7 @@ import argparse
 import copy
 import json
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,7 @@ class Costs:
         self.table: SensitivityTable = bench.table(PLAIN_LIST)
         self._path = work / f"ratios-{bench.name.replace(':', '-')}.json"
         self._ratios: dict[str, float] = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self._moments: dict[str, Tensor] = {}
+        self._folder, self._means, self._moments = work, dict[str, float](), dict[str, Tensor]()
         self._errors: dict[str, float] = {}
 
     def damage(self, site: Site, option: Option) -> float:
@@ -95,9 +97,23 @@ class Costs:
 
     def _ratio(self, site: Site, option: Option) -> float:
         key = f"{site.name}: {option.name}"
+        if isinstance(option, Entries):
+            return self._mean_ratio(option)
         if key not in self._ratios:
             self._ratios[key] = self._error(site, option) / self._error(site, Plain(option.base))
         return self._ratios[key]
+
+    def _mean_ratio(self, option: Option) -> float:
+        """Of the sites that `more_formats.py` has measured, all models together; it hardly differs between sites."""
+        if option.name not in self._means:
+            logs: list[float] = []
+            for path in self._folder.glob("site-*.json"):
+                errors = {row["option"]: row["calibration"] for row in json.loads(path.read_text())["rows"]}
+                logs.append(math.log(errors[option.name] / errors[option.base.name]))
+            spread = statistics.stdev(logs)
+            print(f"{option.name}: {math.exp(statistics.mean(logs)):.3f}, ± {spread:.3f} a site, n = {len(logs)}")
+            self._means[option.name] = math.exp(statistics.mean(logs))
+        return self._means[option.name]
 
     def _error(self, site: Site, option: Option) -> float:
         key = f"{site.name}: {option.name}"
