@@ -4,11 +4,11 @@
 
 The budget counts the blocks' linear layers, everything an option needs included. TDMPQ scores the plain formats; an
 option's damage is that of the format of its codes times the ratio of their output errors after GPTQ in the original
-model: each site's own for columns, the mean of the sites that `more_formats.py` measured for single weights. GPTQ goes
-through the blocks on the stream of the quantized blocks before. Everything is held in memory as the weights that would
-be read back. Calibration draws (the plan is made with the first); validation and test text, n = windows x 255 tokens
-each. A figure's first standard error is by document for the mean over draws; differences to "plain" are paired, with
-standard errors by document and over draws.
+model: for single weights the mean over the sites that `more_formats.py` measured, all models together; columns are
+offered at those sites alone, each with its own ratio. GPTQ goes through the blocks on the stream of the quantized
+blocks before. Everything is held in memory as the weights that would be read back. Calibration draws (the plan is made
+with the first); validation and test text, n = windows x 255 tokens each. A figure's first standard error is by document
+for the mean over draws; differences to "plain" are paired, with standard errors by document and over draws.
 
 Rotations take the plan of "plain". "heads rotated": v's rows and o's columns by one Hadamard matrix a head, which folds
 exactly in both families; "all heads rotated": rows of q and k too, OPT only (no rotary embedding). "residual rotated":
@@ -28,11 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from format_options import Columns, Entries, Option, Plain, Rotated, output_error
+from format_options import Columns, Entries, Option, Plain, Rotated
 from head_rotation import largest_logit_change
 from joint_formats import LISTS, Bench
 from machine import describe_machine
-from more_formats import MODELS, input_moments, load_texts, original, storage_dtype
+from more_formats import MODELS, load_texts, original, storage_dtype
+from more_formats import measure_model as measure_sites
 from results_file import FOLDER, REPOSITORY, write_results
 from torch import Tensor
 
@@ -41,7 +42,6 @@ from cptquant.core.artifact import digest_json
 from cptquant.core.budget import Budget
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import Site
-from cptquant.core.sensitivity import SensitivityTable
 from cptquant.evaluation.estimates import cluster_by_document, estimate_ratio
 from cptquant.evaluation.lockstep import run_blocks
 from cptquant.evaluation.scored_text import prepare_text
@@ -84,47 +84,33 @@ class Costs:
     """Bytes and damages of every option at every site of a model."""
 
     def __init__(self, bench: Bench, work: Path) -> None:
-        self.bench, self.model = bench, bench.model
-        self.table: SensitivityTable = bench.table(PLAIN_LIST)
-        self._path = work / f"ratios-{bench.name.replace(':', '-')}.json"
-        self._ratios: dict[str, float] = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self._folder, self._means, self._moments = work, dict[str, float](), dict[str, Tensor]()
-        self._errors: dict[str, float] = {}
+        self.model, self.table = bench.model, bench.table(PLAIN_LIST)
+        files = [json.loads(path.read_text()) for path in sorted(work.glob("site-*.json"))]
+        self._all = [{row["option"]: row["calibration"] for row in site["rows"]} for site in files]
+        every = argparse.Namespace(blocks=range(bench.model.layout.block_count), finished=True, work=work)
+        self._own = {
+            site["site"]: {row["option"]: row["calibration"] for row in site["rows"]}
+            for site in measure_sites(bench.name, every)
+        }
+        self._means: dict[str, float] = {}
 
     def damage(self, site: Site, option: Option) -> float:
+        """Expected; infinite where it is not known."""
         known = self.table.damages[site.name][option.base.name].value
-        return known if isinstance(option, Plain) else known * self._ratio(site, option)
-
-    def _ratio(self, site: Site, option: Option) -> float:
-        key = f"{site.name}: {option.name}"
+        if isinstance(option, Plain):
+            return known
         if isinstance(option, Entries):
-            return self._mean_ratio(option)
-        if key not in self._ratios:
-            self._ratios[key] = self._error(site, option) / self._error(site, Plain(option.base))
-        return self._ratios[key]
+            return known * self._mean_ratio(option)
+        errors = self._own.get(site.name)
+        return math.inf if errors is None else known * errors[option.name] / errors[option.base.name]
 
     def _mean_ratio(self, option: Option) -> float:
-        """Of the sites that `more_formats.py` has measured, all models together; it hardly differs between sites."""
+        """Of all measured sites, all models together; it hardly differs between sites."""
         if option.name not in self._means:
-            logs: list[float] = []
-            for path in self._folder.glob("site-*.json"):
-                errors = {row["option"]: row["calibration"] for row in json.loads(path.read_text())["rows"]}
-                logs.append(math.log(errors[option.name] / errors[option.base.name]))
-            spread = statistics.stdev(logs)
-            print(f"{option.name}: {math.exp(statistics.mean(logs)):.3f}, ± {spread:.3f} a site, n = {len(logs)}")
+            logs = [math.log(errors[option.name] / errors[option.base.name]) for errors in self._all]
             self._means[option.name] = math.exp(statistics.mean(logs))
+            print(f"{option.name}: {self._means[option.name]:.3f}, ± {statistics.stdev(logs):.3f} a site, {len(logs)}")
         return self._means[option.name]
-
-    def _error(self, site: Site, option: Option) -> float:
-        key = f"{site.name}: {option.name}"
-        if key not in self._errors:
-            if not self._moments:
-                blocks = range(self.model.layout.block_count)
-                self._moments = input_moments(self.model, self.bench.calibration, blocks)
-            weight, hessian = original(self.model, site), self._moments[site.name]
-            found = option.quantize(weight, hessian, Gptq(), storage_dtype(self.model))
-            self._errors[key] = output_error(found - weight, hessian)
-        return self._errors[key]
 
     def choose(self, extra: tuple[Option, ...], budget: str) -> tuple[Choices, int, float]:
         """The knapsack's choices, their bytes and predicted damage."""
@@ -138,7 +124,6 @@ class Costs:
         for row, (site, own) in enumerate(zip(sites, options, strict=True)):
             sizes[row, : len(own)] = [math.ceil(o.bits(site.out_features, site.in_features) / 8) for o in own]
             damages[row, : len(own)] = [self.damage(site, o) for o in own]
-        self._path.write_text(json.dumps(self._ratios))
         chosen, _, _ = solve_knapsack(sizes, damages, Budget.parse(budget).limit_bytes(self.model.layout))
         rows = np.arange(len(sites))
         picked = {site.name: own[int(j)] for site, own, j in zip(sites, options, chosen, strict=True)}
