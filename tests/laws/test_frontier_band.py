@@ -59,7 +59,7 @@ def test_nine_of_ten_new_points_lie_inside_when_the_prior_is_right(points):
     assert inside / 4000 == pytest.approx(0.9, abs=4 * math.sqrt(0.09 / 4000))
 
 
-@pytest.mark.parametrize(("method", "factor"), [("rtn", 1.2), ("gptq", 1.5)])
+@pytest.mark.parametrize(("method", "factor"), [("rtn", 1.2), ("gptq", 1.5), ("gptq + own text", 1.5)])
 def test_families_left_out_are_covered(method, factor):
     """What frontier.json claims, on the package's own table: three plans of a family calibrate, the rest are judged."""
     rows = [row for row in usable_observations(read_observations(SHIPPED)) if row.features.method == method]

@@ -12,8 +12,8 @@ from cptquant.core.targets import find_target
 
 BASELINES = ("uniform", "random", "preset")
 _SMALL_MODEL_PARAMETERS = 50_000_000
-_OWN_TEXT = {"kl-rounding": 768}
-"""Sequences the model writes for its calibration where nothing was asked for: learning then sees each about once."""
+OWN_TEXT = {"gptq": 256, "kl-rounding": 768}
+"""Sequences the model writes for its calibration where nothing was asked for. Learning sees each of 768 about once."""
 
 
 class RunSettings(Artifact):
@@ -27,6 +27,8 @@ class RunSettings(Artifact):
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
     own_text: sequences that a causal language model writes itself, added to the calibration text when quantizing; None
         decides by quantizer and size (`own_text_for`).
+    own_text_left_out: quantizer -> why this run goes without the text that would be its default; no flag, found by
+        `stages/own_text.py`.
     baselines: "uniform", "random" and, of llama.cpp, "preset" at no more bytes; None decides (`baselines_for`).
     refine_swaps: rounds of swaps between sites after allocation, judged on the model's own loss; 0 leaves them out.
     predict: whether a causal language model's losses are predicted before it is quantized (forecast.json); None
@@ -51,6 +53,7 @@ class RunSettings(Artifact):
     eval_sequences: int = 64
     sequence_length: int = 256
     own_text: int | None = None
+    own_text_left_out: dict[str, str] = {}
     baselines: tuple[str, ...] | None = None
     refine_swaps: int = 0
     seed: int = 0
@@ -104,7 +107,8 @@ class RunSettings(Artifact):
     def own_text_for(self, layout: ModelLayout) -> int:
         """How many sequences the model writes for its own calibration.
 
-        By default none, except for `kl-rounding` of a causal language model.
+        By default 768 for `kl-rounding` of a causal language model, and 256 for `gptq` of one below 50M parameters:
+        above, writing costs more time on a CPU than all else. None where this run was found to go without.
 
         Raises:
             UserError: asked for of another kind of model, or of a quantizer that reads no text.
@@ -118,7 +122,15 @@ class RunSettings(Artifact):
                     "models write text; leave the flag out"
                 )
             return 0
-        return _OWN_TEXT.get(self.quantizer, 0) if self.own_text is None else self.own_text
+        if self.own_text is not None:
+            return self.own_text
+        small = layout.parameters < _SMALL_MODEL_PARAMETERS or self.quantizer == "kl-rounding"
+        return OWN_TEXT.get(self.quantizer, 0) if small and not self.own_text_note else 0
+
+    @property
+    def own_text_note(self) -> str:
+        """Why the default's own text is left out in this run; empty where it is not."""
+        return "" if self.own_text is not None else self.own_text_left_out.get(self.quantizer, "")
 
     def carried_out_with(self, layout: ModelLayout, quantizer: str | None = None) -> str:
         """The quantizer (None: the run's own) as records name it: losses with and without own text do not compare."""

@@ -1,4 +1,4 @@
-"""Calibration text for quantizing: the person's, and what the model writes itself where that is asked for."""
+"""Calibration text for quantizing: the person's, and what the model writes itself where it can."""
 
 import contextlib
 from pathlib import Path
@@ -8,10 +8,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cptquant.core.artifact import digest_json, output_error
+from cptquant.core.settings import RunSettings
+from cptquant.stages.own_text_choice import knows_own_text
 
 if TYPE_CHECKING:
     from cptquant.models.text import TokenSet
     from cptquant.stages.run import Run
+
+
+def settle_own_text(run: "Run") -> None:
+    """Write the model's own text before anything is predicted or quantized, or find that the run goes without it.
+
+    Where it is the default only, a model that cannot write is no error: settings.json then says why own text is left
+    out, as the progress, the manifest and the report do, and every label and forecast of the run follows from that.
+
+    Raises:
+        OwnTextError: the model cannot write, and own text was asked for. DataError: unusable calibration text.
+    """
+    from cptquant.models.own_text import OwnTextError
+
+    before = run.settings
+    try:
+        _ = run.quantizer_text
+    except OwnTextError as error:
+        if before.own_text is not None:
+            raise
+        left_out = {**before.own_text_left_out, before.quantizer: error.reason}
+        run.settings = before.model_copy(update={"own_text_left_out": left_out})
+    if run.settings.own_text_note:
+        run.progress(f"calibrated on the given text alone: {run.settings.own_text_note}", 1, 1)
+    path = run.folder / "settings.json"
+    if run.settings is not before or not knows_own_text(RunSettings.load(path)):
+        run.keep_settings()
 
 
 def enlarge_calibration(run: "Run") -> "TokenSet":
@@ -21,7 +49,7 @@ def enlarge_calibration(run: "Run") -> "TokenSet":
     same ones; a file that was cut short or changed is written again.
 
     Raises:
-        ModelError: own text was asked for of a model that writes none. OutputError: the disk is full.
+        OwnTextError: the model cannot write. OutputError: the disk is full.
     """
     from cptquant.models.own_text import join_texts, write_own_text
 
