@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from cptquant.core.forecast import METHODS, Method, PlanFeatures
+from cptquant.core.forecast import FITTED_OWN_TEXT, METHODS, Method, PlanFeatures
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
@@ -42,7 +42,7 @@ from cptquant.packing.quantized_weight import QuantizedWeight
 from cptquant.quantizers.methods import find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
 from cptquant.sensitivity.model_noise import measure_model_noise
-from cptquant.stages.predict import FITTED_OWN_TEXT, uniform_plan
+from cptquant.stages.predict import uniform_plan
 
 CALIBRATION, TEST, LENGTH, SEED = 32, 32, 256, 0
 GIVEN, OWN = 128, FITTED_OWN_TEXT
@@ -214,7 +214,7 @@ def _noise(
     return known
 
 
-def collect(folder: Path, output: Path) -> None:
+def collect(folder: Path, output: Path, methods: Sequence[str]) -> None:
     """All models' observations into the shipped table; features are added up anew from the noise that was measured.
 
     Rows that stand in the table and were not observed again stay as they are.
@@ -227,7 +227,7 @@ def collect(folder: Path, output: Path) -> None:
         plans = make_plans(layout, (*CORE, *REST))
         records += [json.loads(part.read_text(encoding="utf-8")) for part in path.parent.glob("plans-*.json")]
         for name, rows in _observed(path.parent).items():
-            for row in rows:
+            for row in (row for row in rows if row["features"]["method"] in methods):
                 features = plan_features(noise, layout, plans[name], row["features"]["method"], name)
                 observations.append(PtqObservation.model_validate({**row, "features": features}))
     made = {(row.model, row.plan, row.features.method) for row in observations}
@@ -261,12 +261,14 @@ def main() -> None:
     parser.add_argument("--eval-text", default=None)
     parser.add_argument("--work", type=Path, default=Path("build/ptq_grid"))
     parser.add_argument("--core", action="store_true", help="only the formats that matter most")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="how to quantize")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="how to quantize; which rows to collect"
+    )
     parser.add_argument("--collect", type=Path, default=None)
     choices = parser.parse_args()
     torch.set_num_threads(1)
     if choices.collect is not None:
-        collect(choices.work / "observations", choices.collect)
+        collect(choices.work / "observations", choices.collect, choices.methods)
         fit_ptq_law(choices.collect).save(choices.collect.with_name("ptq_law.json"))
     for source in choices.models:
         observe(source, choices)

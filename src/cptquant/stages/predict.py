@@ -11,14 +11,14 @@ from cptquant.core.artifact import check_writable, digest_json
 from cptquant.core.budget import Budget
 from cptquant.core.errors import FormatError, OutputError, UserError
 from cptquant.core.evaluation import EvaluationReport
-from cptquant.core.forecast import METHODS, ForecastRow, Method, PtqForecast
+from cptquant.core.forecast import FITTED_OWN_TEXT, METHODS, ForecastRow, Method, PtqForecast
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.provenance import Stopwatch
 from cptquant.core.sensitivity import Damage, SensitivityTable
-from cptquant.core.settings import OWN_TEXT, RunSettings
+from cptquant.core.settings import RunSettings
 from cptquant.core.targets import candidate_formats, find_target
 from cptquant.laws.ptq import PtqLawFit, load_ptq_law
 from cptquant.laws.ptq_features import ModelNoise, plan_features
@@ -30,8 +30,6 @@ from cptquant.stages.check import check_seed
 from cptquant.stages.run import Run
 
 QUANTIZERS = ("rtn", "gptq")
-FITTED_OWN_TEXT = OWN_TEXT["gptq"]
-"""Own sequences behind the law's `gptq + own text` (runs/ptq_grid.py)."""
 Formats = Mapping[str, QuantFormat]
 """Site name -> format: a plan."""
 
@@ -247,10 +245,10 @@ def forecast_stage(run: Run, layout: ModelLayout, plans: Mapping[str, Plan]) -> 
     path = run.folder / "forecast.json"
     method = _method_of(run.settings, layout)
     unseen = any(fmt.block is not None for plan in plans.values() for fmt in plan.quant_formats.values())
-    if unseen or method is None or not run.settings.forecasts(layout) or not SHIPPED_LAW.exists():
+    law = load_ptq_law() if run.settings.forecasts(layout) and SHIPPED_LAW.exists() else None
+    if law is None or unseen or method is None or method not in law.laws[law.form].intercepts:
         path.unlink(missing_ok=True)
         return None
-    law = load_ptq_law()
     formats = {name: plan.quant_formats for name, plan in plans.items()}
     known = _known_taylor(run, formats)
     inputs = {
