@@ -9,18 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from laws.planted_ptq import planted_table
 from safetensors.torch import load_file, save_file
 
 from cptquant.cli.quantize import FAST, fast_changes
+from cptquant.core import settings as settings_module
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.forecast import PtqForecast
 from cptquant.core.manifest import Manifest
-from cptquant.core.settings import RunSettings
+from cptquant.core.settings import OwnTextDefault, RunSettings
+from cptquant.laws.ptq import fit_observations
 from cptquant.models import own_text
 from cptquant.models.load import read_layout
 from cptquant.quantizers import methods
 from cptquant.quantizers.kl_rounding import KlRounding
-from cptquant.stages import estimate, variants
+from cptquant.stages import estimate, predict, variants
 from cptquant.stages.plan_source import find_plan
 
 QUICK = ("--calibration-sequences", 4, "--eval-sequences", 8, "--sequence-length", 32)
@@ -39,6 +42,16 @@ def enlarge_weights(folder: Path) -> None:
         if name.endswith("weight") and ".layers." in name and tensors[name].dim() == 2:
             tensors[name] *= 8
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(autouse=True)
+def _default(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The default and the law that these tests are about, whatever the package's own are."""
+    monkeypatch.setitem(settings_module.OWN_TEXT, "gptq", 256)
+    law = tmp_path_factory.mktemp("law") / "law.json"
+    fit_observations(planted_table(noise=0.1), form="full", source="planted.csv").save(law)
+    monkeypatch.setattr(predict, "SHIPPED_LAW", law)
+    monkeypatch.setattr("cptquant.laws.ptq.SHIPPED_LAW", law)
 
 
 def test_it_is_written_once_and_again_if_damaged(cptquant: Callable, folder: Path, tmp_path: Path) -> None:
@@ -110,7 +123,7 @@ def test_defaults(folder: Path) -> None:
     for quantizer, of_large in (("gptq", 0), ("kl-rounding", 768)):
         settings = RunSettings(model="m", quantizer=quantizer)
         assert settings.own_text_for(large) == of_large and settings.own_text_for(encoder) == 0
-        without = settings.model_copy(update={"own_text_left_out": {quantizer: "why not"}})
+        without = settings.settled(0, "why not")
         assert without.own_text_for(layout) == 0 and without.carried_out_with(layout) == quantizer
         assert without.own_text_note == "why not"
         asked = without.model_copy(update={"own_text": 9})
@@ -144,7 +157,7 @@ def test_a_model_that_cannot_write_goes_without_and_says_so(
     reason = "OPTForCausalLM cannot go on from keys and values kept in a cache (forward() got an unexpected keyword"
     assert "calibrated on the given text alone: " in outcome.err and reason in outcome.err
     settings, manifest = RunSettings.load(run / "settings.json"), Manifest.load(run / "manifest.json")
-    assert settings.own_text is None and reason in settings.own_text_left_out["gptq"]
+    assert settings.own_text is None and reason in settings.own_text_note
     assert manifest.quantizer == "gptq" and reason in manifest.settings["own_text"]
     assert {row.method for row in PtqForecast.load(run / "forecast.json").rows} == {"gptq"}
     assert reason.split(" (")[0] in (run / "report.html").read_text()
@@ -166,7 +179,7 @@ def _as_before(run: Path) -> None:
     """settings.json as it was written before own text was a default of GPTQ."""
     settings = json.loads((run / "settings.json").read_text())
     settings["own_text"] = None
-    del settings["own_text_left_out"]
+    del settings["own_text_default"]
     (run / "settings.json").write_text(json.dumps(settings))
 
 
@@ -212,7 +225,7 @@ def test_a_run_begun_before_keeps_its_bits(cptquant: Callable, folder: Path, tmp
     for command in ("quantize", "evaluate"):
         assert cptquant(command, fresh).code == 0
         assert Manifest.load(fresh / "manifest.json").quantizer == "gptq + own text"
-        assert RunSettings.load(fresh / "settings.json").own_text_left_out == {}
+        assert RunSettings.load(fresh / "settings.json").own_text_default == {"gptq": OwnTextDefault(sequences=256)}
 
 
 def test_a_baseline_far_behind_is_not_learned(cptquant: Callable, folder: Path, tmp_path: Path, monkeypatch) -> None:

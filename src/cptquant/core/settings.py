@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from cptquant.core.artifact import Artifact
+from cptquant.core.artifact import Artifact, Frozen
 from cptquant.core.budget import Budget
 from cptquant.core.engine_memory import memory_budget
 from cptquant.core.errors import FormatError, UserError
@@ -16,6 +16,13 @@ OWN_TEXT = {"gptq": 256, "kl-rounding": 768}
 """Sequences the model writes for its calibration where nothing was asked for. Learning sees each of 768 about once."""
 
 
+class OwnTextDefault(Frozen):
+    """What own text came to in a run that was not asked for any: sequences, and why none where that needs saying."""
+
+    sequences: int
+    note: str = ""
+
+
 class RunSettings(Artifact):
     """Options of a run (settings.json); every field is a flag of `cptquant quantize`.
 
@@ -27,7 +34,7 @@ class RunSettings(Artifact):
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
     own_text: sequences that a causal language model writes itself, added to the calibration text when quantizing; None
         decides by quantizer and size (`own_text_for`).
-    own_text_left_out: quantizer -> why this run goes without the text that would be its default; no flag, found by
+    own_text_default: quantizer -> what None came to in this run, so that it keeps its bits; no flag, settled by
         `stages/own_text.py`.
     baselines: "uniform", "random" and, of llama.cpp, "preset" at no more bytes; None decides (`baselines_for`).
     refine_swaps: rounds of swaps between sites after allocation, judged on the model's own loss; 0 leaves them out.
@@ -53,7 +60,7 @@ class RunSettings(Artifact):
     eval_sequences: int = 64
     sequence_length: int = 256
     own_text: int | None = None
-    own_text_left_out: dict[str, str] = {}
+    own_text_default: dict[str, OwnTextDefault] = {}
     baselines: tuple[str, ...] | None = None
     refine_swaps: int = 0
     seed: int = 0
@@ -108,7 +115,7 @@ class RunSettings(Artifact):
         """How many sequences the model writes for its own calibration.
 
         By default 768 for `kl-rounding` of a causal language model, and 256 for `gptq` of one below 50M parameters:
-        above, writing costs more time on a CPU than all else. None where this run was found to go without.
+        above, writing costs more time on a CPU than all else. What a run settled on once holds for it.
 
         Raises:
             UserError: asked for of another kind of model, or of a quantizer that reads no text.
@@ -124,13 +131,21 @@ class RunSettings(Artifact):
             return 0
         if self.own_text is not None:
             return self.own_text
+        if self.quantizer in self.own_text_default:
+            return self.own_text_default[self.quantizer].sequences
         small = layout.parameters < _SMALL_MODEL_PARAMETERS or self.quantizer == "kl-rounding"
-        return OWN_TEXT.get(self.quantizer, 0) if small and not self.own_text_note else 0
+        return OWN_TEXT.get(self.quantizer, 0) if small else 0
 
     @property
     def own_text_note(self) -> str:
         """Why the default's own text is left out in this run; empty where it is not."""
-        return "" if self.own_text is not None else self.own_text_left_out.get(self.quantizer, "")
+        settled = self.own_text_default.get(self.quantizer)
+        return "" if self.own_text is not None or settled is None else settled.note
+
+    def settled(self, sequences: int, note: str = "") -> "RunSettings":
+        """A copy in which the quantizer's default of own text is fixed."""
+        found = OwnTextDefault(sequences=sequences, note=note)
+        return self.model_copy(update={"own_text_default": {**self.own_text_default, self.quantizer: found}})
 
     def carried_out_with(self, layout: ModelLayout, quantizer: str | None = None) -> str:
         """The quantizer (None: the run's own) as records name it: losses with and without own text do not compare."""

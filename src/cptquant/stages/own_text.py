@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from cptquant.core.artifact import digest_json, output_error
 from cptquant.core.settings import RunSettings
-from cptquant.stages.own_text_choice import knows_own_text
 
 if TYPE_CHECKING:
     from cptquant.models.text import TokenSet
@@ -19,26 +18,27 @@ if TYPE_CHECKING:
 def settle_own_text(run: "Run") -> None:
     """Write the model's own text before anything is predicted or quantized, or find that the run goes without it.
 
-    Where it is the default only, a model that cannot write is no error: settings.json then says why own text is left
-    out, as the progress, the manifest and the report do, and every label and forecast of the run follows from that.
+    What the default came to is written into settings.json and holds for the run. Where it is the default only, a model
+    that cannot write is no error: settings.json, progress, manifest and report say why the given text is all that is
+    read, and every label and forecast of the run follows from that.
 
     Raises:
         OwnTextError: the model cannot write, and own text was asked for. DataError: unusable calibration text.
     """
     from cptquant.models.own_text import OwnTextError
 
-    before = run.settings
+    settings, count, note = run.settings, run.settings.own_text_for(run.model.layout), run.settings.own_text_note
     try:
         _ = run.quantizer_text
     except OwnTextError as error:
-        if before.own_text is not None:
+        if settings.own_text is not None:
             raise
-        left_out = {**before.own_text_left_out, before.quantizer: error.reason}
-        run.settings = before.model_copy(update={"own_text_left_out": left_out})
-    if run.settings.own_text_note:
-        run.progress(f"calibrated on the given text alone: {run.settings.own_text_note}", 1, 1)
-    path = run.folder / "settings.json"
-    if run.settings is not before or not knows_own_text(RunSettings.load(path)):
+        count, note = 0, error.reason
+    if note:
+        run.progress(f"calibrated on the given text alone: {note}", 1, 1)
+    if settings.own_text is None and settings.quantizer != "rtn":
+        run.settings = settings.settled(count, note)
+    if run.settings.own_text_default != RunSettings.load(run.folder / "settings.json").own_text_default:
         run.keep_settings()
 
 

@@ -2,17 +2,15 @@
 
 from pathlib import Path
 
-from cptquant.core.settings import OWN_TEXT, RunSettings
+from cptquant.core.settings import RunSettings
 
-BEGUN_BEFORE = (
-    f"this run was begun before GPTQ read own text by default; --own-text {OWN_TEXT['gptq']} adds it, for other weights"
-)
+BEGUN_BEFORE = "this run was begun before GPTQ read own text by default; --own-text 256 adds it, for other weights"
 
 
 def carry_own_text(folder: Path, settings: RunSettings) -> RunSettings:
-    """Settings for a run folder, with what its run was found to go without (`RunSettings.own_text_left_out`).
+    """Settings for a run folder, with what its run settled on (`RunSettings.own_text_default`).
 
-    A run that quantized with GPTQ before own text was its default keeps its bits: settings.json then lacks that field.
+    A run that quantized with GPTQ before that was written down read no own text, and keeps its bits.
 
     Raises:
         ArtifactError: settings.json is damaged.
@@ -20,15 +18,10 @@ def carry_own_text(folder: Path, settings: RunSettings) -> RunSettings:
     if not (folder / "settings.json").exists():
         return settings
     before = RunSettings.load(folder / "settings.json")
-    left_out = dict(before.own_text_left_out)
-    if not knows_own_text(before) and before.own_text is None and before.quantizer == "gptq" and _quantized(folder):
-        left_out["gptq"] = BEGUN_BEFORE
-    return settings.model_copy(update={"own_text_left_out": left_out})
-
-
-def knows_own_text(loaded: RunSettings) -> bool:
-    """Whether settings that were read from a file were written since own text can be a default that is left out."""
-    return "own_text_left_out" in loaded.model_fields_set
+    asked = before.own_text is not None or before.quantizer != "gptq"
+    if not asked and "gptq" not in before.own_text_default and _quantized(folder):
+        before = before.settled(0, BEGUN_BEFORE)
+    return settings.model_copy(update={"own_text_default": before.own_text_default})
 
 
 def _quantized(folder: Path) -> bool:
