@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from laws.planted_ptq import PLANTED, planted_table
 
+from cptquant.core.forecast import FITTED_OWN_TEXT
+from cptquant.core.settings import OWN_TEXT
 from cptquant.laws.ptq import fit_observations
 from cptquant.laws.ptq_table import read_observations
 from cptquant.stages import predict as predict_stage_module
@@ -16,6 +18,12 @@ QUICK = (
     "--calibration-sequences", 4, "--eval-sequences", 4, "--sequence-length", 32, "--sensitivity", "tdmpq",
     "--baselines", "uniform", "--formats", "int3-g16,int8-g16", "--quantizer", "rtn",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Own text is GPTQ's default in these tests, whatever the package's own is."""
+    monkeypatch.setitem(OWN_TEXT, "gptq", FITTED_OWN_TEXT)
 
 
 @pytest.fixture(scope="session")
@@ -177,7 +185,8 @@ def one_method(tmp_path: Path) -> Path:
         (("--output", "no/such/f.json"), ("cannot write no/such/f.json (No such file or directory); choose another",)),
         (("--output", "."), ("cannot write . (Is a directory); choose another --output",)),
         (("--law", "one", "--form", "error", "--tokens-seen", "1e9"), ("--form 'error' is none of this law's",)),
-        (("--law", "one"), ("--quantizer gptq: this law was fitted on rtn alone; choose that",)),
+        (("--law", "one"), ("--quantizer gptq with own text: this law was fitted on rtn alone; choose that",)),
+        (("--law", "one", "--own-text", 0), ("--quantizer gptq: this law was fitted on rtn alone; choose that",)),
     ],
 )
 def test_checked_before_the_model_is_read(

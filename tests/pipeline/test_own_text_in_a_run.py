@@ -13,11 +13,10 @@ from laws.planted_ptq import planted_table
 from safetensors.torch import load_file, save_file
 
 from cptquant.cli.quantize import FAST, fast_changes
-from cptquant.core import settings as settings_module
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.forecast import PtqForecast
 from cptquant.core.manifest import Manifest
-from cptquant.core.settings import OwnTextDefault, RunSettings
+from cptquant.core.settings import OWN_TEXT, OwnTextDefault, RunSettings
 from cptquant.laws.ptq import fit_observations
 from cptquant.models import own_text
 from cptquant.models.load import read_layout
@@ -47,7 +46,7 @@ def enlarge_weights(folder: Path) -> None:
 @pytest.fixture(autouse=True)
 def _default(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The default and the law that these tests are about, whatever the package's own are."""
-    monkeypatch.setitem(settings_module.OWN_TEXT, "gptq", 256)
+    monkeypatch.setitem(OWN_TEXT, "gptq", 256)
     law = tmp_path_factory.mktemp("law") / "law.json"
     fit_observations(planted_table(noise=0.1), form="full", source="planted.csv").save(law)
     monkeypatch.setattr(predict, "SHIPPED_LAW", law)

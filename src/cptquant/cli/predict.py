@@ -16,8 +16,8 @@ _OwnText = Annotated[
     int | None,
     typer.Option(
         "--own-text",
-        help="As of quantize, for gptq: sequences that the model writes itself; the law knows 0 and 256 or more.  "
-        "[default: quantize's: 256 below 50M parameters, else 0]",
+        help="As of quantize, for gptq: sequences that the model writes itself; 0, or 256 and more for a law whose "
+        "table has `gptq + own text`.  [default: that of quantize]",
         show_default=False,
     ),
 ]

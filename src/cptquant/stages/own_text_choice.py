@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cptquant.core.settings import RunSettings
+from cptquant.core.settings import OWN_TEXT, RunSettings
 
 BEGUN_BEFORE = "this run was begun before GPTQ read own text by default; --own-text 256 adds it, for other weights"
 
@@ -19,7 +19,7 @@ def carry_own_text(folder: Path, settings: RunSettings) -> RunSettings:
         return settings
     before = RunSettings.load(folder / "settings.json")
     asked = before.own_text is not None or before.quantizer != "gptq"
-    if not asked and "gptq" not in before.own_text_default and _quantized(folder):
+    if "gptq" in OWN_TEXT and not asked and "gptq" not in before.own_text_default and _quantized(folder):
         before = before.settled(0, BEGUN_BEFORE)
     return settings.model_copy(update={"own_text_default": before.own_text_default})
 
