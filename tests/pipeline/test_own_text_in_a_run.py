@@ -169,6 +169,13 @@ def test_a_model_that_cannot_write_goes_without_and_says_so(
         assert (run / "checkpoint/model.safetensors").read_bytes() == checkpoint
 
     monkeypatch.setattr(own_text, "_continue", no_cache)
+    swaps = tmp_path / "swaps"  # reads own text as quantizing does, stage by stage too
+    wanted = ("--calibration-sequences", 16, "--sequence-length", 32)
+    assert cptquant("inspect", folder, "--output", swaps).code == 0
+    assert cptquant("measure", swaps, *wanted).code == 0
+    outcome = cptquant("allocate", swaps, "--budget", "4bpw@sites", "--refine-swaps", 1)
+    assert outcome.code == 0 and "calibrated on the given text alone: " in outcome.err
+    assert reason in RunSettings.load(swaps / "settings.json").own_text_note
     refused = cptquant("quantize", folder, "--output", tmp_path / "asked", *flags, "--own-text", 4)
     assert refused.code == 2 and "use --own-text 0, which calibrates on the given text alone" in refused.err
     assert not (tmp_path / "asked/sensitivity.json").exists()  # before compute is spent

@@ -27,6 +27,9 @@ def settle_own_text(run: "Run") -> None:
     """
     from cptquant.models.own_text import OwnTextError
 
+    if run.own_text_settled:
+        return
+    run.own_text_settled = True
     settings, count, note = run.settings, run.settings.own_text_for(run.model.layout), run.settings.own_text_note
     try:
         _ = run.quantizer_text

@@ -28,11 +28,16 @@ A = TypeVar("A", bound=Artifact)
 
 @dataclass
 class Run:
-    """A run folder, what was asked for, and the model, loaded when first needed."""
+    """A run folder, what was asked for, and the model, loaded when first needed.
+
+    Attributes:
+        own_text_settled: whether `settle_own_text` was called, which says what it found once.
+    """
 
     folder: Path
     settings: RunSettings
     progress: Progress = field(default=ignore_progress)
+    own_text_settled: bool = field(default=False, init=False)
 
     @classmethod
     def start(
