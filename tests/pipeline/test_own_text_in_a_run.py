@@ -276,6 +276,7 @@ def test_fast_is_what_its_flags_say(cptquant: Callable, folder: Path, tmp_path: 
     assert settings.baselines == ("uniform",) and settings.predict is False and settings.own_text == 0
     assert not (tmp_path / "run/forecast.json").exists() and not (tmp_path / "run/plan-random.json").exists()
     learned = RunSettings(model=str(folder), quantizer="kl-rounding")
+    (tmp_path / "learned").mkdir()
     learned.save(tmp_path / "learned/settings.json")
     for model, flags, own in (
         (str(folder), {}, {"own_text": 0}), (str(folder), {"quantizer": "kl-rounding"}, {}),
