@@ -148,10 +148,11 @@ def test_a_model_that_cannot_write_goes_without_and_says_so(
     def no_cache(*_: object) -> None:
         raise TypeError("forward() got an unexpected keyword argument 'past_key_values'")
 
-    monkeypatch.setattr(own_text, "_continue", no_cache)
     run = tmp_path / "run"
     flags = ("--budget", "10bpw", *QUICK, "--baselines", "uniform")
-    outcome = cptquant("quantize", folder, "--output", run, *flags)
+    with monkeypatch.context() as patched:
+        patched.setattr(own_text, "_continue", no_cache)
+        outcome = cptquant("quantize", folder, "--output", run, *flags)
     assert outcome.code == 0, outcome.err
     reason = "OPTForCausalLM cannot go on from keys and values kept in a cache (forward() got an unexpected keyword"
     assert "calibrated on the given text alone: " in outcome.err and reason in outcome.err
@@ -162,7 +163,7 @@ def test_a_model_that_cannot_write_goes_without_and_says_so(
     assert reason.split(" (")[0] in (run / "report.html").read_text()
     checkpoint = (run / "checkpoint/model.safetensors").read_bytes()
 
-    monkeypatch.undo()  # what was found once holds for the run, so that its bits stay
+    # what was found once holds for the run, so that its bits stay, also where the model can write again
     for again in (("quantize", run), ("quantize", folder, "--output", run, *flags)):
         assert cptquant(*again).code == 0
         assert Manifest.load(run / "manifest.json").quantizer == "gptq"
