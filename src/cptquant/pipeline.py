@@ -28,6 +28,7 @@ from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
 from cptquant.stages.export import ENGINE_TARGETS, export_stage, retarget
 from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
+from cptquant.stages.own_text import settle_own_text
 from cptquant.stages.predict import forecast_stage
 from cptquant.stages.quantize import Variant, quantize_stage, write_stage
 from cptquant.stages.refine import plan_stage
@@ -82,6 +83,7 @@ def quantize_model(
     run.read_all_text()
     find_exporter(settings.target).check(run.model, context)
     run.keep_settings()
+    settle_own_text(run)
     table = measure_stage(run, layout) if needs_table(settings.allocator) else None
     plan_stage(run, layout, table)
     return _from_plan(run, layout)
@@ -100,6 +102,7 @@ def quantize_run(folder: Path, progress: Progress = ignore_progress, **changes: 
 
 def _from_plan(run: Run, layout: ModelLayout) -> Result:
     plans = _plans(run, layout)
+    settle_own_text(run)
     forecast = forecast_stage(run, layout, plans)
     variants = quantize_variants(run, layout, plans)
     written, guard = guard_stage(run, variants)
