@@ -45,11 +45,11 @@ def main() -> None:
     models = args.models or [name for name in MODELS if name.startswith("embedded:") or model_folder(name).is_dir()]
     path = FOLDER / "frontier.json"
     before = json.loads(path.read_text())["runs"] if path.exists() else []
-    runs: dict[str, dict[str, Any]] = {f"{run['model']} {run['quantizer']}": run for run in before}
+    runs: dict[str, dict[str, Any]] = {f"{run['model']} {run['quantizer'].split()[0]}": run for run in before}
     for name in models:
         for quantizer in args.quantizers:
             folder = args.work / f"{name.replace(':', '-')}-{quantizer}"
-            made = describe_run(name, quantizer, trace(name, quantizer, folder), folder)
+            made = describe_run(name, trace(name, quantizer, folder), folder)
             runs[f"{name} {quantizer}"] = made
             found = coverage(list(runs.values()))
             write_results("frontier", {"machine": describe_machine(), "coverage": found, "runs": list(runs.values())})
@@ -67,7 +67,7 @@ def trace(name: str, quantizer: str, folder: Path) -> Frontier:
     return frontier_model(model, folder, request, quantizer=quantizer, **texts)
 
 
-def describe_run(name: str, quantizer: str, frontier: Frontier, folder: Path) -> dict[str, Any]:
+def describe_run(name: str, frontier: Frontier, folder: Path) -> dict[str, Any]:
     """One model and quantizer: every point, with the four bands and whether the measured loss lies inside."""
     bands = find_bands(frontier, folder)
     rows: list[dict[str, Any]] = []
@@ -89,7 +89,7 @@ def describe_run(name: str, quantizer: str, frontier: Frontier, folder: Path) ->
         rows.append(row)
     return {
         "model": name,
-        "quantizer": quantizer,
+        "quantizer": frontier.quantizer,
         "text": frontier.text,
         "vertices": len(frontier.vertices),
         "points": rows,

@@ -25,7 +25,11 @@ from peers_page import is_ours, write_page
 from results_file import FOLDER, REPOSITORY, model_folder, write_results
 from ruler import Ruler, cut_windows
 
-RECIPES = {"cptquant gptq": "--quantizer gptq", "cptquant kl-rounding": "--quantizer kl-rounding"}
+RECIPES = {
+    "cptquant gptq": "--quantizer gptq",
+    "cptquant gptq, own text": "--quantizer gptq --own-text 256",
+    "cptquant kl-rounding": "--quantizer kl-rounding",
+}
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
 
 

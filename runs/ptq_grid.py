@@ -1,11 +1,13 @@
 """Observations of the PTQ law on some models: features first, then every format and method quantized and measured.
 
     python runs/ptq_grid.py embedded:opt-mini --work build/ptq_grid
+    python runs/ptq_grid.py embedded:opt-mini --methods "gptq + own text" --work build/ptq_grid   # only what is new
     python runs/ptq_grid.py --collect src/cptquant/laws/data/ptq_observations.csv --work build/ptq_grid
 
 Text: calibration and test splits of the embedded text unless others are given. Features come from calibration
-text, losses from test text (32 windows of 256 tokens), quantization as in `cptquant quantize` but from 32 calibration
-windows.
+text, losses from test text (32 windows of 256 tokens), quantization as in `cptquant quantize`: GPTQ from 32 calibration
+windows, with own text from 128 and the 256 that the model writes, which is the default of small models.
+Collecting keeps the table's rows of what $WORK has not observed, digit for digit.
 A uniform plan gives every site the format wherever the target can hold it, as `--allocator uniform` does. Mixed plans
 draw a format a site; they hold what a sum over sites has to hold.
 """
@@ -23,16 +25,18 @@ from typing import Any
 
 import torch
 
-from cptquant.core.forecast import PlanFeatures
+from cptquant.core.forecast import FITTED_OWN_TEXT, METHODS, Method, PlanFeatures
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.provenance import installed_versions
 from cptquant.evaluation.evaluate import evaluate
 from cptquant.laws.ptq import fit_ptq_law
-from cptquant.laws.ptq_features import METHODS, ModelNoise, plan_features
-from cptquant.laws.ptq_table import PtqObservation, write_observations
+from cptquant.laws.ptq_features import ModelNoise, plan_features
+from cptquant.laws.ptq_table import PtqObservation, read_observations, write_observations
+from cptquant.models.corpus import Split
 from cptquant.models.load import LoadedModel, load_model, read_layout
+from cptquant.models.own_text import join_texts, write_own_text
 from cptquant.models.text import TokenSet, load_tokens
 from cptquant.packing.quantized_weight import QuantizedWeight
 from cptquant.quantizers.methods import find_quantizer
@@ -41,6 +45,7 @@ from cptquant.sensitivity.model_noise import measure_model_noise
 from cptquant.stages.predict import uniform_plan
 
 CALIBRATION, TEST, LENGTH, SEED = 32, 32, 256, 0
+GIVEN, OWN = 128, FITTED_OWN_TEXT
 CORE = ("int3-g64", "int4-g64", "int2-g64", "int3-channel", "int4-channel", "int3-g32", "int6-g64", "int8-g64")
 REST = (
     "int2-channel", "int2-g32", "int4-g32", "int3-g128", "int4-g128", "int2-g128", "int5-g64", "int7-g64",
@@ -90,18 +95,19 @@ def measure(
     model: LoadedModel,
     plans: dict[str, dict[str, QuantFormat]],
     texts: dict[str, TokenSet],
-    features: dict[tuple[str, str], PlanFeatures],
+    features: dict[tuple[str, Method], PlanFeatures],
 ) -> list[PtqObservation]:
-    """Quantize some plans by every method and judge them beside one pass of the original."""
+    """Quantize plans as `features` names them and judge them beside one pass of the original."""
     subjects: dict[str, Weights] = {}
-    for name, formats in plans.items():
-        plan = Plan.model_construct(formats={site: fmt.name for site, fmt in formats.items()})
-        for method in METHODS:
-            weights = subjects[f"{name} {method}"] = Weights()
-            quantize_sites(
-                model, plan, find_quantizer(method), texts["calibration"],
-                lambda _index, block, _records, to=weights: to.update(block),
-            )  # fmt: skip
+    for name, method in features:
+        formats = {site: fmt.name for site, fmt in plans[name].items()}
+        plan = Plan.model_construct(formats=formats, target="transformers")
+        weights = subjects[f"{name} {method}"] = Weights()
+        quantize_sites(
+            model, plan, find_quantizer(method.split()[0]),
+            texts["own text" if method == "gptq + own text" else "calibration"],
+            lambda _index, block, _records, to=weights: to.update(block),
+        )  # fmt: skip
     found = {(m.name, m.subject): m for m in evaluate(model, subjects, texts["test"])}
     observations: list[PtqObservation] = []
     for (name, method), row in features.items():
@@ -140,32 +146,39 @@ def observe(source: str, choices: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     layout = read_layout(source)
     plans = make_plans(layout, CORE if choices.core else (*CORE, *REST))
-    missing = [name for name in plans if name not in _observed(folder)]
+    known = {(name, row["features"]["method"]) for name, rows in _observed(folder).items() for row in rows}
+    missing = [(name, method) for name in plans for method in choices.methods if (name, method) not in known]
     if not missing:
         return
     wait_while_quiet()
     model = load_model(source)
-    texts = {
-        split: load_tokens(model, text, split, sequences=count, length=LENGTH, seed=SEED)
-        for split, text, count in (
-            ("calibration", choices.calibration, CALIBRATION), ("test", choices.eval_text, TEST),
-        )
-    }  # fmt: skip
+    texts = _texts(model, choices)
     noise = _noise(folder / "noise.json", model, texts["calibration"], plans, _tokens_seen(source))
     for start in range(0, len(missing), AT_ONCE):
         wait_while_quiet()
         began, part = time.process_time(), missing[start : start + AT_ONCE]
-        features = {
-            (name, method): plan_features(noise, layout, plans[name], method, name)
-            for name in part
-            for method in METHODS
-        }
-        found = measure(model, {name: plans[name] for name in part}, texts, features)
+        features = {(name, method): plan_features(noise, layout, plans[name], method, name) for name, method in part}
+        found = measure(model, plans, texts, features)
         record = {
             "versions": installed_versions(), "cpu_seconds": round(time.process_time() - began, 1),
             "observations": [observation.model_dump(mode="json") for observation in found],
         }  # fmt: skip
-        (folder / f"plans-{part[0]}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path = folder / f"plans-{'-'.join(part[0]).replace(' ', '')}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _texts(model: LoadedModel, choices: argparse.Namespace) -> dict[str, TokenSet]:
+    """Calibration and test text, and calibration text with what the model writes where a method reads that."""
+
+    def given(split: Split, sequences: int) -> TokenSet:
+        source = choices.eval_text if split == "test" else choices.calibration
+        return load_tokens(model, source, split, sequences=sequences, length=LENGTH, seed=SEED)
+
+    texts = {"calibration": given("calibration", CALIBRATION), "test": given("test", TEST)}
+    if "gptq + own text" in choices.methods:
+        text = given("calibration", GIVEN)
+        texts["own text"] = join_texts(text, write_own_text(model, text, OWN, seed=SEED))
+    return texts
 
 
 def _observed(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -201,8 +214,11 @@ def _noise(
     return known
 
 
-def collect(folder: Path, output: Path) -> None:
-    """All models' observations into the shipped table; features are added up anew from the noise that was measured."""
+def collect(folder: Path, output: Path, methods: Sequence[str]) -> None:
+    """All models' observations into the shipped table; features are added up anew from the noise that was measured.
+
+    Rows that stand in the table and were not observed again stay as they are.
+    """
     records: list[dict[str, Any]] = []
     observations: list[PtqObservation] = []
     for path in sorted(folder.glob("*/noise.json")):
@@ -211,9 +227,13 @@ def collect(folder: Path, output: Path) -> None:
         plans = make_plans(layout, (*CORE, *REST))
         records += [json.loads(part.read_text(encoding="utf-8")) for part in path.parent.glob("plans-*.json")]
         for name, rows in _observed(path.parent).items():
-            for row in rows:
+            for row in (row for row in rows if row["features"]["method"] in methods):
                 features = plan_features(noise, layout, plans[name], row["features"]["method"], name)
                 observations.append(PtqObservation.model_validate({**row, "features": features}))
+    made = {(row.model, row.plan, row.features.method) for row in observations}
+    before = read_observations(output) if output.exists() else ()
+    kept = [row for row in before if (row.model, row.plan, row.features.method) not in made]
+    observations = [*kept, *observations]
     versions = ", ".join(f"{name} {version}" for name, version in records[0]["versions"].items())
     models = len({observation.model for observation in observations})
     seconds = sum(record["cpu_seconds"] for record in records)
@@ -222,8 +242,8 @@ def collect(folder: Path, output: Path) -> None:
         output,
         observations,
         [
-            f"Observations of the PTQ law, made by runs/ptq_grid.sh: {models} models, {len(observations)} rows, "
-            f"{seconds:.0f} CPU seconds.",
+            f"Observations of the PTQ law, made by runs/ptq_grid.sh: {models} models, {len(observations)} rows; the "
+            f"last {len(made)} in {seconds:.0f} CPU seconds.",
             f"Versions: {versions}. Seed {SEED}.",
             f"Features: calibration text. Losses: {TEST} test windows of {LENGTH} tokens; nats per token; stderr "
             "clustered by document.",
@@ -241,11 +261,14 @@ def main() -> None:
     parser.add_argument("--eval-text", default=None)
     parser.add_argument("--work", type=Path, default=Path("build/ptq_grid"))
     parser.add_argument("--core", action="store_true", help="only the formats that matter most")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="how to quantize; which rows to collect"
+    )
     parser.add_argument("--collect", type=Path, default=None)
     choices = parser.parse_args()
     torch.set_num_threads(1)
     if choices.collect is not None:
-        collect(choices.work / "observations", choices.collect)
+        collect(choices.work / "observations", choices.collect, choices.methods)
         fit_ptq_law(choices.collect).save(choices.collect.with_name("ptq_law.json"))
     for source in choices.models:
         observe(source, choices)

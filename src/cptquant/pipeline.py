@@ -30,6 +30,7 @@ from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
 from cptquant.stages.export import ENGINE_TARGETS, export_stage, retarget
 from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
+from cptquant.stages.own_text import settle_own_text
 from cptquant.stages.predict import forecast_stage
 from cptquant.stages.quantize import Variant, quantize_stage, write_stage
 from cptquant.stages.recover import (
@@ -95,6 +96,7 @@ def quantize_model(
     run.read_all_text()
     find_exporter(settings.target).check(run.model, context)
     run.keep_settings()
+    settle_own_text(run)
     table = measure_stage(run, layout) if needs_table(settings.allocator) else None
     plan_stage(run, layout, table)
     return _from_plan(run, layout)
@@ -146,6 +148,7 @@ def recover_run(
 
 def _from_plan(run: Run, layout: ModelLayout) -> Result:
     plans = _plans(run, layout)
+    settle_own_text(run)
     forecast = forecast_stage(run, layout, plans)
     return _finish(run, layout, quantize_variants(run, layout, plans), forecast)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 QUICK = (
     "--calibration-sequences", 4, "--eval-sequences", 4, "--sequence-length", 32, "--sensitivity", "cmpq",
-    "--baselines", "uniform",
+    "--baselines", "uniform", "--own-text", 0,
 )  # fmt: skip
 
 

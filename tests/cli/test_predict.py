@@ -1,12 +1,15 @@
 """`cptquant predict`, and predictions beside measurements in `quantize`."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from laws.planted_ptq import planted_table
+from laws.planted_ptq import PLANTED, planted_table
 
+from cptquant.core.forecast import FITTED_OWN_TEXT
+from cptquant.core.settings import OWN_TEXT
 from cptquant.laws.ptq import fit_observations
 from cptquant.laws.ptq_table import read_observations
 from cptquant.stages import predict as predict_stage_module
@@ -15,6 +18,12 @@ QUICK = (
     "--calibration-sequences", 4, "--eval-sequences", 4, "--sequence-length", 32, "--sensitivity", "tdmpq",
     "--baselines", "uniform", "--formats", "int3-g16,int8-g16", "--quantizer", "rtn",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Own text is GPTQ's default in these tests, whatever the package's own is."""
+    monkeypatch.setitem(OWN_TEXT, "gptq", FITTED_OWN_TEXT)
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +44,7 @@ def test_every_plan_has_an_interval(cptquant: Callable, folder: Path, law: Path,
     assert [(row["plan"], row["method"]) for row in found["rows"]] == [
         (plan, method)
         for plan in ("int3-g16", "int3-g32", "int4-channel", "budget 13bpw")
-        for method in ("rtn", "gptq")
+        for method in ("rtn", "gptq + own text")
     ]
     for row in found["rows"]:
         for name in ("kl_nats", "nll_nats", "perplexity"):
@@ -50,6 +59,27 @@ def test_every_plan_has_an_interval(cptquant: Callable, folder: Path, law: Path,
         "predict", folder, "--formats", "int4", "--group", "16", "--law", law.parent, "--sequence-length", 32
     )
     assert table.code == 0 and "round to nearest" in table.out and "planted.csv, form full" in table.out
+    assert "GPTQ, own text" in table.out
+
+
+def test_gptq_is_what_quantize_would_do(cptquant: Callable, folder: Path, law: Path, tmp_path: Path) -> None:
+    def kl(*flags: object) -> dict[str, float]:
+        common = ("predict", folder, "--formats", "int3", "--group", 16, "--law", law, "--sequence-length", 32)
+        outcome = cptquant(*common, "--json", *flags)
+        assert outcome.code == 0, outcome.err
+        return {row["method"]: row["prediction"]["kl_nats"]["value"] for row in json.loads(outcome.out)["rows"]}
+
+    default, given = kl("--quantizer", "gptq"), kl("--own-text", 0)
+    assert list(default) == ["gptq + own text"] and list(given) == ["rtn", "gptq"]
+    assert default == kl("--quantizer", "gptq", "--own-text", 300)
+    # features are alike, so the two differ by the planted intercepts
+    planted = PLANTED["gptq"] - PLANTED["gptq + own text"]
+    assert math.log(given["gptq"] / default["gptq + own text"]) == pytest.approx(planted, abs=0.05)
+    two = [row for row in planted_table(noise=0.1) if row.features.method != "gptq + own text"]
+    fit_observations(two, form="full", source="two.csv").save(tmp_path / "two.json")
+    refused = cptquant("predict", folder, "--law", tmp_path / "two.json")
+    told = "--quantizer gptq with own text: this law was fitted on gptq, rtn alone; give --own-text 0"
+    assert refused.code == 2 and told in refused.err
 
 
 @pytest.mark.parametrize(
@@ -58,6 +88,9 @@ def test_every_plan_has_an_interval(cptquant: Callable, folder: Path, law: Path,
         (("--formats", ""), ("--formats names no format", "int2,int3,int4")),
         (("--formats", "int9"), ("format 'int9-g64' is not readable",)),
         (("--group", "many"), ("format 'int2-gmany' is not readable",)),
+        (("--own-text", 255), ("--own-text 255: the law was fitted on 256 sequences; give 0, or 256 or more",)),
+        (("--own-text", -1), ("--own-text -1: the law was fitted on 256 sequences",)),
+        (("--own-text", 256, "--quantizer", "rtn"), ("--quantizer rtn reads no text; leave the flag out",)),
         (("--quantizer", "awq"), ("--quantizer 'awq' is unknown; choose one of: rtn, gptq, or both",)),
         (("--budget", "lots"), ("--budget 'lots' is not readable",)),
         (("--seed", -1), ("--seed -1 is out of range; give 0 to",)),
@@ -152,7 +185,8 @@ def one_method(tmp_path: Path) -> Path:
         (("--output", "no/such/f.json"), ("cannot write no/such/f.json (No such file or directory); choose another",)),
         (("--output", "."), ("cannot write . (Is a directory); choose another --output",)),
         (("--law", "one", "--form", "error", "--tokens-seen", "1e9"), ("--form 'error' is none of this law's",)),
-        (("--law", "one"), ("--quantizer gptq: this law was fitted on rtn alone; choose that",)),
+        (("--law", "one"), ("--quantizer gptq with own text: this law was fitted on rtn alone; choose that",)),
+        (("--law", "one", "--own-text", 0), ("--quantizer gptq: this law was fitted on rtn alone; choose that",)),
     ],
 )
 def test_checked_before_the_model_is_read(

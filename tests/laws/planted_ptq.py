@@ -7,7 +7,7 @@ import numpy as np
 from cptquant.core.forecast import PlanFeatures
 from cptquant.laws.ptq_table import PtqObservation
 
-PLANTED = {"rtn": 0.1, "gptq": -0.2}
+PLANTED = {"rtn": 0.1, "gptq": -0.2, "gptq + own text": -0.35}
 POWER, BEND, CORRECTION = 1.05, 0.8, 0.9
 PER_KL, PER_SLOPE = 1.02, 0.7
 
@@ -15,7 +15,7 @@ PER_KL, PER_SLOPE = 1.02, 0.7
 def made_features(
     *, method: str = "rtn", taylor: float = 0.02, full_over_taylor: float = 1.1, parameters: float = 1e6, **changes
 ) -> PlanFeatures:
-    ratio = 0.4 if method == "gptq" else 1.0
+    ratio = 1.0 if method == "rtn" else 0.4
     values = {
         "method": method, "parameters": parameters, "tokens_seen": 20 * parameters, "nll_nats": 3.0,
         "bits_per_weight": 3.25, "code_bits": 3.0, "group_columns": 64.0, "sqnr_db": 15.0,
@@ -40,7 +40,7 @@ def planted_kl(features: PlanFeatures) -> float:
 def planted_table(
     *, families: int = 8, plans: int = 8, noise: float = 0.0, seed: int = 0, rise_stderr: float = 1e-5
 ) -> list[PtqObservation]:
-    """`families` x `plans` x 2 methods; `noise` is the standard deviation of ln KL."""
+    """`families` x `plans` x 3 methods; `noise` is the standard deviation of ln KL."""
     draw = np.random.default_rng(seed)
     rows: list[PtqObservation] = []
     for family in range(families):

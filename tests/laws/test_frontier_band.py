@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cptquant.core.forecast import FITTED_OWN_TEXT
 from cptquant.core.frontier import BandPrior
+from cptquant.core.settings import OWN_TEXT
 from cptquant.laws.frontier_band import CENTER_NATS, calibrate, observed_prior, vague_prior
-from cptquant.laws.ptq import usable_observations
+from cptquant.laws.ptq import load_ptq_law, usable_observations
 from cptquant.laws.ptq_table import SHIPPED, read_observations
 
 FLAT = BandPrior(
@@ -80,6 +82,12 @@ def test_families_left_out_are_covered(method, factor):
     assert len(factors) > 90
     assert inside / len(factors) >= 0.88
     assert np.median(factors) < factor, "a band that covers everything says nothing"
+
+
+def test_a_default_of_gptq_is_one_that_law_and_prior_know():
+    """Forecasts and bands of the default must not fall away."""
+    known = "gptq + own text" in load_ptq_law().laws["full"].intercepts and observed_prior("gptq + own text")
+    assert OWN_TEXT.get("gptq") in ((None, FITTED_OWN_TEXT) if known else (None,))
 
 
 def test_the_observed_prior_is_what_the_table_shows():

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers as hf
 
-from cptquant.core.errors import DataError, ModelError
+from cptquant.core.errors import ModelError
 from cptquant.models import own_text
 from cptquant.models.load import LoadedModel, load_model
-from cptquant.models.own_text import NO_DOCUMENT, join_texts, write_own_text
+from cptquant.models.own_text import NO_DOCUMENT, OwnTextError, join_texts, write_own_text
 from cptquant.models.text import TokenSet
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -99,7 +99,7 @@ def test_refusals(tmp_path: Path) -> None:
         write_own_text(load_model(str(tmp_path / "encoder")), make_text(), 2, seed=0)
     model = make("llama", tmp_path / "llama")
     model.module.lm_head.weight.data.fill_(float("inf"))
-    with pytest.raises(DataError, match=r"overflows while it writes calibration text; use --own-text 0"):
+    with pytest.raises(OwnTextError, match=r"overflows while it writes calibration text; use --own-text 0"):
         write_own_text(model, make_text(), 2, seed=0)
 
 
@@ -116,5 +116,5 @@ def test_a_model_that_does_not_go_on_from_a_cache_is_refused(fault: str, tmp_pat
     monkeypatch.setattr(model.module, "forward", without)
     reason = "unexpected keyword" if fault == "takes none" else "nats from those made without a cache"
     told = f"LlamaForCausalLM cannot go on from keys and values kept in a cache .*{reason}.*use --own-text 0"
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(OwnTextError, match=told):
         write_own_text(model, make_text(), 5, seed=0)

@@ -15,7 +15,10 @@ from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.engines import llamacpp_python
 
-QUICK = ("--calibration-sequences", 4, "--eval-sequences", 4, "--sequence-length", 32, "--baselines", "uniform")
+QUICK = (
+    "--calibration-sequences", 4, "--eval-sequences", 4, "--sequence-length", 32, "--baselines", "uniform",
+    "--own-text", 0,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from cptquant.packing.shards import ShardFolder
 
 QUICK = (
     "--calibration-sequences", 8, "--eval-sequences", 8, "--sequence-length", 32, "--sensitivity", "tdmpq",
+    "--own-text", 0,
 )  # fmt: skip
 BUDGET = "10bpw"
 STOCK = """
@@ -187,7 +188,7 @@ def test_stages_one_by_one_give_the_same_files(cptquant: Callable, folder: Path,
         ("inspect", folder, "--output", steps),
         ("measure", steps, "--sensitivity", "tdmpq", *common),
         ("allocate", steps, "--budget", BUDGET),
-        ("quantize", steps, *QUICK[2:4]),
+        ("quantize", steps, *QUICK[2:4], *QUICK[8:]),
         ("evaluate", steps),
         ("report", steps),
     ):
@@ -288,7 +289,7 @@ def test_guard_writes_uniform_bits_when_the_plan_is_worse(cptquant: Callable, fo
             tensors[name] *= 8
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert cptquant("inspect", folder, "--output", run).code == 0
-    assert cptquant("measure", run, *QUICK[:2], *QUICK[4:]).code == 0
+    assert cptquant("measure", run, *QUICK[:2], *QUICK[4:8]).code == 0
     path = run / "sensitivity.json"
     table = json.loads(path.read_text())
     for site, row in table["damages"].items():
@@ -297,7 +298,7 @@ def test_guard_writes_uniform_bits_when_the_plan_is_worse(cptquant: Callable, fo
             damage["value"] = 0.0 if name.startswith(wanted) else 1.0
     path.write_text(json.dumps(table))
     assert cptquant("allocate", run, "--budget", "12bpw").code == 0
-    outcome = cptquant("quantize", run, *QUICK[2:4])
+    outcome = cptquant("quantize", run, *QUICK[2:4], *QUICK[8:])
     assert outcome.code == 0, outcome.err
     evaluation = EvaluationReport.load(run / "evaluation.json")
     assert evaluation.written == "uniform" and "uniform bits were written" in evaluation.guard

@@ -18,7 +18,7 @@ from cptquant.engines import llamacpp_python
 from cptquant.stages.presets import find_preset
 
 GGUF = find_target("gguf")
-QUICK = ("--calibration-sequences", 4, "--eval-sequences", 4, "--sequence-length", 32)
+QUICK = ("--calibration-sequences", 4, "--eval-sequences", 4, "--sequence-length", 32, "--own-text", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_the_preset_is_written_where_it_is_better(cptquant: Callable, folder: Pa
             damage["value"] = 0.0 if name == wanted else 1.0
     path.write_text(json.dumps(table))
     assert cptquant("allocate", run, "--budget", "14bpw", "--formats", "Q4_0,Q8_0").code == 0
-    flags = ("--eval-sequences", 8, "--baselines", "preset")
+    flags = ("--eval-sequences", 8, "--baselines", "preset", "--own-text", 0)
     outcome = cptquant("quantize", run, *flags)
     assert outcome.code == 0, outcome.err
     evaluation, written = EvaluationReport.load(run / "evaluation.json"), Plan.load(run / "plan-preset.json")

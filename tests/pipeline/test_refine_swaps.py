@@ -11,7 +11,10 @@ from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.plan import Plan
 from cptquant.core.refinement import Refinement
 
-QUICK = ("--calibration-sequences", 16, "--eval-sequences", 4, "--sequence-length", 32, "--baselines", "uniform")
+QUICK = (
+    "--calibration-sequences", 16, "--eval-sequences", 4, "--sequence-length", 32, "--baselines", "uniform",
+    "--own-text", 0,
+)  # fmt: skip
 SWAPS = ("--refine-swaps", 2)
 FORMATS = ("--formats", "int2-g32,int3-g32,int4-g32,int8-g32")
 

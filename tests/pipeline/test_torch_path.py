@@ -16,7 +16,7 @@ from cptquant.models.stream import write_weight_
 
 QUICK = (
     "--calibration-sequences", 4, "--eval-sequences", 4, "--sequence-length", 32, "--baselines", "",
-    "--sensitivity", "tdmpq", "--no-predict",
+    "--sensitivity", "tdmpq", "--no-predict", "--own-text", 0,
 )  # fmt: skip
 
 

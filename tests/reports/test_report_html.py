@@ -116,7 +116,7 @@ STAGES = {
     "Sensitivity was not measured. Measure it with: cptquant measure {run} --sensitivity METHOD": "sensitivity",
     "No plan was made. Make one with: cptquant allocate {run} --budget BUDGET": "plan.json",
     "Nothing was quantized. Quantize with: cptquant quantize {run}": "manifest",
-    "Nothing was evaluated. Evaluate with: cptquant evaluate {run}": "evaluation",
+    "Nothing was evaluated. Finish the run with: cptquant quantize {run}": "evaluation",
 }
 
 

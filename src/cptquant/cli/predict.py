@@ -11,7 +11,16 @@ _Formats = Annotated[
     str, typer.Option("--formats", help="Widths, each taken with every --group, or whole names such as int4-channel.")
 ]
 _Group = Annotated[str, typer.Option("--group", help="Columns that share a scale, comma-separated, or channel.")]
-_Quantizer = Annotated[str, typer.Option("--quantizer", help="gptq, rtn, or both.")]
+_Quantizer = Annotated[str, typer.Option("--quantizer", help="gptq (as quantize would, see --own-text), rtn, or both.")]
+_OwnText = Annotated[
+    int | None,
+    typer.Option(
+        "--own-text",
+        help="As of quantize, for gptq: sequences that the model writes itself; 0, or 256 and more for a law whose "
+        "table has `gptq + own text`.  [default: that of quantize]",
+        show_default=False,
+    ),
+]
 _Law = Annotated[
     Path | None,
     typer.Option(
@@ -41,6 +50,7 @@ def predict(
     group: _Group = "64",
     budget: options.BudgetText = None,
     quantizer: _Quantizer = "rtn,gptq",
+    own_text: _OwnText = None,
     law: _Law = None,
     form: _Form = None,
     tokens_seen: _TokensSeen = None,
@@ -60,6 +70,7 @@ def predict(
 
     chosen = options.given(
         budget=budget,
+        own_text=own_text,
         law=law,
         form=form,
         tokens_seen=tokens_seen,
@@ -70,7 +81,7 @@ def predict(
         trust_remote_code=trust_remote_code,
     )
     request = ForecastRequest(
-        model=model, formats=_split(formats), groups=_split(group), methods=_split(quantizer), **chosen
+        model=model, formats=_split(formats), groups=_split(group), quantizers=_split(quantizer), **chosen
     )  # type: ignore[arg-type]
     if output is not None:
         check_writable(output)

@@ -16,13 +16,13 @@ FAST: dict[str, object] = {
     "baselines": ("uniform",),
     "predict": False,
 }
-"""What `--fast` stands for; flags that are given go before it."""
+"""What `--fast` stands for, with `own_text` 0 unless learning needs it; flags that are given go before it."""
 _Fast = Annotated[
     bool,
     typer.Option(
         "--fast",
-        help="Half the text, no forecast, no random baseline: --calibration-sequences 64 --eval-sequences 32 "
-        "--baselines uniform --no-predict, each unless given.",
+        help="Half the text, none of the model's own, no forecast, no random baseline: --calibration-sequences 64 "
+        "--eval-sequences 32 --own-text 0 (but for kl-rounding) --baselines uniform --no-predict, each unless given.",
     ),
 ]
 _Baselines = Annotated[
@@ -110,7 +110,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     if fast:
-        changes = FAST | changes
+        changes = fast_changes(model, changes) | changes
     if dry_run:
         _print_estimate(model, changes, as_json)
         return
@@ -138,6 +138,15 @@ def quantize(
         if result.forecast is not None:
             print_text(render_text(beside_rows(result.forecast, result.evaluation)))
         print(f"checkpoint {result.folder / 'checkpoint'}\nreport     {result.folder / 'report.html'}")
+
+
+def fast_changes(model: str, changes: dict[str, object]) -> dict[str, object]:
+    """Learned rounding keeps its own text, without which it learns the given text by heart."""
+    from cptquant.core.settings import RunSettings
+
+    before = RunSettings.load(Path(model) / "settings.json") if _is_run(model) else RunSettings(model=model)
+    learned = changes.get("quantizer", before.quantizer) == "kl-rounding"
+    return FAST if learned else FAST | {"own_text": 0}
 
 
 def _wants_forecast(predict: bool | None, record: Path | None, tokens_seen: float | None) -> bool | None:
@@ -177,9 +186,11 @@ def _print_estimate(model: str, changes: dict[str, object], as_json: bool) -> No
     from cptquant.core.settings import RunSettings
     from cptquant.reports.tables import estimate_table
     from cptquant.stages.estimate import estimate_run
+    from cptquant.stages.own_text_choice import carry_own_text
 
     if _is_run(model):
-        settings = RunSettings.load(Path(model) / "settings.json").model_copy(update=changes)
+        settings = carry_own_text(Path(model), RunSettings.load(Path(model) / "settings.json"))
+        settings = settings.model_copy(update=changes)
     else:
         settings = RunSettings.model_validate({"model": model, **changes})
     estimate = estimate_run(settings)

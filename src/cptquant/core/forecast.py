@@ -1,15 +1,21 @@
 """What quantizing a model is expected to cost: values with intervals, and the features behind them."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from cptquant.core.artifact import Artifact, Frozen
+
+Method = Literal["rtn", "gptq", "gptq + own text"]
+METHODS: tuple[Method, ...] = ("rtn", "gptq", "gptq + own text")
+"""What the PTQ law tells apart, spelled as `RunSettings.carried_out_with` spells it."""
+FITTED_OWN_TEXT = 256
+"""Own sequences behind its third method (runs/ptq_grid.py); a run with fewer is none of these."""
 
 
 class PlanFeatures(Frozen):
     """Features of one plan under one method: what a PTQ law reads, one row of its table of observations.
 
     Attributes:
-        method: `rtn` or `gptq`. parameters, tokens_seen, nll_nats: of the original; tokens_seen None if not known.
+        method: one of `METHODS`. parameters, tokens_seen, nll_nats: of the original; tokens_seen None if not known.
         bits_per_weight: of the blocks' linear sites, scales included. code_bits: mean over their weights.
         group_columns: mean over their weights of the columns that share a scale.
         sqnr_db: mean over weights of -10 log10 of the relative weight error.

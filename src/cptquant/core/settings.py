@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from cptquant.core.artifact import Artifact
+from cptquant.core.artifact import Artifact, Frozen
 from cptquant.core.budget import Budget
 from cptquant.core.engine_memory import memory_budget
 from cptquant.core.errors import FormatError, UserError
@@ -12,8 +12,16 @@ from cptquant.core.targets import find_target
 
 BASELINES = ("uniform", "random", "preset")
 _SMALL_MODEL_PARAMETERS = 50_000_000
-_OWN_TEXT = {"kl-rounding": 768}
-"""Sequences the model writes for its calibration where nothing was asked for: learning then sees each about once."""
+OWN_TEXT = {"kl-rounding": 768}
+"""Sequences the model writes for its calibration where nothing was asked for: learning then sees each about once. 256
+are meant for `gptq`, once the table behind law and frontier's prior holds `gptq + own text` (decision 0009)."""
+
+
+class OwnTextDefault(Frozen):
+    """What own text came to in a run that was not asked for any: sequences, and why none where that needs saying."""
+
+    sequences: int
+    note: str = ""
 
 
 class RunSettings(Artifact):
@@ -27,6 +35,8 @@ class RunSettings(Artifact):
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
     own_text: sequences that a causal language model writes itself, added to the calibration text when quantizing; None
         decides by quantizer and size (`own_text_for`).
+    own_text_default: quantizer -> what None came to in this run, so that it keeps its bits; no flag, settled by
+        `stages/own_text.py`.
     baselines: "uniform", "random" and, of llama.cpp, "preset" at no more bytes; None decides (`baselines_for`).
     refine_swaps: rounds of swaps between sites after allocation, judged on the model's own loss; 0 leaves them out.
     predict: whether a causal language model's losses are predicted before it is quantized (forecast.json); None
@@ -51,6 +61,7 @@ class RunSettings(Artifact):
     eval_sequences: int = 64
     sequence_length: int = 256
     own_text: int | None = None
+    own_text_default: dict[str, OwnTextDefault] = {}
     baselines: tuple[str, ...] | None = None
     refine_swaps: int = 0
     seed: int = 0
@@ -104,7 +115,8 @@ class RunSettings(Artifact):
     def own_text_for(self, layout: ModelLayout) -> int:
         """How many sequences the model writes for its own calibration.
 
-        By default none, except for `kl-rounding` of a causal language model.
+        By default what `OWN_TEXT` says of the quantizer, but for `kl-rounding` only below 50M parameters: above,
+        writing costs more time on a CPU than all else. What a run settled on once holds for it.
 
         Raises:
             UserError: asked for of another kind of model, or of a quantizer that reads no text.
@@ -118,7 +130,23 @@ class RunSettings(Artifact):
                     "models write text; leave the flag out"
                 )
             return 0
-        return _OWN_TEXT.get(self.quantizer, 0) if self.own_text is None else self.own_text
+        if self.own_text is not None:
+            return self.own_text
+        if self.quantizer in self.own_text_default:
+            return self.own_text_default[self.quantizer].sequences
+        small = layout.parameters < _SMALL_MODEL_PARAMETERS or self.quantizer == "kl-rounding"
+        return OWN_TEXT.get(self.quantizer, 0) if small else 0
+
+    @property
+    def own_text_note(self) -> str:
+        """Why the default's own text is left out in this run; empty where it is not."""
+        settled = self.own_text_default.get(self.quantizer)
+        return "" if self.own_text is not None or settled is None else settled.note
+
+    def settled(self, sequences: int, note: str = "") -> "RunSettings":
+        """A copy in which the quantizer's default of own text is fixed."""
+        found = OwnTextDefault(sequences=sequences, note=note)
+        return self.model_copy(update={"own_text_default": {**self.own_text_default, self.quantizer: found}})
 
     def carried_out_with(self, layout: ModelLayout, quantizer: str | None = None) -> str:
         """The quantizer (None: the run's own) as records name it: losses with and without own text do not compare."""

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cptquant.core.forecast import METHODS
 from cptquant.core.frontier import BandPrior, DamageCalibration
 from cptquant.laws.ptq import usable_observations
-from cptquant.laws.ptq_features import METHODS
 from cptquant.laws.ptq_table import SHIPPED, PtqObservation, read_observations
 
 CENTER_NATS = 0.03
@@ -51,7 +51,7 @@ def observed_prior(method: str, *, without: Sequence[str] = (), table: Path = SH
     """What the package's table shows between families, for second-order KL divergences of rounding to nearest.
 
     Args:
-        method: `rtn` or `gptq`: what quantized. without: families or models to leave out, as the one at hand.
+        method: one of `METHODS`: what quantized. without: families or models to leave out, as the one at hand.
 
     Returns:
         None where the table has no such method, or too few families.

@@ -14,17 +14,14 @@ to the law's intercept.
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import NonNegativeFloat
 
 from cptquant.core.artifact import Artifact, Frozen
-from cptquant.core.forecast import PlanFeatures
+from cptquant.core.forecast import Method, PlanFeatures
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
-
-Method = Literal["rtn", "gptq"]
-METHODS: tuple[Method, ...] = ("rtn", "gptq")
 
 
 class SiteNoise(Frozen):
@@ -102,6 +99,7 @@ def plan_features(
 
     Args:
         formats: format of every site; 16-bit ones add nothing.
+        method: of the two kinds of GPTQ the features are the same; the law's intercept tells them apart.
         plan_name: key of `noise.landscapes`; without such an entry those features are None.
 
     Raises:
@@ -113,7 +111,7 @@ def plan_features(
     for site in layout.sites:
         fmt = formats[site.name]
         found = None if fmt.is_float else noise.sites[site.name][fmt.name]
-        ratio = 0.0 if found is None else found.gptq_ratio if method == "gptq" else 1.0
+        ratio = 0.0 if found is None else 1.0 if method == "rtn" else found.gptq_ratio
         taylor += 0.0 if found is None else found.taylor_kl_nats * ratio
         rounded += 0.0 if found is None else found.taylor_kl_nats
         if site.block_index is None:

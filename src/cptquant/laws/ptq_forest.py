@@ -20,7 +20,7 @@ WITHOUT_ROUNDING_LOSS = tuple(name for name in WITH_ROUNDING_LOSS if name != "ln
 
 
 def forest_features(observations: Sequence[PtqObservation], terms: Sequence[str]) -> Floats:
-    """(n, terms + 3): the terms, code bits, group and whether it is GPTQ; a feature that was not measured is -1."""
+    """(n, terms + 4): the terms, code bits, group, GPTQ or not, own text or not; a feature not measured is -1."""
     rows: list[list[float]] = []
     for row in observations:
         values = [TERMS[name](row.features) for name in terms]
@@ -29,7 +29,8 @@ def forest_features(observations: Sequence[PtqObservation], terms: Sequence[str]
                 *(-1.0 if value is None else value for value in values),
                 row.features.code_bits,
                 row.features.group_columns,
-                float(row.features.method == "gptq"),
+                float(row.features.method != "rtn"),
+                float(row.features.method == "gptq + own text"),
             ]
         )
     return np.array(rows)

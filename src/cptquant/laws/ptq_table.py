@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from cptquant.core.artifact import Frozen, output_error, write_whole
 from cptquant.core.errors import DataError
-from cptquant.core.forecast import PlanFeatures
+from cptquant.core.forecast import METHODS, PlanFeatures
 
 SHIPPED = Path(__file__).parent / "data" / "ptq_observations.csv"
 """Our own grid, made by runs/ptq_grid.sh; its provenance stands in the comment lines on top."""
@@ -63,7 +63,6 @@ _RANGES = {
     "rise_stderr_nats": (0.0, _LARGEST_NATS), "nll_nats": (0.0, _LARGEST_NATS),
     "original_nll_nats": (0.0, _LARGEST_NATS), "tokens": (1.0, 1e15),
 }  # fmt: skip
-_METHODS = ("rtn", "gptq")
 
 
 def read_observations(path: Path) -> tuple[PtqObservation, ...]:
@@ -104,8 +103,8 @@ def _observation(row: dict[str, str], where: str) -> PtqObservation:
     for name in _OWN:
         if not row[name].strip():
             raise DataError(f"{where}: {name} is empty; name the {name}")
-    if row["method"] not in _METHODS:
-        raise DataError(f"{where}: method is {row['method']!r}; choose one of: {', '.join(_METHODS)}")
+    if row["method"] not in METHODS:
+        raise DataError(f"{where}: method is {row['method']!r}; choose one of: {', '.join(METHODS)}")
     values: dict[str, float | None] = {}
     for name in (*_FEATURES, *_TARGETS):
         if name != "method":

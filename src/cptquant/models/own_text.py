@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from cptquant.core.errors import DataError, ModelError
+from cptquant.core.errors import ModelError
 from cptquant.models.load import LoadedModel, quiet_transformers
 from cptquant.models.text import TokenSet
 
@@ -31,8 +31,24 @@ _CHECKED = 4
 """Sequences whose last prediction is made again without a cache."""
 _CACHE_NATS = 0.1
 """Largest divergence between the two: rounding to 16 bits makes far less, ignoring the cache far more."""
+_REFUSALS = (
+    TypeError, ValueError, AttributeError, NotImplementedError, LookupError, AssertionError, RuntimeError,
+)  # fmt: skip
+"""How models fail that were not written for a cache of keys and values; also where memory runs out."""
 NO_DOCUMENT = -1
 """`TokenSet.documents` of what the model wrote."""
+
+
+class OwnTextError(ModelError):
+    """A causal language model that cannot write calibration text.
+
+    Attributes:
+        reason: why, without what to do about it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; use --own-text 0, which calibrates on the given text alone")
+        self.reason = reason
 
 
 def write_own_text(
@@ -54,8 +70,8 @@ def write_own_text(
             batches).
 
     Raises:
-        ModelError: not a causal language model, or one that does not go on from the keys and values kept in a cache.
-        DataError: its predictions are not finite.
+        ModelError: not a causal language model. OwnTextError: it does not go on from the keys and values kept in a
+            cache, or its predictions are not finite.
     """
     if model.layout.task != "causal_lm":
         raise ModelError(f"{model.layout.source} is for {model.layout.task}; only causal language models write text")
@@ -74,7 +90,7 @@ def write_own_text(
         for part in prompts.split(batch):
             try:
                 ids, last = _continue(model, part, length, generator, show)
-            except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            except _REFUSALS as error:
                 raise _no_cache(model, str(error)) from error
             if not parts:
                 _check_cache(model, ids, last)
@@ -139,10 +155,10 @@ def _check_cache(model: LoadedModel, ids: Tensor, last: Tensor) -> None:
         raise _no_cache(model, f"its predictions differ by {divergence:.2g} nats from those made without a cache")
 
 
-def _no_cache(model: LoadedModel, reason: str) -> ModelError:
-    return ModelError(
+def _no_cache(model: LoadedModel, reason: str) -> OwnTextError:
+    return OwnTextError(
         f"{model.layout.source}: {model.layout.architecture} cannot go on from keys and values kept in a cache "
-        f"({reason}); use --own-text 0, which calibrates on the given text alone"
+        f"({reason})"
     )
 
 
@@ -151,10 +167,7 @@ def _draw(logits: Tensor, generator: torch.Generator, model: LoadedModel) -> Ten
     chances = torch.softmax(logits[:, : model.layout.vocabulary_size], dim=-1).cumsum(dim=-1)
     totals = chances[:, -1:]
     if not bool(torch.isfinite(totals).all()):
-        raise DataError(
-            f"{model.layout.source} overflows while it writes calibration text; use --own-text 0, which calibrates on "
-            "the given text alone"
-        )
+        raise OwnTextError(f"{model.layout.source} overflows while it writes calibration text")
     places = torch.rand(len(logits), 1, generator=generator) * totals
     return torch.searchsorted(chances, places, right=True).clamp_(max=chances.shape[1] - 1).squeeze(1)
 

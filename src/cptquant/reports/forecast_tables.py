@@ -5,7 +5,7 @@ from cptquant.core.forecast import Interval, PtqForecast
 from cptquant.reports.quantities import spell_bytes, spell_number
 from cptquant.reports.tables import TextTable, render_text
 
-METHOD_LABELS = {"rtn": "round to nearest", "gptq": "GPTQ"}
+METHOD_LABELS = {"rtn": "round to nearest", "gptq": "GPTQ", "gptq + own text": "GPTQ, own text"}
 
 
 def spell_interval(interval: Interval) -> str:

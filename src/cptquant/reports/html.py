@@ -106,5 +106,5 @@ def missing_stages(record: RunRecord) -> dict[str, str]:
     if record.written_manifest is None:
         missing["errors"] = f"Nothing was quantized. Quantize with: {record.command(CheckpointRecord)}"
     if record.evaluation is None:
-        missing["evaluation"] = f"Nothing was evaluated. Evaluate with: {record.command(EvaluationReport)}"
+        missing["evaluation"] = f"Nothing was evaluated. Finish the run with: {record.command(EvaluationReport)}"
     return missing

@@ -34,6 +34,7 @@ from cptquant.stages.check import check_choices, check_target
 from cptquant.stages.frontier_budgets import Scope, read_budgets, spread_budgets
 from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
+from cptquant.stages.own_text import settle_own_text
 from cptquant.stages.quantize import quantize_stage
 from cptquant.stages.run import Run
 
@@ -123,6 +124,7 @@ def frontier_model(
     if request.measured_count(len(budgets) or request.points or DEFAULT_POINTS):
         find_exporter(run.settings.target).check(run.model, find_context(layout, run.settings.context))
     run.keep_settings()
+    settle_own_text(run)
     table = measure_stage(run, layout)
     frontier = _trace(run, layout, table, request, budgets)
     write_frontier_page(run.folder / "frontier.html", frontier)

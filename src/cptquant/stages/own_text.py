@@ -1,4 +1,4 @@
-"""Calibration text for quantizing: the person's, and what the model writes itself where that is asked for."""
+"""Calibration text for quantizing: the person's, and what the model writes itself where it can."""
 
 import contextlib
 from pathlib import Path
@@ -8,10 +8,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cptquant.core.artifact import digest_json, output_error
+from cptquant.core.settings import RunSettings
 
 if TYPE_CHECKING:
     from cptquant.models.text import TokenSet
     from cptquant.stages.run import Run
+
+
+def settle_own_text(run: "Run") -> None:
+    """Write the model's own text before anything is predicted or quantized, or find that the run goes without it.
+
+    What the default came to is written into settings.json and holds for the run. Where it is the default only, a model
+    that cannot write is no error: settings.json, progress, manifest and report say why the given text is all that is
+    read, and every label and forecast of the run follows from that.
+
+    Raises:
+        OwnTextError: the model cannot write, and own text was asked for. DataError: unusable calibration text.
+    """
+    from cptquant.models.own_text import OwnTextError
+
+    if run.own_text_settled:
+        return
+    run.own_text_settled = True
+    settings, count, note = run.settings, run.settings.own_text_for(run.model.layout), run.settings.own_text_note
+    try:
+        _ = run.quantizer_text
+    except OwnTextError as error:
+        if settings.own_text is not None:
+            raise
+        count, note = 0, error.reason
+    if note:
+        run.progress(f"calibrated on the given text alone: {note}", 1, 1)
+    if settings.own_text is None and settings.quantizer != "rtn":
+        run.settings = settings.settled(count, note)
+    if run.settings.own_text_default != RunSettings.load(run.folder / "settings.json").own_text_default:
+        run.keep_settings()
 
 
 def enlarge_calibration(run: "Run") -> "TokenSet":
@@ -21,7 +52,7 @@ def enlarge_calibration(run: "Run") -> "TokenSet":
     same ones; a file that was cut short or changed is written again.
 
     Raises:
-        ModelError: own text was asked for of a model that writes none. OutputError: the disk is full.
+        OwnTextError: the model cannot write. OutputError: the disk is full.
     """
     return with_own_text(run, run.calibration, run.settings.own_text_for(run.model.layout), run.settings.seed)
 

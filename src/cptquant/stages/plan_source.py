@@ -11,6 +11,7 @@ from cptquant.core.plan import Plan
 from cptquant.core.sensitivity import SensitivityTable
 from cptquant.core.settings import RunSettings
 from cptquant.stages.allocate import check_plan
+from cptquant.stages.own_text_choice import carry_own_text
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class PlanSource:
             return Manifest.load(manifest).quantizer
         path = self.folder / "settings.json"
         settings = RunSettings.load(path) if path.exists() else RunSettings(model="")
+        settings = carry_own_text(self.folder, settings)
         return settings.carried_out_with(ModelLayout.load(self.folder / "layout.json"))
 
 

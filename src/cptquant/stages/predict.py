@@ -11,23 +11,25 @@ from cptquant.core.artifact import check_writable, digest_json
 from cptquant.core.budget import Budget
 from cptquant.core.errors import FormatError, OutputError, UserError
 from cptquant.core.evaluation import EvaluationReport
-from cptquant.core.forecast import ForecastRow, PtqForecast
+from cptquant.core.forecast import FITTED_OWN_TEXT, METHODS, ForecastRow, Method, PtqForecast
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.provenance import Stopwatch
 from cptquant.core.sensitivity import Damage, SensitivityTable
+from cptquant.core.settings import RunSettings
 from cptquant.core.targets import candidate_formats, find_target
 from cptquant.laws.ptq import PtqLawFit, load_ptq_law
-from cptquant.laws.ptq_features import METHODS, Method, ModelNoise, plan_features
+from cptquant.laws.ptq_features import ModelNoise, plan_features
 from cptquant.laws.ptq_table import SHIPPED_LAW, PtqObservation, append_observations, read_observations
-from cptquant.models.load import load_model
+from cptquant.models.load import load_model, read_layout
 from cptquant.models.text import load_tokens
 from cptquant.sensitivity.model_noise import MOMENT_SEQUENCES, measure_landscapes, measure_model_noise
 from cptquant.stages.check import check_seed
 from cptquant.stages.run import Run
 
+QUANTIZERS = ("rtn", "gptq")
 Formats = Mapping[str, QuantFormat]
 """Site name -> format: a plan."""
 
@@ -39,7 +41,9 @@ class ForecastRequest:
     Attributes:
         formats: widths such as `int3`, taken with every one of `groups`, or whole names such as `int4-channel`.
         groups: columns that share a scale, or `channel`. budget: of a mixed plan, None for none.
-        methods: `rtn`, `gptq`. law: file of a fitted law, None for the one that comes with the package.
+        quantizers: `rtn`, `gptq`. own_text: as of `quantize`: sequences the model writes for GPTQ, 0 for none; None for
+            what `quantize` does by default with this model.
+        law: file of a fitted law, None for the one that comes with the package.
         form: of the law, None for its own. calibration: text, None for the embedded one.
         tokens_seen: training tokens of the model, where known.
     """
@@ -48,7 +52,8 @@ class ForecastRequest:
     formats: tuple[str, ...] = ("int2", "int3", "int4")
     groups: tuple[str, ...] = ("64",)
     budget: str | None = None
-    methods: tuple[str, ...] = METHODS
+    quantizers: tuple[str, ...] = ("rtn", "gptq")
+    own_text: int | None = None
     law: Path | None = None
     form: str | None = None
     calibration: str | None = None
@@ -84,10 +89,11 @@ def predict_model(request: ForecastRequest, progress: Progress = ignore_progress
     watch = Stopwatch()
     formats = request.quant_formats()
     budget = None if request.budget is None else Budget.parse(request.budget)
-    methods = _methods(request.methods)
+    _check_quantizers(request)
     find_target(request.target)
     check_seed(request.seed)
     law = load_ptq_law(request.law)
+    methods = _methods(request, read_layout(request.model, trust_remote_code=request.trust_remote_code))
     _check_law(law, request, methods)
     model = load_model(request.model, trust_remote_code=request.trust_remote_code)
     if budget is not None:
@@ -131,15 +137,45 @@ def _check_law(law: PtqLawFit, request: ForecastRequest, methods: Sequence[Metho
         raise UserError("--form error needs --tokens-seen; give the training tokens of MODEL, or choose another --form")
     unknown = [method for method in methods if method not in law.laws[form].intercepts]
     if unknown:
-        fitted = ", ".join(sorted(law.laws[form].intercepts))
-        raise UserError(f"--quantizer {unknown[0]}: this law was fitted on {fitted} alone; choose that")
+        fitted = sorted(law.laws[form].intercepts)
+        own = unknown[0] == "gptq + own text"
+        raise UserError(
+            f"--quantizer {'gptq with own text' if own else unknown[0]}: this law was fitted on {', '.join(fitted)} "
+            f"alone; {'give --own-text 0' if own and 'gptq' in fitted else 'choose that'}"
+        )
 
 
-def _methods(names: Sequence[str]) -> tuple[Method, ...]:
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise UserError(f"--quantizer {','.join(names)!r} is unknown; choose one of: {', '.join(METHODS)}, or both")
-    return tuple(method for method in METHODS if method in names)
+def _check_quantizers(request: ForecastRequest) -> None:
+    names = request.quantizers
+    if not names or any(name not in QUANTIZERS for name in names):
+        raise UserError(f"--quantizer {','.join(names)!r} is unknown; choose one of: {', '.join(QUANTIZERS)}, or both")
+    if request.own_text and "gptq" not in names:
+        raise UserError(f"--own-text {request.own_text}: --quantizer rtn reads no text; leave the flag out")
+    if request.own_text is not None and request.own_text != 0 and request.own_text < FITTED_OWN_TEXT:
+        raise UserError(
+            f"--own-text {request.own_text}: the law was fitted on {FITTED_OWN_TEXT} sequences; give 0, or "
+            f"{FITTED_OWN_TEXT} or more"
+        )
+
+
+def _methods(request: ForecastRequest, layout: ModelLayout) -> tuple[Method, ...]:
+    """What `quantize` would do with each quantizer, in the law's words."""
+    found: list[Method] = []
+    for name in QUANTIZERS:
+        if name in request.quantizers:
+            own_text = request.own_text if name == "gptq" else None
+            method = _method_of(RunSettings(model=request.model, quantizer=name, own_text=own_text), layout)
+            assert method is not None  # neither learned rounding nor too little own text
+            found.append(method)
+    return tuple(found)
+
+
+def _method_of(settings: RunSettings, layout: ModelLayout) -> Method | None:
+    """The law's word for how a run quantizes; None for what it has not seen."""
+    count, label = settings.own_text_for(layout), settings.carried_out_with(layout)
+    if 0 < count < FITTED_OWN_TEXT:
+        return None
+    return next((method for method in METHODS if method == label), None)
 
 
 def uniform_plan(layout: ModelLayout, fmt: QuantFormat, target: str) -> dict[str, QuantFormat]:
@@ -179,7 +215,7 @@ def _mixed_plan(
     layout: ModelLayout, noise: ModelNoise, formats: Sequence[QuantFormat], budget: Budget, request: ForecastRequest
 ) -> dict[str, dict[str, QuantFormat]]:
     """The knapsack's plan for the second-order damages that were measured, GPTQ's where it is among the methods."""
-    compensated = "gptq" in request.methods
+    compensated = "gptq" in request.quantizers
     damages = {
         name: {
             fmt: Damage(value=found.taylor_kl_nats * (found.gptq_ratio if compensated else 1.0))
@@ -202,20 +238,19 @@ def _mixed_plan(
 def forecast_stage(run: Run, layout: ModelLayout, plans: Mapping[str, Plan]) -> PtqForecast | None:
     """forecast.json: what the plan and its baselines are expected to cost, before they are quantized.
 
-    None (and no file) where `RunSettings.forecasts` says no, for block formats of GGUF, learned rounding and own text,
-    which the law has not seen, and in an installation that was built without a law (runs/ptq_grid.sh makes it). The
-    second-order KL is taken from the sensitivity table where TDMPQ made it.
+    None (and no file) where `RunSettings.forecasts` says no, for block formats of GGUF, learned rounding and less own
+    text than the law was fitted on, which it has not seen, and in an installation that was built without a law
+    (runs/ptq_grid.sh makes it). The second-order KL is taken from the sensitivity table where TDMPQ made it.
     """
     path = run.folder / "forecast.json"
+    method = _method_of(run.settings, layout)
     unseen = any(fmt.block is not None for plan in plans.values() for fmt in plan.quant_formats.values())
-    unseen = unseen or run.settings.carried_out_with(layout) not in METHODS
-    if unseen or not run.settings.forecasts(layout) or not SHIPPED_LAW.exists():
+    law = load_ptq_law() if run.settings.forecasts(layout) and SHIPPED_LAW.exists() else None
+    if law is None or unseen or method is None or method not in law.laws[law.form].intercepts:
         path.unlink(missing_ok=True)
         return None
-    law = load_ptq_law()
     formats = {name: plan.quant_formats for name, plan in plans.items()}
     known = _known_taylor(run, formats)
-    method: Method = "gptq" if run.settings.quantizer == "gptq" else "rtn"
     inputs = {
         "layout": layout.digest(),
         "tokens": run.calibration.digest,

@@ -70,6 +70,7 @@ def quantize_stage(
             settings={
                 "options": repr(quantizer),
                 "calibration": run.quantizer_text.description,
+                **({"own_text": f"none: {note}"} if (note := run.settings.own_text_note) else {}),
                 "arithmetic": inputs["arithmetic"],
                 **_describe_learning(quantizer, list(records.values())),
             },

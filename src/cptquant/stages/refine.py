@@ -35,6 +35,7 @@ from cptquant.quantizers.rtn import Rtn
 from cptquant.sensitivity.perturbation import original_weight
 from cptquant.sensitivity.plan_loss import Change, PlanLoss
 from cptquant.stages.allocate import UNREFINED, allocate_stage
+from cptquant.stages.own_text import settle_own_text
 from cptquant.stages.quantize import quantize_stage
 from cptquant.stages.run import Run
 
@@ -154,6 +155,7 @@ def plan_stage(run: Run, layout: ModelLayout, table: SensitivityTable | None) ->
             f"--refine-swaps needs {_MINIMUM_SEQUENCES} calibration sequences or more, half of them to judge the last "
             f"swaps on, and there are {run.calibration.sequence_count}; raise --calibration-sequences"
         )
+    settle_own_text(run)
     plan = allocate_stage(run, layout, table, UNREFINED)
     target = find_target(plan.target)
     problem = build_problem(layout, table, target, run.settings.formats_for(layout), plan.budget_scope)

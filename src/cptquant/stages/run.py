@@ -16,6 +16,7 @@ from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.provenance import Stopwatch
 from cptquant.core.settings import RunSettings
 from cptquant.stages.check import check_choices
+from cptquant.stages.own_text_choice import carry_own_text
 
 if TYPE_CHECKING:
     from cptquant.models.corpus import Split
@@ -27,11 +28,16 @@ A = TypeVar("A", bound=Artifact)
 
 @dataclass
 class Run:
-    """A run folder, what was asked for, and the model, loaded when first needed."""
+    """A run folder, what was asked for, and the model, loaded when first needed.
+
+    Attributes:
+        own_text_settled: whether `settle_own_text` was called, which says what it found once.
+    """
 
     folder: Path
     settings: RunSettings
     progress: Progress = field(default=ignore_progress)
+    own_text_settled: bool = field(default=False, init=False)
 
     @classmethod
     def start(
@@ -64,7 +70,7 @@ class Run:
             raise output_error(folder, error) from None
         if not os.access(folder, os.W_OK):
             raise OutputError(f"--output {folder} is not writable; choose another folder")
-        run = cls(folder, settings, progress)
+        run = cls(folder, carry_own_text(folder, settings), progress)
         if keep or not path.exists():
             run.keep_settings()
         return run
@@ -84,7 +90,7 @@ class Run:
     @classmethod
     def look(cls, folder: Path, progress: Progress = ignore_progress, **changes: object) -> "Run":
         """As `resume`, without keeping the flags: `keep_settings` does, once they have been looked at further."""
-        settings = RunSettings.load(folder / "settings.json")
+        settings = carry_own_text(folder, RunSettings.load(folder / "settings.json"))
         if changes:
             settings = settings.model_copy(update={**_replaced(changes), **changes})
             check_choices(settings, texts=tuple(changes))
