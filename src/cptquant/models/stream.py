@@ -44,6 +44,20 @@ class QuantizedSource(WeightSource, Protocol):
         ...
 
 
+@runtime_checkable
+class KeptSource(WeightSource, Protocol):
+    """A source that also changes norms and biases, as training after quantizing does."""
+
+    def kept(self) -> Mapping[str, Tensor]:
+        """Name in the original's state dict -> tensor of the same shape; the rest is the original's."""
+        ...
+
+
+def kept_of(weights: WeightSource | None) -> Mapping[str, Tensor]:
+    """Norms and biases that a source changes; none of most sources."""
+    return weights.kept() if isinstance(weights, KeptSource) else {}
+
+
 def site_modules(block: nn.Module, layout: ModelLayout, block_index: int) -> dict[str, nn.Module]:
     """The modules of a block (or of its copy) that are sites: site name -> module, in forward order.
 
@@ -146,6 +160,7 @@ class ModelStream:
     ) -> None:
         self.model, self.layout, self.weights = model, model.layout, weights
         self.block_index = 0
+        self._kept = kept_of(weights)
         count = tokens.sequence_count
         self.batches = [
             tokens.subset(torch.arange(start, min(start + batch_size, count))) for start in range(0, count, batch_size)
@@ -171,6 +186,7 @@ class ModelStream:
             raise IndexError(f"all {len(self._blocks)} blocks have been run")
         block = copy.deepcopy(self._blocks[self.block_index])
         block = self._round(block).float().requires_grad_(False).eval()
+        self._replace_kept(block, f"{self.model.blocks_path}.{self.block_index}.")
         if self.weights is not None:
             for name, module in site_modules(block, self.layout, self.block_index).items():
                 weight = self.weights.weight(name)
@@ -255,6 +271,15 @@ class ModelStream:
             parameter.data = parameter.data.to(storage)
         return module
 
+    def _replace_kept(self, module: nn.Module, prefix: str) -> None:
+        """Norms and biases that the source changes, in a private copy of the part of the model under `prefix`."""
+        if not self._kept:
+            return
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if prefix + name in self._kept:
+                    parameter.copy_(self._kept[prefix + name])
+
     def _build_shell(self) -> nn.Module:
         module = self.model.module
         memo: dict[int, Any] = {
@@ -281,6 +306,7 @@ class ModelStream:
             setattr(shell.get_submodule(parent), attribute, stand_in)
         shell = self._round(shell).float().requires_grad_(False).eval()
         cast(Any, shell).config.use_cache = False
+        self._replace_kept(shell, "")
         self._substitute_outer(shell, skip=large)
         return shell
 

@@ -1,1 +1,1 @@
-"""Training that wins back what rounding lost, on the grid of the plan."""
+"""Recovery: training that wins back what rounding lost."""

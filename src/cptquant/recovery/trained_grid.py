@@ -123,9 +123,7 @@ def start_latent(
     Returns:
         float32 (rows, columns), columns in stored order.
     """
-    found = original.detach().float()
-    if grid.order is not None:
-        found = found.index_select(1, grid.order)
+    found = in_stored_order(original, grid)
 
     def spread(per_group: Tensor) -> Tensor:
         return per_group.repeat_interleave(grid.width, dim=1)[:, : found.shape[1]]
@@ -137,3 +135,24 @@ def start_latent(
     zeros = 0.0 if grid.zeros is None else spread(grid.zeros)
     codes = grid.codes.float()
     return (codes - zeros + (found / steps + zeros - codes).clamp_(-_CELL, _CELL)) * steps
+
+
+def in_stored_order(
+    original: Tensor,  # (rows, columns), columns in the model's order
+    grid: TrainedGrid,
+) -> Tensor:
+    """Float32, columns in stored order."""
+    found = original.detach().float()
+    return found if grid.order is None else found.index_select(1, grid.order)
+
+
+def grouped(
+    values: Tensor,  # (rows, columns), columns in stored order
+    grid: TrainedGrid,
+) -> Tensor:
+    """(rows, groups, width); a short last group is filled up with zeros."""
+    groups = grid.steps.shape[1]
+    short = groups * grid.width - values.shape[1]
+    if short > 0:
+        values = torch.nn.functional.pad(values, (0, short))
+    return values.view(len(values), groups, grid.width)
