@@ -19,16 +19,14 @@ whole tensors, and temporaries are small. Nothing but the arguments is kept for 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import once_differentiable
 
-from cptquant.recovery.surrogates import (
-    Limit,
-    Surrogate,
-    soft_clamp,
-)
+from cptquant.recovery.clamp_gradient import through_clamp
+from cptquant.recovery.surrogates import Limit, Surrogate, slope_of_distance_, soft_clamp
 
 _BLOCK_ELEMENTS = 1 << 16
 
@@ -52,7 +50,7 @@ def fake_quantize(
         ValueError: shapes that do not fit.
     """
     _check_shapes(weight, scale, zero)
-    value = _FakeQuantize.apply(weight, scale, zero, low, high, surrogate)
+    value = _FakeQuantize.apply(weight, scale, zero, (low, high), surrogate)
     assert isinstance(value, Tensor)
     return value
 
@@ -65,7 +63,7 @@ def nearest_codes(weight: Tensor, scale: Tensor, zero: Tensor | None, low: Limit
     """
     _check_shapes(weight, scale, zero)
     codes = torch.empty_like(weight, dtype=_working_dtype(weight, scale))
-    for block in _row_blocks(weight, scale, zero, low, high):
+    for block in _row_blocks(weight, scale, zero, (low, high)):
         codes[block.rows] = block.positions().round_().clamp_(block.low, block.high)
     return codes
 
@@ -101,8 +99,30 @@ class _Block:
         x = self.weight / self.scale
         return x if self.zero is None else x.add_(self.zero)
 
+    def rounded_positions(self, surrogate: Surrogate) -> Tensor:
+        """What the forward pass rounds, up to a hard clamp: x, or f(x)."""
+        x = self.positions()
+        return soft_clamp(x, self.low, self.high, surrogate) if surrogate.soft_forward else x
 
-def _row_blocks(weight: Tensor, scale: Tensor, zero: Tensor | None, low: Limit, high: Limit) -> Iterator[_Block]:
+    def step_back(self, incoming: Tensor, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
+        """The gradient times k = r'(c) f'(x), and q - z; tensors of their own."""
+        x = self.positions()
+        outgoing = through_clamp(incoming, x, self.low, self.high, surrogate)
+        if surrogate.soft_forward:
+            x = soft_clamp(x, self.low, self.high, surrogate)
+        else:
+            x = x.clamp_(self.low, self.high)
+        codes = x.round()
+        if surrogate.rounding == "sigmoid":
+            outgoing.mul_(slope_of_distance_(x.sub_(codes), surrogate))
+        if surrogate.soft_forward:
+            codes.clamp_(self.low, self.high)
+        return outgoing, codes if self.zero is None else codes.sub_(self.zero)
+
+
+def _row_blocks(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, limits: tuple[Limit, Limit]
+) -> Iterator[_Block]:
     dtype = _working_dtype(weight, scale)
     rows = weight.shape[0]
     step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel())) if weight.device.type == "cpu" and rows else rows
@@ -114,34 +134,49 @@ def _row_blocks(weight: Tensor, scale: Tensor, zero: Tensor | None, low: Limit, 
                 tensor = tensor[part]
             return tensor.to(dtype)
 
-        limits = [cut(limit) if isinstance(limit, Tensor) else float(limit) for limit in (low, high)]
-        yield _Block(part, weight[part].to(dtype), cut(scale), None if zero is None else cut(zero), *limits)
+        low, high = (cut(limit) if isinstance(limit, Tensor) else float(limit) for limit in limits)
+        yield _Block(part, cut(weight), cut(scale), None if zero is None else cut(zero), low, high)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         weight: Tensor,
         scale: Tensor,
         zero: Tensor | None,
-        low: Limit,
-        high: Limit,
+        limits: tuple[Limit, Limit],
         surrogate: Surrogate,
     ) -> Tensor:
-        low_tensor = low if isinstance(low, Tensor) else None
-        high_tensor = high if isinstance(high, Tensor) else None
-        ctx.save_for_backward(weight, scale, zero, low_tensor, high_tensor)
-        ctx.limits = (low, high) if low_tensor is None and high_tensor is None else None
-        ctx.numbers = (None if low_tensor is not None else low, None if high_tensor is not None else high)
-        ctx.surrogate = surrogate
+        ctx.save_for_backward(weight, scale, zero)
+        ctx.limits, ctx.surrogate = limits, surrogate
         value = torch.empty_like(weight)
-        for block in _row_blocks(weight, scale, zero, low, high):
-            x = block.positions()
-            if surrogate.soft_forward:
-                x = soft_clamp(x, block.low, block.high, surrogate)
-            codes = x.round_().clamp_(block.low, block.high)
+        for block in _row_blocks(weight, scale, zero, limits):
+            codes = block.rounded_positions(surrogate).round_().clamp_(block.low, block.high)
             if block.zero is not None:
                 codes.sub_(block.zero)
             torch.mul(codes, block.scale, out=value[block.rows])
         return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, zero = ctx.saved_tensors
+        needs_weight, needs_scale, needs_zero = ctx.needs_input_grad[:3]
+        for_weight = torch.empty_like(weight) if needs_weight else None
+        sums = weight.new_empty((2, *weight.shape[:2], 1), dtype=_working_dtype(weight, scale))
+        for block in _row_blocks(weight, scale, zero, ctx.limits):
+            incoming = gradient[block.rows].to(sums.dtype)
+            outgoing, codes = block.step_back(incoming, ctx.surrogate)
+            if for_weight is not None:
+                for_weight[block.rows] = outgoing
+            if needs_zero:
+                part = torch.sum(outgoing, -1, keepdim=True).sub_(incoming.sum(-1, keepdim=True))
+                torch.mul(part, block.scale, out=sums[1, block.rows])
+            if needs_scale:
+                through_codes = codes.mul_(incoming).sum(-1, keepdim=True)
+                through_weight = outgoing.mul_(block.weight).sum(-1, keepdim=True)
+                torch.sub(through_codes, through_weight.div_(block.scale), out=sums[0, block.rows])
+        for_scale = sums[0].sum_to_size(scale.shape).to(scale.dtype) if needs_scale else None
+        for_zero = sums[1].sum_to_size(scale.shape).to(zero.dtype) if needs_zero else None
+        return for_weight, for_scale, for_zero, None, None
