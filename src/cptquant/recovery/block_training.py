@@ -278,7 +278,7 @@ class _Training:
             output, targets = learn.run(self._block, batch)
             loss = self._method.loss(output, targets)
         if not bool(torch.isfinite(loss)):
-            raise _NotFinite(f"the loss is {float(loss)}")
+            raise _NotFinite(f"the loss is {float(loss.detach())}")
         loss.backward()
         for parameter in self._moving.parameters():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad.sum())):

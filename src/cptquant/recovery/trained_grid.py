@@ -94,7 +94,7 @@ def _of_segments(stored: SegmentedWeight) -> TrainedGrid:
     half = torch.pow(2.0, widths - 1)
     binary = widths == 1
     zeros = None
-    if stored.means is not None:  # levels of one-bit groups are (code + 1/2 + mean/32) scale
+    if stored.means is not None and bool(binary.any()):  # levels of one-bit groups are (code + 1/2 + mean/32) scale
         shifts = -(0.5 + stored.means.float() / 32)
         zeros = torch.where(binary, shifts, torch.zeros_like(shifts))
 
