@@ -52,7 +52,7 @@ class Trained:
 
 
 def toy(name: str, folder: Path) -> LoadedModel:
-    """A model of `quantizers.test_quantize`; GPT-2, whose linear layers are stored the other way round; a wider Llama."""
+    """A model of `quantizers.test_quantize`, GPT-2 (linear layers stored the other way round), or a wider Llama."""
     torch.manual_seed(0)
     if name == "gpt2":
         model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, n_positions=64))

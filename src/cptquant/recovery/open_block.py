@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,8 +116,8 @@ class OpenBlock:
         kept = {tensor.name for tensor in self.layout.kept}
         found: dict[str, nn.Parameter] = {}
         for path, module in self.module.named_modules():
-            weight = getattr(module, "weight", None)
-            is_norm = isinstance(weight, Tensor) and weight.ndim == 1
+            weight = cast(Any, getattr(module, "weight", None))
+            is_norm = isinstance(weight, nn.Parameter) and weight.ndim == 1
             for name, parameter in module.named_parameters(recurse=False):
                 full = f"{self.prefix}{path}.{name}"
                 if full in kept and parameter.ndim == 1 and (is_norm or not norms_only):
