@@ -298,6 +298,6 @@ class _Training:
             self.errors[step] = error = self._judge.error(self._block)
             if error < self._least:
                 self._least, self.best_step = error, step
-                self.best = FinishedBlock(self.best.weights | self._moving.stored(), self._moving.kept())
+                self.best = FinishedBlock({**self.best.weights, **self._moving.stored()}, self._moving.kept())
         if not math.isfinite(error):
             raise _NotFinite(f"the error on held-out text is {error}")
