@@ -21,7 +21,7 @@ from cptquant.quantizers.rtn import Rtn
 from cptquant.quantizers.slim_round import round_to_segments
 from cptquant.recovery.block_training import Pace, Targets, relative_error, train_block
 from cptquant.recovery.blockwise import Start
-from cptquant.recovery.clipping import ClippedLinear, LearnedClipping
+from cptquant.recovery.clipping import PUBLISHED_FIRST, ClippedLinear, LearnedClipping
 from cptquant.recovery.open_block import OpenBlock
 from cptquant.recovery.surrogates import Surrogate
 from cptquant.recovery.trained_layer import TrainedLinear, Trains
@@ -66,13 +66,28 @@ def test_a_symmetric_clip_scales_the_step_that_clips_nothing() -> None:
     weight = torch.tensor([[0.1, -0.2, 0.5, -1.0], [0.3, 0.2, 1.0, -0.4], [0.1, 0.2, -0.7, 0.7]])
     scales = torch.tensor([[0.5], [-0.5], [0.5]], dtype=torch.bfloat16)
     start = QuantizedWeight(QuantFormat.parse("int2-g4"), torch.zeros(3, 4, dtype=torch.int8), scales)
-    layer = ClippedLinear(start, weight, None)
+    layer = ClippedLinear(start, weight, None, PUBLISHED_FIRST)
     share = float(torch.sigmoid(torch.tensor(4.0)))
     # Levels -2 .. 1 times the step: -1.0 needs 1/2, 1.0 on a grid turned over 1/2, and 0.7 upright 0.7.
     expected = (torch.tensor([[0.5], [-0.5], [0.7]]) * share).to(torch.bfloat16).float()
     assert torch.equal(layer.present_grid()[0].detach(), expected)
     layer.gamma.data.fill_(20.0)
     assert float((layer.weight.detach() - weight).abs().max()) <= 0.36  # half a step: nothing is clipped
+
+
+@pytest.mark.parametrize("name", ("int3-g16", "int3-g16-asym", "int4-tensor-asym"))
+def test_it_begins_where_the_start_clips(name: str) -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    whole = start_of(weight, name)
+    assert isinstance(whole, QuantizedWeight)
+    start = replace(whole, scales=(0.6 * whole.scales.float()).to(torch.bfloat16))
+    steps, zeros = ClippedLinear(start, weight, None).present_grid()
+    wanted = start.scales.float().view_as(steps)
+    assert float((steps.detach() / wanted - 1).abs().max()) < 0.01  # as stored in 16 bits
+    if start.zeros is not None and zeros is not None:
+        assert float((zeros.detach() - start.zeros.float().view_as(zeros)).abs().max()) <= 1
+    first = ClippedLinear(start, weight, None, PUBLISHED_FIRST)
+    assert all(bool((clip == 4.0).all()) for clip in first.clips())
 
 
 @pytest.mark.parametrize("name", (*FORMATS, "slim2-g32", "slim3-g32", "slim2-g32-sorted", "slim3-g32-sorted"))
@@ -140,7 +155,8 @@ def learn(weight: torch.Tensor, start: StoredWeight, method: LearnedClipping) ->
     return found.weights[site.name]
 
 
-def test_the_best_clip_of_a_group_is_found() -> None:
+@pytest.mark.parametrize("first", (None, PUBLISHED_FIRST))
+def test_the_best_clip_of_a_group_is_found(first: float | None) -> None:
     """Uncorrelated inputs: the output's error is the weight's, and rows do not depend on each other."""
     weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(2))
     weight[:, 5] = torch.linspace(2.5, 6, 12)  # an outlier that clips nothing of the rest if it is kept
@@ -148,14 +164,14 @@ def test_the_best_clip_of_a_group_is_found() -> None:
     start = round_to_grid(weight, fmt, torch.bfloat16, clip_search=False)
     assert isinstance(start, QuantizedWeight)
     layer = ClippedLinear(start, weight, None)
-    least, first = torch.full((12,), torch.inf), (start.dequantize() - weight).square().sum(dim=1)
+    least, before = torch.full((12,), torch.inf), (start.dequantize() - weight).square().sum(dim=1)
     for share in torch.linspace(0.05, 0.999, 800):
         layer.gamma.data.fill_(float(torch.logit(share)))
         least = torch.minimum(least, (layer.weight.detach() - weight).square().sum(dim=1))
-    learned = learn(weight, start, LearnedClipping(Pace(batch_sequences=4, checks=12), rate=0.05))
+    learned = learn(weight, start, LearnedClipping(Pace(batch_sequences=4, checks=12), rate=0.05, first=first))
     error = (learned.dequantize() - weight).square().sum(dim=1)
-    assert float(least.sum()) < 0.8 * float(first.sum()), "clipping has something to win"
-    left = (error - least) / (first - least)
+    assert float(least.sum()) < 0.8 * float(before.sum()), "clipping has something to win"
+    left = (error - least) / (before - least)
     assert float(left.mean()) < 0.15, left
 
 

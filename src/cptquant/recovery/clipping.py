@@ -10,12 +10,15 @@ The weights that are rounded are the original's: the start's codes are NOT kept,
 order of columns. A GPTQ start, whose codes make up for each other's errors, is therefore often hard to beat; the
 start's own weights stay wherever they are better on held-out text.
 
-What we changed. A symmetric group has one gamma: its step is sig(gamma) times the least step that clips nothing, of the
-sign that the start's step has (a negative step turns the grid over, so that the lone far level lies above). One-bit
-groups keep their levels, and their weights are rounded to those. Steps are used as stored, in 16 bits (straight
-through). Adam's rate is 1e-2 as published, but falls along a cosine.
+What we changed. Gamma and beta begin where the start's own grid clips, at 4 at most; at 2 bits a GPTQ start's steps are
+little more than half of those at 4, which is epochs away (`first` 4.0 is the published beginning). A symmetric group
+has one gamma: its step is sig(gamma) times the least step that clips nothing, of the sign that the start's step has (a
+negative step turns the grid over, so that the lone far level lies above). One-bit groups keep their levels, and their
+weights are rounded to those. Steps are used as stored, in 16 bits (straight through). Adam's rate is 1e-2 as published,
+but falls along a cosine.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -33,8 +36,9 @@ from cptquant.recovery.surrogates import Surrogate
 from cptquant.recovery.trained_grid import TrainedGrid, grouped, in_stored_order
 from cptquant.recovery.trained_layer import as_stored, replaced
 
-FIRST = 4.0
+PUBLISHED_FIRST = 4.0
 """Of gamma and beta: sig(4) = .982."""
+_SMALLEST_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,13 @@ class LearnedClipping:
     Attributes:
         pace: epochs, batches, looks.
         rate: Adam's, of gamma and beta.
+        first: where both begin; None: where the start's grid clips.
         alike: weight of the second loss; 0 leaves it out.
     """
 
     pace: Pace = field(default_factory=lambda: Pace(epochs=8.0))
     rate: float = 0.01
+    first: float | None = None
     alike: float = 0.0
 
     flag = "clipping"
@@ -74,7 +80,7 @@ class LearnedClipping:
         """Layers that round the original's weight under learned clips."""
         layers: dict[str, ClippedLinear] = {}
         for site in block.trained_sites:
-            layer = ClippedLinear(block.starts[site.name], block.originals[site.name], block.bias(site))
+            layer = ClippedLinear(block.starts[site.name], block.originals[site.name], block.bias(site), self.first)
             block.replace_(site, layer)
             layers[site.name] = layer
         clips = [clip for layer in layers.values() for clip in layer.clips()]
@@ -94,13 +100,14 @@ class ClippedLinear(nn.Module):
     Args:
         stored: gives format, widths, signs of steps, levels of one-bit groups; its codes are not used.
         original: (out_features, in_features), any float dtype. bias: (out_features,) or None.
+        first: of gamma and beta; None: where the grid of `stored` clips.
 
     Attributes:
         gamma: (rows or 1, groups), of the largest weight, or of the largest magnitude where the grid is symmetric.
         beta: the same shape, of the smallest weight; None where the grid is symmetric.
     """
 
-    def __init__(self, stored: StoredWeight, original: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, stored: StoredWeight, original: Tensor, bias: Tensor | None, first: float | None = None) -> None:
         super().__init__()
         self.grid = grid = TrainedGrid.of(stored)
         assert grid.step_dtype is not None
@@ -112,8 +119,9 @@ class ClippedLinear(nn.Module):
         largest, smallest = _extremes(cast(Tensor, self.values), grid)
         self.register_buffer("largest", largest)
         self.register_buffer("smallest", smallest)
-        self.gamma = nn.Parameter(torch.full_like(grid.steps, FIRST))
-        self.beta = None if self._symmetric else nn.Parameter(torch.full_like(grid.steps, FIRST))
+        top, bottom = _ends(grid)
+        self.gamma = nn.Parameter(_first(top, largest, first))
+        self.beta = None if self._symmetric else nn.Parameter(_first(bottom, smallest, first))
 
     def clips(self) -> list[nn.Parameter]:
         """What is learned."""
@@ -176,6 +184,21 @@ def _extremes(
     upright = torch.maximum(largest / above, smallest / below)
     turned = torch.maximum(largest / -below, smallest / -above)
     return torch.where(grid.steps < 0, turned, upright), torch.zeros_like(smallest)
+
+
+def _ends(grid: TrainedGrid) -> tuple[Tensor, Tensor]:
+    """What `_extremes` would give for weights that the grid just holds."""
+    if grid.zeros is None or grid.moves is not None:
+        return grid.steps.abs(), torch.zeros_like(grid.steps)
+    return (grid.high - grid.zeros) * grid.steps, (grid.low - grid.zeros) * grid.steps
+
+
+def _first(end: Tensor, extreme: Tensor, first: float | None) -> Tensor:
+    """The gamma with sig(gamma) extreme = end, as near as the allowed range comes; or `first`."""
+    if first is not None:
+        return torch.full_like(extreme, first)
+    share = (end / extreme).nan_to_num_(nan=1.0)
+    return torch.logit(share.clamp_(_SMALLEST_SHARE, 1 / (1 + math.exp(-PUBLISHED_FIRST))))
 
 
 def _per_group(limit: float | Tensor, grid: TrainedGrid) -> Tensor:
