@@ -1,5 +1,6 @@
 """Norm Tweaking: the paper's loss against a slow one, a planted change of the norms, and nothing else touched."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from recovery.toys import PACE, rounded, toy, train
 
 from cptquant.models.checkpoint_weights import MemoryWeights
 from cptquant.recovery.blockwise import Start
-from cptquant.recovery.norm_tweaking import NormTweaking, statistics_distance
+from cptquant.recovery.norm_tweaking import PUBLISHED, NormTweaking, statistics_distance
 
 
 def test_the_loss_is_the_papers() -> None:
@@ -55,7 +56,7 @@ def test_a_planted_change_of_the_norms_is_undone(objective: str, left: float, tm
 def test_only_norms_move(name: str, moved: int, tmp_path: Path) -> None:
     model = toy(name, tmp_path)
     weights = rounded(model)
-    trained = train(model, Start(MemoryWeights(weights), {}), NormTweaking(PACE, rate=1e-3))
+    trained = train(model, Start(MemoryWeights(weights), {}), replace(PUBLISHED, pace=PACE))
     assert len(trained.norms) == moved * model.layout.block_count
     assert all("norm" in key.lower() or "ln_" in key for key in trained.norms)
     assert all(weight is weights[site] for site, weight in trained.weights.items())

@@ -9,6 +9,9 @@ original's value where that rounds to the start's code, else at the nearer end o
 through their logarithms, so that a rate is relative and a step keeps its sign; rates of latent weights are in steps of
 the layer's grid (the paper's 2e-5 at 2 bits is absolute). Steps of GGUF's blocks stay: there the latent weights alone
 move. Norms and biases may move too, which the paper does not do; by default they do not.
+
+Adam moves every latent weight by its rate at once, many of which begin at the end of a cell: at first the error rises,
+more so at faster rates, and what comes after is better than where it began only once the rates fall.
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +41,7 @@ class BlockAp:
     pace: Pace = field(default_factory=Pace)
     surrogate: Surrogate = field(default_factory=Surrogate)
     latent_rate: float = 0.005
-    step_rate: float = 1e-3
+    step_rate: float = 3e-4
     zero_rate: float = 0.01
     other_rate: float = 0.0
 

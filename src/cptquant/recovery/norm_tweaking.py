@@ -6,8 +6,9 @@
 with means and variances over the tokens of a batch, on the text that the model writes itself (give `--own-text`).
 
 What we changed. Padding is left out of the statistics. Where the statistics improve but the block's squared error on
-held-out text does not, the start is kept, as for every block-wise method. `objective` "error" trains the norms on the
-block's squared error instead, which the paper's loss should beat to be worth having.
+held-out text does not, the start is kept, as for every block-wise method. By default the norms are trained on the
+block's squared error instead: on a block of opt-mini at 2.25 bits that takes 7 % off the error, the paper's loss 0.4 %,
+and faster rates make the latter worse than the start. `PUBLISHED` is the paper's method at the rate that did best.
 """
 
 from dataclasses import dataclass, field
@@ -28,14 +29,14 @@ class NormTweaking:
 
     Attributes:
         pace: epochs, batches, looks.
-        rate: Adam's, of the first block; growth: by how much more that of the last.
+        rate: Adam's, of the first block. growth: by how much more that of the last, as a share.
         objective: "statistics", the paper's, or "error", the squared error of the block's output.
     """
 
     pace: Pace = field(default_factory=lambda: Pace(epochs=1.0))
-    rate: float = 1e-3
-    growth: float = 1.0
-    objective: Literal["statistics", "error"] = "statistics"
+    rate: float = 0.01
+    growth: float = 0.0
+    objective: Literal["statistics", "error"] = "error"
 
     flag = "norms"
     wants_alike = False
@@ -60,6 +61,10 @@ class NormTweaking:
         if self.objective == "error":
             return relative_error(output, targets.followed, targets.mask)
         return statistics_distance(output, targets.followed, targets.mask)
+
+
+PUBLISHED = NormTweaking(rate=2e-4, growth=1.0, objective="statistics")
+"""The paper's loss and its rates that grow; its own first rate is for other models."""
 
 
 def statistics_distance(
