@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cptquant.core.layout import ModelLayout as ModelLayout
     from cptquant.core.layout import Site as Site
     from cptquant.core.plan import Plan as Plan
+    from cptquant.core.recovery import RecoveryRequest as RecoveryRequest
     from cptquant.core.sensitivity import SensitivityTable as SensitivityTable
     from cptquant.core.targets import Target as Target
     from cptquant.core.targets import find_target as find_target
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from cptquant.pipeline import evaluate_run as evaluate_run
     from cptquant.pipeline import quantize_model as quantize_model
     from cptquant.pipeline import quantize_run as quantize_run
+    from cptquant.pipeline import recover_run as recover_run
     from cptquant.quantizers.gptq import Gptq as Gptq
     from cptquant.quantizers.quantize import quantize_sites as quantize_sites
     from cptquant.quantizers.rtn import Rtn as Rtn
@@ -62,6 +64,7 @@ _HOME = {
     "ModelLayout": "core.layout",
     "Plan": "core.plan",
     "QuantFormat": "core.formats",
+    "RecoveryRequest": "core.recovery",
     "Rtn": "quantizers.rtn",
     "SensitivityTable": "core.sensitivity",
     "Site": "core.layout",
@@ -86,6 +89,7 @@ _HOME = {
     "measure_sensitivity": "sensitivity.measure",
     "quantize_model": "pipeline",
     "quantize_run": "pipeline",
+    "recover_run": "pipeline",
     "quantize_sites": "quantizers.quantize",
     "read_layout": "models.load",
     "render_report": "reports.html",

@@ -18,9 +18,11 @@ from cptquant.core.forecast import PtqForecast
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.progress import Progress, ignore_progress
+from cptquant.core.recovery import RecoveryRequest
 from cptquant.core.settings import RunSettings
 from cptquant.core.targets import find_target
 from cptquant.exporters.export import find_exporter
+from cptquant.recovery.processes import is_first
 from cptquant.reports.html import render_report
 from cptquant.stages.allocate import baseline_plans, check_plan, needs_table, unrefined_plan
 from cptquant.stages.check import check_choices, check_target
@@ -30,6 +32,17 @@ from cptquant.stages.inspect import inspect_stage
 from cptquant.stages.measure import measure_stage
 from cptquant.stages.predict import forecast_stage
 from cptquant.stages.quantize import Variant, quantize_stage, write_stage
+from cptquant.stages.recover import (
+    adopt_parent,
+    check_request,
+    follow_training,
+    guard_measure,
+    is_recovered,
+    open_parent,
+    recover_stage,
+    recovered_variants,
+    run_parent,
+)
 from cptquant.stages.refine import plan_stage
 from cptquant.stages.run import Run
 from cptquant.stages.variants import quantize_variants
@@ -93,16 +106,59 @@ def quantize_run(folder: Path, progress: Progress = ignore_progress, **changes: 
     Raises:
         ArtifactError: no plan, or one that does not fit the model.
     """
+    if is_recovered(folder):
+        raise ArtifactError(
+            f"{folder} was trained by cptquant recover, which quantizing again would undo; finish it with the command "
+            f"that began it, or quantize its parent: cptquant quantize {run_parent(folder)}"
+        )
     run = Run.resume(folder, progress, **changes)
     check_choices(run.settings)
     return _from_plan(run, run.load("layout.json", ModelLayout))
 
 
+def recover_run(
+    parent: Path, request: RecoveryRequest, output: Path, progress: Progress = ignore_progress, **changes: object
+) -> Result | None:
+    """Train the weights of a finished run further, and write them as a run of its own where that helped.
+
+    Args:
+        parent: run folder, not changed. request: how. output: new run folder; finished stages there are not run again.
+        changes: fields of `RunSettings` for the evaluation.
+
+    Returns:
+        None in every process but the first, where several train together.
+
+    Raises:
+        UserError: anything the caller can change, before compute is spent where that can be known.
+    """
+    check_run(parent)
+    check_request(request, parent, output)
+    before = Run.look(parent, progress, **changes)
+    origin = open_parent(before)
+    if not is_first():
+        follow_training(Run(output, before.settings), origin, request)
+        return None
+    run = Run.start(output, before.settings, progress)
+    run.read_all_text()
+    variants = {"quantized": recover_stage(run, origin, request), **adopt_parent(run, origin)}
+    return _finish(run, origin.layout, variants, judged_by=guard_measure(request, origin.layout.task))
+
+
 def _from_plan(run: Run, layout: ModelLayout) -> Result:
     plans = _plans(run, layout)
     forecast = forecast_stage(run, layout, plans)
-    variants = quantize_variants(run, layout, plans)
-    written, guard = guard_stage(run, variants)
+    return _finish(run, layout, quantize_variants(run, layout, plans), forecast)
+
+
+def _finish(
+    run: Run,
+    layout: ModelLayout,
+    variants: dict[str, Variant],
+    forecast: PtqForecast | None = None,
+    judged_by: str | None = None,
+) -> Result:
+    """Guard, checkpoint, evaluation, report, and the engine's files."""
+    written, guard = guard_stage(run, variants, by=judged_by)
     write_stage(run, variants[written])
     drop_other_exports(run, variants[written].shards.folder.name)
     evaluation = evaluate_stage(run, layout, variants, written, guard)
@@ -143,7 +199,11 @@ def export_run(
     run = Run.look(folder, progress, **changes)
     find_exporter(target or plan.target).check(run.model, find_context(layout, run.settings.context))
     run.keep_settings()
-    variant = Variant(plan, quantize_stage(run, layout, plan, name))
+    variant = (
+        recovered_variants(run, layout)[name]
+        if is_recovered(folder)
+        else Variant(plan, quantize_stage(run, layout, plan, name))
+    )
     record = export_stage(run, layout, variant, target or plan.target)
     render_report(run.folder)
     return record
@@ -158,6 +218,11 @@ def evaluate_run(folder: Path, progress: Progress = ignore_progress, **changes: 
     run = Run.resume(folder, progress, **changes)
     layout = run.load("layout.json", ModelLayout)
     before = run.load("evaluation.json", EvaluationReport)
+    if is_recovered(folder):
+        variants = recovered_variants(run, layout)
+        evaluation = evaluate_stage(run, layout, variants, before.written or "quantized", before.guard)
+        render_report(run.folder)
+        return evaluation
     plans, written = _plans(run, layout), before.written or "quantized"
     if written not in plans:
         raise ArtifactError(

@@ -48,3 +48,20 @@ def test_the_best_is_written_and_the_plan_where_nothing_is_better(values, writte
 def test_what_was_not_measured_is_an_error():
     with pytest.raises(ValueError, match="kl_nats_per_token of 'preset' was not measured"):
         choose(measured(quantized=0.1), "causal_lm", {"preset": "x"})
+
+
+def test_trained_weights_are_compared_with_their_parent_by_the_measure_asked_for() -> None:
+    measured = [
+        Measurement(name=name, subject=subject, value=value, unit="nats/token", n=100, stderr=0.01)
+        for name, values in (("kl_nats_per_token", (0.2, 0.1)), ("nll_nats_per_token", (2.0, 2.5)))
+        for subject, value in zip(("quantized", "parent"), values, strict=True)
+    ]
+    rivals = {"parent": "the parent"}
+    written, sentence = choose(measured, "causal_lm", rivals)
+    assert written == "parent"
+    assert sentence == (
+        "kl_nats_per_token on validation text: trained 0.2 ± 0.01, the parent 0.1 ± 0.01 (n = 100): the parent is "
+        "better, so the parent was written"
+    )
+    written, sentence = choose(measured, "causal_lm", rivals, by="nll_nats_per_token")
+    assert written == "quantized" and sentence.endswith("the trained weights are no worse, so they were written")

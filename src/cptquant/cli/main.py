@@ -25,6 +25,7 @@ from cptquant.cli import (
     measure,
     predict,
     quantize,
+    recover,
     report,
     targets,
     what_if,
@@ -58,8 +59,8 @@ def _root(
 ) -> None: ...
 
 
-for command in (quantize.quantize, inspect.inspect, measure.measure, allocate.allocate, predict.predict,
-                frontier.frontier, explain.explain, what_if.what_if, diff.diff,
+for command in (quantize.quantize, recover.recover, inspect.inspect, measure.measure, allocate.allocate,
+                predict.predict, frontier.frontier, explain.explain, what_if.what_if, diff.diff,
                 evaluate.evaluate, report.report, targets.targets, export.export, bench.bench,
                 generate.generate):  # fmt: skip
     app.command()(command)

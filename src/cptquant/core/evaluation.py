@@ -13,7 +13,7 @@ DAMAGE_NAMES: dict[Task, str] = {
 }
 """For each task the measurement that says how far a model is from the original; 0 is equal, lower is better."""
 
-Subject = Literal["original", "quantized", "uniform", "preset", "unrefined", "random"]
+Subject = Literal["original", "quantized", "parent", "uniform", "preset", "unrefined", "random"]
 
 
 class Measurement(Frozen):
@@ -44,7 +44,7 @@ class EvaluationReport(Artifact):
         measurements: all of them, in reading order.
         settings: window length, number of windows, text digest, ... : what must agree for two reports to compare.
         written: which subject's weights are in checkpoint/: "quantized", or what the guard chose instead ("uniform",
-            "preset", "unrefined").
+            "preset", "unrefined", "parent": what a recovery started from).
         guard: one sentence on how the plan compares with the others at no more bytes.
     """
 

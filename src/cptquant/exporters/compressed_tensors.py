@@ -114,7 +114,7 @@ def _all_tensors(model: LoadedModel, plan: Plan, shards: ShardFolder) -> Iterato
     """Kept tensors and 16-bit sites from the original, quantized sites from their pieces."""
     layout = model.layout
     storage = torch.float16 if layout.storage_dtype == "float16" else torch.bfloat16
-    state = model.module.state_dict()
+    state = {**model.module.state_dict(), **shards.kept()}
     names = [tensor.name for tensor in layout.kept]
     kept_sites = {site.name for site in layout.sites if plan.quant_formats[site.name].is_float}
     if layout.shared_head is not None and kept_sites.issuperset(layout.shared_head):

@@ -104,7 +104,7 @@ def _tensors(model: LoadedModel, plan: Plan, shards: ShardFolder, folding: Foldi
     """Kept tensors and 16-bit sites from the original, quantized sites from their pieces, rows as folded."""
     layout = model.layout
     storage = torch.float16 if layout.storage_dtype == "float16" else torch.bfloat16
-    state: Mapping[str, Tensor] = model.module.state_dict()
+    state: Mapping[str, Tensor] = {**model.module.state_dict(), **shards.kept()}
     kept_sites = {site.name for site in layout.sites if plan.quant_formats[site.name].is_float}
     if layout.shared_head is not None and kept_sites.issuperset(layout.shared_head):
         kept_sites.discard(layout.shared_head[1])  # one tensor, stored once under the embedding's name

@@ -84,6 +84,16 @@ class CheckpointWeights:
             raise ModelError(f"{self.folder} lacks the tensor {site.parameter_name}; write the checkpoint again")
         return self._kept(site)
 
+    def kept(self) -> dict[str, Tensor]:
+        """Norms and biases as the checkpoint holds them, by name.
+
+        Raises:
+            ModelError: a file is damaged.
+        """
+        names = [tensor.name for tensor in self._layout.kept if tensor.name in self._tensors]
+        found = {name: self._read(name) for name in names}
+        return {name: tensor for name, tensor in found.items() if tensor.ndim == 1 and tensor.is_floating_point()}
+
     def _kept(self, site: Site) -> Tensor:
         weight = self._read(site.parameter_name)  # as stored: a large embedding is upcast where its rows are used
         if site.transposed:

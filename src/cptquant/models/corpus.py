@@ -16,15 +16,21 @@ from cptquant.core.errors import DataError
 from cptquant.core.layout import Task
 from cptquant.models.embedded import embedded_text_path
 
-Split = Literal["calibration", "validation", "test"]
+Split = Literal["calibration", "training", "validation", "test"]
 
 CHUNK_CHARACTERS = 4096
 """Plain text has no documents; its standard errors are clustered by chunks of this size."""
 PIECE_CHARACTERS = 1 << 16
 """Plain text is tokenized in pieces of about this size, cut at line ends, so that a large file costs what is used."""
 
-_FLAGS: dict[Split, str] = {"calibration": "--calibration", "validation": "--eval-text", "test": "--eval-text"}
-_DATASET_SPLITS: dict[Split, str] = {"calibration": "train", "validation": "validation", "test": "test"}
+_FLAGS: dict[Split, str] = {
+    "calibration": "--calibration", "training": "--data", "validation": "--eval-text", "test": "--eval-text",
+}  # fmt: skip
+_DATASET_SPLITS: dict[Split, str] = {
+    "calibration": "train", "training": "train", "validation": "validation", "test": "test",
+}  # fmt: skip
+_SAMPLED: tuple[Split, ...] = ("calibration", "training")
+"""Splits that take a whole file; the others share one."""
 _ACCEPTED = (
     'give a UTF-8 .txt file, a .jsonl file with {"text": ...} lines (and "label" for classifiers), or a folder written '
     "by datasets.save_to_disk"
@@ -103,7 +109,7 @@ def read_texts(spec: str | Path | None, split: Split, task: Task) -> Texts:
         raise DataError(f"{flag} {spec} holds no text; {_ACCEPTED}")
     _check_labels(documents, task, flag, str(spec))
     description = str(path.name)
-    if not own_split and split != "calibration":
+    if not own_split and split not in _SAMPLED:
         documents, part = _deal(documents, split)
         description = f"{path.name} ({part})"
         if not documents:
@@ -112,9 +118,10 @@ def read_texts(spec: str | Path | None, split: Split, task: Task) -> Texts:
 
 
 def _read_embedded(split: Split, task: Task) -> Texts:
-    path = embedded_text_path(split, labelled=task == "sequence_classification")
+    part = "calibration" if split == "training" else split
+    path = embedded_text_path(part, labelled=task == "sequence_classification")
     documents = tuple(_read_lines(path, _FLAGS[split]))
-    return Texts(documents, split, "embedded text", f"embedded text, {split} modules of the Python standard library")
+    return Texts(documents, split, "embedded text", f"embedded text, {part} modules of the Python standard library")
 
 
 def _read_plain(path: Path, flag: str, task: Task) -> tuple[Document, ...]:

@@ -157,7 +157,7 @@ def _windows(
 ) -> TokenSet:
     prefix, suffix = _frame(tokenizer) if model.layout.task == "masked_lm" else ([], [])
     body = length - len(prefix) - len(suffix)
-    sampled, plain = texts.split == "calibration", texts.documents[0].first_character is not None
+    sampled, plain = texts.split in ("calibration", "training"), texts.documents[0].first_character is not None
     order = torch.randperm(len(texts.documents), generator=generator).tolist() if sampled else None
     surplus = _CALIBRATION_SURPLUS if sampled else (1 if plain else _EVALUATION_SURPLUS)
     stream, clusters = _token_stream(texts, tokenizer, surplus * sequences * body, order)

@@ -19,6 +19,9 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteRecord
 from cptquant.packing.quantized_weight import StoredWeight, decode, encode
 
+KEPT = "kept"
+"""Label of the piece with norms and biases."""
+
 
 class ShardFolder:
     """A folder of finished pieces of a quantized model.
@@ -63,8 +66,6 @@ class ShardFolder:
         Raises:
             OutputError: disk full or not writable; earlier pieces stay.
         """
-        path = self.folder / f"{label}.safetensors"
-        partial = path.with_name(path.name + ".partial")
         tensors: dict[str, Tensor] = {}
         pointers: set[int] = set()
         for site, weight in weights.items():
@@ -74,19 +75,41 @@ class ShardFolder:
                     stored = stored.clone()
                 pointers.add(stored.data_ptr())
                 tensors[f"{site}.{name}"] = stored
+        self._write(label, tensors, tuple(weights), records)
+
+    def _write(
+        self, label: str, tensors: Mapping[str, Tensor], sites: Sequence[str], records: Sequence[SiteRecord]
+    ) -> None:
+        path = self.folder / f"{label}.safetensors"
+        partial = path.with_name(path.name + ".partial")
         metadata = {
             "records": json.dumps([record.model_dump_json() for record in records]),
-            "sites": json.dumps(list(weights)),
+            "sites": json.dumps(list(sites)),
         }
         metadata["sha256"] = _digest(metadata, ((name, tensors[name]) for name in sorted(tensors)))
         try:
-            save_file(tensors, partial, metadata=metadata)
+            save_file(dict(tensors), partial, metadata=metadata)
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise output_error(path, error) from None
         self._records[label] = list(records)
-        self._piece_of.update(dict.fromkeys(weights, path))
+        self._piece_of.update(dict.fromkeys(sites, path))
+
+    def save_kept(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write norms and biases that training changed, by their names in the model, as a piece of its own.
+
+        Raises:
+            OutputError: disk full or not writable.
+        """
+        self._write(KEPT, {name: tensor.contiguous() for name, tensor in tensors.items()}, (), ())
+
+    def kept(self) -> dict[str, Tensor]:
+        """What `save_kept` wrote; empty without it."""
+        if KEPT not in self._records:
+            return {}
+        with _opened(self.folder / f"{KEPT}.safetensors") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
 
     @property
     def labels(self) -> frozenset[str]:

@@ -2,12 +2,12 @@
 
 The derivative of the soft clamp f (`surrogates.soft_clamp_slopes` is the readable form; a = low, b = high):
 
-    far apart        Only the nearer limit is felt: f'(x) = h'(t), t = min(x - a, b - x), h(t) = t g(t), which is GELU or
-                     SiLU, whose derivative torch has in one operation. Used where the other gate is shut to the last bit.
-    sigmoid gate     With V = exp(-beta (x-a)), W = exp(beta (x-b)), K = exp(-beta (b-a)) = V W, G = 1/(1 + K + V + W),
-                     both gates' product: f' = G + beta G^2 [V (x - a + K b) + W (b - x - K a) + 2 K (b-a)]. Two
-                     exponentials, and no difference of large numbers.
-    phi gate         As it stands: two error functions, two exponentials.
+    far apart       Only the nearer limit is felt: f'(x) = h'(t), t = min(x - a, b - x), h(t) = t g(t), which is GELU
+                    or SiLU, whose derivative torch has as one operation. Used where the other gate is shut to rounding.
+    sigmoid gate    With V = exp(-beta (x-a)), W = exp(beta (x-b)), K = exp(-beta (b-a)) = V W, G = 1/(1 + K + V + W),
+                    both gates' product: f' = G + beta G^2 [V (x - a + K b) + W (b - x - K a) + 2 K (b-a)]. Two
+                    exponentials, and no difference of large numbers.
+    phi gate        As it stands: two error functions, two exponentials.
 """
 
 import math
@@ -61,7 +61,7 @@ def _through_nearer_limit(gradient: Tensor, x: Tensor, low: float, high: float, 
 
 
 def _exp(exponent: Limit) -> Limit:
-    return exponent.exp() if isinstance(exponent, Tensor) else math.exp(exponent)
+    return torch.exp(exponent) if isinstance(exponent, Tensor) else math.exp(exponent)
 
 
 def _sigmoid_slope(x: Tensor, low: Limit, high: Limit, beta: float) -> Tensor:

@@ -9,12 +9,12 @@ k = r'(c) f'(x), r the surrogate of rounding, f that of clamping:
 
     d value / d w = k            d value / d s = q - z - (w/s) k            d value / d z = s (k - 1)
 
-f' is taken at x. r' is taken at what is rounded: c = clip(x) where the forward pass clamps hard, c = f(x) where it clamps
-softly. Its peaks then lie on the thresholds that the forward pass has; r'(f(x)) under a hard forward pass would put them
-beside, by up to half a code at 2 bits. Gradients are exact for the composite s (r(c) - z), up to that choice.
+f' is taken at x. r' is taken at what is rounded: c = clip(x) where the forward pass clamps hard, c = f(x) where it
+clamps softly. Its peaks then lie on the thresholds that the forward pass has; r'(f(x)) under a hard forward pass would
+put them beside. Gradients are exact for the composite s (r(c) - z), up to that choice.
 
-On a CPU rows are worked through in blocks that stay in the second-level cache: two to three times as fast as
-whole tensors, and temporaries are small. Nothing but the arguments is kept for the backward pass.
+On a CPU rows are worked through in blocks of 256 KiB, which keeps the temporaries small and in the cache. Nothing but
+the arguments is kept for the backward pass.
 """
 
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def nearest_codes(weight: Tensor, scale: Tensor, zero: Tensor | None, low: Limit
     _check_shapes(weight, scale, zero)
     codes = torch.empty_like(weight, dtype=_working_dtype(weight, scale))
     for block in _row_blocks(weight, scale, zero, (low, high)):
-        codes[block.rows] = block.positions().round_().clamp_(block.low, block.high)
+        codes[block.rows] = block.clip_(block.positions().round_())
     return codes
 
 
@@ -99,6 +99,10 @@ class _Block:
         x = self.weight / self.scale
         return x if self.zero is None else x.add_(self.zero)
 
+    def clip_(self, x: Tensor) -> Tensor:
+        """x, clamped in place to the limits: two numbers or two tensors."""
+        return x.clamp_(self.low, self.high)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
     def rounded_positions(self, surrogate: Surrogate) -> Tensor:
         """What the forward pass rounds, up to a hard clamp: x, or f(x)."""
         x = self.positions()
@@ -111,20 +115,27 @@ class _Block:
         if surrogate.soft_forward:
             x = soft_clamp(x, self.low, self.high, surrogate)
         else:
-            x = x.clamp_(self.low, self.high)
+            x = self.clip_(x)
         codes = x.round()
         if surrogate.rounding == "sigmoid":
             outgoing.mul_(slope_of_distance_(x.sub_(codes), surrogate))
         if surrogate.soft_forward:
-            codes.clamp_(self.low, self.high)
+            self.clip_(codes)
         return outgoing, codes if self.zero is None else codes.sub_(self.zero)
 
 
-def _row_blocks(
-    weight: Tensor, scale: Tensor, zero: Tensor | None, limits: tuple[Limit, Limit]
-) -> Iterator[_Block]:
+def _of_one_kind(limits: tuple[Limit, Limit], device: torch.device) -> tuple[Limit, Limit]:
+    """Two numbers or two tensors: torch clamps to either, but not to one of each."""
+    if not any(isinstance(limit, Tensor) for limit in limits):
+        return limits
+    low, high = (torch.as_tensor(limit, device=device) for limit in limits)
+    return low, high
+
+
+def _row_blocks(weight: Tensor, scale: Tensor, zero: Tensor | None, limits: tuple[Limit, Limit]) -> Iterator[_Block]:
     dtype = _working_dtype(weight, scale)
     rows = weight.shape[0]
+    limits = _of_one_kind(limits, weight.device)
     step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel())) if weight.device.type == "cpu" and rows else rows
     for start in range(0, rows, step or 1):
         part = slice(start, min(start + step, rows))
@@ -152,7 +163,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.limits, ctx.surrogate = limits, surrogate
         value = torch.empty_like(weight)
         for block in _row_blocks(weight, scale, zero, limits):
-            codes = block.rounded_positions(surrogate).round_().clamp_(block.low, block.high)
+            codes = block.clip_(block.rounded_positions(surrogate).round_())
             if block.zero is not None:
                 codes.sub_(block.zero)
             torch.mul(codes, block.scale, out=value[block.rows])
@@ -160,7 +171,9 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
         weight, scale, zero = ctx.saved_tensors
         needs_weight, needs_scale, needs_zero = ctx.needs_input_grad[:3]
         for_weight = torch.empty_like(weight) if needs_weight else None

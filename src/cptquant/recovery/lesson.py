@@ -33,6 +33,16 @@ class Weights:
         """Whether the original has to run beside the student."""
         return self.kl > 0 or self.states > 0
 
+    def describe(self) -> str:
+        """The loss in words, with its unit."""
+        names = {"kl": "KL from the teacher", "ce": "cross-entropy of the text", "states": "distance of hidden states"}
+        parts = [
+            text if weight == 1 else f"{weight:g} x {text}"
+            for name, text in names.items()
+            if (weight := getattr(self, name)) > 0
+        ]
+        return f"{' + '.join(parts)}, nats a token"
+
 
 class Lesson(nn.Module):
     """A student with its teacher; forward gives the mean loss of a batch.
@@ -60,17 +70,22 @@ class Lesson(nn.Module):
             teacher = None
             if weights.needs_teacher:
                 with torch.no_grad():
-                    teacher = self._run(
-                        cast(nn.Module, object.__getattribute__(self, "teacher")), input_ids, attention_mask
-                    )
+                    teacher = self._run(self._teacher_on(input_ids.device), input_ids, attention_mask)
         losses = {"kl": self._divergence(student, teacher, attention_mask, targets)} if weights.kl > 0 else {}
         if weights.ce > 0:
             logits = student.logits.float()
             losses["ce"] = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
         if weights.states > 0:
+            assert teacher is not None
             losses["states"] = _state_distance(student.hidden_states, teacher.hidden_states, attention_mask)
         total = sum((getattr(weights, name) * value for name, value in losses.items()), torch.zeros(()))
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
+
+    def _teacher_on(self, device: torch.device) -> nn.Module:
+        """The teacher, beside the student; it is moved once, since no wrapper knows of it."""
+        teacher = cast(nn.Module, object.__getattribute__(self, "teacher"))
+        first = next(teacher.parameters(), None)
+        return teacher if first is None or first.device == device else teacher.to(device)
 
     def _run(self, module: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
         return module(

@@ -3,7 +3,7 @@
 import copy
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -33,7 +33,7 @@ class StudentOptions:
     """
 
     trains: Trains
-    surrogate: Surrogate = Surrogate()
+    surrogate: Surrogate = field(default_factory=Surrogate)
     others: bool = True
     frozen: tuple[str, ...] = ()
     activation_bits: int | None = None
@@ -66,10 +66,18 @@ class Student:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of everything that moves, and of codes that a method changes beside it."""
-        found = {name: parameter.detach().clone() for name, parameter in self.trainable()}
+        found = {
+            name: parameter.detach().clone(memory_format=torch.contiguous_format)
+            for name, parameter in self.trainable()
+        }
         return found | {
             f"{site}.codes": layer.codes.clone() for site, layer in self.layers.items() if layer.moves_codes
         }
+
+    def moments(self) -> dict[str, Tensor]:
+        """What a resumed training needs beside the snapshot: averages of methods that change codes by themselves."""
+        followed = {site: layer for site, layer in self.layers.items() if layer.moves_codes}
+        return {f"{site}.code_momentum": layer.code_momentum for site, layer in followed.items()}
 
     def restore_(self, snapshot: Mapping[str, Tensor]) -> None:
         """Put copies back."""
@@ -79,6 +87,9 @@ class Student:
             for site, layer in self.layers.items():
                 if layer.moves_codes:
                     layer.codes.copy_(snapshot[f"{site}.codes"])
+            for name, tensor in self.moments().items():
+                if name in snapshot:
+                    tensor.copy_(snapshot[name])
 
     def stored(self) -> dict[str, StoredWeight]:
         """Site -> present weight as it will be written."""

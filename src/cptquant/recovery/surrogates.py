@@ -9,8 +9,8 @@ Rounding has slope 0 almost everywhere, clamping has slope 0 outside its limits.
 
 The paper's formula of the sigmoid estimator is known only from a summary whose operators were lost. Read literally it
 jumps by 1 - tanh(T/2) at every threshold and its slopes add up to tanh(T/2) from one integer to the next. We divide by
-tanh(T/2), which makes it continuous with a mean slope of exactly 1, so that T changes the form of the gradient and not its
-size (`normalised`; False is the literal reading). With d = x - round(x), A = cosh(T d), C = cosh(T/2):
+tanh(T/2), which makes it continuous with a mean slope of exactly 1, so that T changes the gradient's form, not its size
+(`normalised`; False is the literal reading). With d = x - round(x), A = cosh(T d), C = cosh(T/2):
 
     r_T(x)  = round(x) + sinh(T d) / (A + C) / tanh(T/2)
     r_T'(x) = T (P - tanh(T/2)^2 P^2) / tanh(T/2),        P = C / (A + C)
@@ -48,8 +48,8 @@ class Surrogate:
         clamp: "hard", slope 1 inside the limits and 0 outside, or "soft".
         gate: of the soft clamp: "phi", the normal distribution's (GELU), or "sigmoid" (Swish).
         beta: steepness of the sigmoid gate, > 0.
-        soft_forward: the soft clamp is in the forward pass too. For training only: at 2 to 4 bits it chooses other codes
-            for up to a sixth of the weights inside the limits, so its loss is not the loss of what is deployed.
+        soft_forward: the soft clamp is in the forward pass too. For training only: at 2 to 4 bits it chooses
+            other codes for up to a sixth of the weights inside the limits: its loss is not that of what is deployed.
 
     Raises:
         UserError: a value that is not allowed; the text names the flag.
@@ -149,8 +149,8 @@ def gate_slope(t: Tensor, surrogate: Surrogate) -> Tensor:
 def soft_clamp(x: Tensor, low: Limit, high: Limit, surrogate: Surrogate) -> Tensor:
     """f(x) = x g(x-a) g(b-x) + a g(a-x) + b g(x-b), a clamp with a GELU or Swish in place of either ReLU.
 
-    Not monotone: it overshoots a limit by at most 0.170 (phi), 0.278 (sigmoid, beta 1), 0.070 (beta 4). At 2 bits the two
-    ends overlap, and f depends on where the codes lie, not on their number alone.
+    Not monotone: it overshoots a limit by at most 0.170 (phi), 0.278 (sigmoid, beta 1), 0.070 (beta 4). At 2 bits the
+    two ends overlap, and f depends on where the codes lie, not on their number alone.
 
     Args:
         x: floats of any shape, in units of codes. low, high: a and b, a < b.

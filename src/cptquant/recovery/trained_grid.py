@@ -17,6 +17,9 @@ from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
 from cptquant.packing.segments import SegmentedWeight
 from cptquant.quantizers.grid import code_range
 
+_NO_STEP = 2.0**-100
+"""In place of a step of zero, as GGUF's blocks may have: beside any offset it vanishes."""
+
 
 @dataclass(frozen=True)
 class TrainedGrid:
@@ -81,9 +84,10 @@ def _of_affine(stored: QuantizedWeight) -> TrainedGrid:
 
 
 def _of_blocks(stored: BlockWeight) -> TrainedGrid:
-    layout = stored.layout
+    layout, steps = stored.layout, stored.sub_scales()
+    steps = torch.where(steps == 0, torch.full_like(steps, _NO_STEP), steps)  # division by it then has a result
     return TrainedGrid(
-        stored.codes, stored.sub_scales(), None, stored.sub_offsets(), float(layout.lowest_code),
+        stored.codes, steps, None, stored.sub_offsets(), float(layout.lowest_code),
         float(layout.highest_code), layout.sub_block, None, None, None,
         lambda codes, _steps, _zeros: replace(stored, codes=codes),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.recovery.fake_quantize import fake_quantize
+from cptquant.recovery.fake_quantize import fake_quantize, nearest_codes
 from cptquant.recovery.surrogates import Surrogate
 from cptquant.recovery.trained_grid import TrainedGrid, grouped, start_latent
 
@@ -43,8 +43,8 @@ class TrainedLinear(nn.Module):
 
     Args:
         stored: the weight that training starts from: the first forward pass gives exactly this.
-        original: what it was rounded from, (out_features, in_features), any float dtype; None without a latent. A
-            latent starts there where that rounds to the stored code, else at the nearer end of the code's cell.
+        original: what it was rounded from, (out_features, in_features), any float dtype; None without a latent, which
+            starts there where that rounds to the stored code, else at the nearer end of the code's cell.
         bias: (out_features,) or None.
         activation_bits: of the inputs, each token with a step of its own (symmetric); None leaves them as they are.
 
@@ -52,6 +52,13 @@ class TrainedLinear(nn.Module):
         latent: float32 (rows, columns) in stored order, or None. log_steps: ln |s|, (rows or 1, groups), or None; of
         multipliers the ratio to the first step. zeros: float32, the same shape, or None.
     """
+
+    steps: Tensor
+    codes: Tensor
+    fixed_zeros: Tensor | None
+    offsets: Tensor | None
+    order: Tensor | None
+    code_momentum: Tensor
 
     def __init__(
         self,
@@ -84,6 +91,7 @@ class TrainedLinear(nn.Module):
         movable = trains.zeros and grid.zeros is not None and grid.moves is None and grid.learns_steps
         self.zeros = nn.Parameter(cast(Tensor, grid.zeros).clone()) if movable else None
         self.moves_codes = False
+        self._value_gradient: Tensor | None = None
         self._steps_factor = 1 / math.sqrt(grid.width * max(1.0, float(torch.as_tensor(grid.high).max())))
 
     @property
@@ -99,6 +107,8 @@ class TrainedLinear(nn.Module):
             values = values.flatten(1)[:, : self.in_features]
         else:
             values = cast(Tensor, _FromCodes.apply(self.codes, steps, zeros, grid.width))
+            if self.moves_codes and values.requires_grad:
+                values.register_hook(self._add_value_gradient)
         if self.offsets is not None:
             values = values + self.offsets.repeat_interleave(grid.width, dim=1)[:, : self.in_features]
         return values if self.order is None else values.index_select(1, self.order)
@@ -114,9 +124,35 @@ class TrainedLinear(nn.Module):
         """The present weight in its stored form; `dequantize()` of it equals `weight` bit for bit."""
         with torch.no_grad():
             steps, zeros = self.present_steps(), self.present_zeros()
-            codes = self.grid.codes if self.latent is None else self._codes(steps, zeros)
+            codes = self.codes if self.latent is None else self._codes(steps, zeros)
             stored_zeros = None if zeros is None or self.grid.moves is not None else zeros.to(torch.int8)
             return self.grid.rebuild(codes, steps, stored_zeros)
+
+    def latent_unit(self) -> Tensor:
+        """|s| of every latent weight, broadcastable against it."""
+        return self.spread(self.present_steps().detach().abs())
+
+    def follow_codes(self) -> None:
+        """From now on codes may be changed from outside, and the gradient of the weight is kept for that."""
+        self.moves_codes = True
+        self.register_buffer("code_momentum", torch.zeros(self.codes.shape), persistent=False)
+
+    def take_value_gradient(self) -> Tensor:
+        """dL/dweight since it was last taken, float32 (rows, columns) in stored order; zeros where there is none."""
+        found, self._value_gradient = self._value_gradient, None
+        return torch.zeros(self.codes.shape, device=self.codes.device) if found is None else found
+
+    def spread(self, per_group: Tensor) -> Tensor:
+        """(rows or 1, groups) -> broadcastable against (rows, columns)."""
+        return per_group.repeat_interleave(self.grid.width, dim=1)[:, : self.in_features]
+
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest code, broadcastable against (rows, columns)."""
+        low, high = (torch.as_tensor(limit, device=self.codes.device) for limit in (self.low, self.high))
+        return (low, high) if low.ndim == 0 else (self.spread(low[:, :, 0]), self.spread(high[:, :, 0]))
+
+    def _add_value_gradient(self, gradient: Tensor) -> None:
+        self._value_gradient = gradient.clone() if self._value_gradient is None else self._value_gradient + gradient
 
     def present_steps(self) -> Tensor:
         """float32 (rows or 1, groups), rounded as they are stored (straight through)."""
@@ -136,11 +172,10 @@ class TrainedLinear(nn.Module):
 
     def _codes(self, steps: Tensor, zeros: Tensor | None) -> Tensor:
         """int8 (rows, columns), as the forward pass has them."""
-        latent = self._grouped(cast(Tensor, self.latent)) / steps.unsqueeze(-1)
-        if zeros is not None:
-            latent = latent + zeros.unsqueeze(-1)
-        codes = latent.round()
-        codes = torch.minimum(torch.maximum(codes, torch.as_tensor(self.low)), torch.as_tensor(self.high))
+        codes = nearest_codes(
+            self._grouped(cast(Tensor, self.latent)), steps.unsqueeze(-1),
+            None if zeros is None else zeros.unsqueeze(-1), self.low, self.high,
+        )  # fmt: skip
         return codes.flatten(1)[:, : self.in_features].to(torch.int8).contiguous()
 
     def _grouped(self, latent: Tensor) -> Tensor:

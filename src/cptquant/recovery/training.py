@@ -8,7 +8,7 @@ loss is no number. Weight decay is zero: it would pull latent weights and steps 
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from cptquant.core.artifact import output_error
 from cptquant.models.load import quiet_transformers
+from cptquant.recovery.grid_optimizer import GridAdam
 from cptquant.recovery.lesson import Lesson
+from cptquant.recovery.processes import process_count
 from cptquant.recovery.student import Student
 
 _MOVED = "moved.safetensors"
@@ -36,7 +38,7 @@ class Schedule:
 
     Attributes:
         steps: optimizer steps. batch_sequences: sequences in each, all processes together.
-        latent_rate: Adam's rate of a latent weight, in steps of its layer's grid (their mean).
+        latent_rate: Adam's rate of a latent weight, in steps of its group's grid.
         step_rate: of a grid's step, relative. zero_rate: of a zero point, in codes. other_rate: of norms and biases.
         warm_up: share of the steps over which rates rise; then they fall along a cosine to a tenth.
         checks: how often held-out text is looked at. saves: how often a checkpoint is written.
@@ -45,8 +47,8 @@ class Schedule:
 
     steps: int
     batch_sequences: int = 8
-    latent_rate: float = 0.005
-    step_rate: float = 1e-3
+    latent_rate: float = 0.002
+    step_rate: float = 5e-4
     zero_rate: float = 0.01
     other_rate: float = 1e-3
     warm_up: float = 0.05
@@ -72,12 +74,17 @@ class Training:
     looks: list[Look] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_step: int = 0
+    done: int = 0
     stopped: str = ""
 
     @property
     def best_loss(self) -> float:
         """Held-out loss of the best look."""
         return min((look.held_out_loss for look in self.looks), default=math.inf)
+
+
+_RATES = {"latent": "latent_rate", "log_steps": "step_rate", "zeros": "zero_rate"}
+"""Last part of a parameter's name -> its rate in `Schedule`; norms and biases have the other one."""
 
 
 class SequenceData(Dataset[dict[str, Tensor]]):
@@ -97,6 +104,14 @@ class SequenceData(Dataset[dict[str, Tensor]]):
         return {name: column[index] for name, column in self._columns.items()}
 
 
+@dataclass(frozen=True)
+class TrainingText:
+    """What is learned on, and what chooses the iterate."""
+
+    learned: SequenceData
+    held_out: SequenceData
+
+
 class Diverged(Exception):
     """The loss or a gradient is no number any more."""
 
@@ -104,8 +119,7 @@ class Diverged(Exception):
 def train_student(
     student: Student,
     lesson: Lesson,
-    data: SequenceData,
-    held_out: SequenceData,
+    text: TrainingText,
     schedule: Schedule,
     folder: Path,
     *,
@@ -125,14 +139,13 @@ def train_student(
     Raises:
         OutputError: the disk is full.
     """
-    keeper = _Keeper(student, lesson, held_out, schedule, progress, before_step)
+    keeper = _Keeper(student, lesson, text.held_out, schedule, progress, before_step)
     arguments = _arguments(schedule, folder)
     with quiet_transformers():
-        trainer = _StudentTrainer(student, keeper, model=lesson, args=arguments, train_dataset=data)
+        trainer = _StudentTrainer(student, keeper, model=lesson, args=arguments, train_dataset=text.learned)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(keeper)
-        keeper.world = trainer
         resumed = _last_whole(folder)
         try:
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -149,7 +162,7 @@ def _arguments(schedule: Schedule, folder: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=schedule.steps,
-        per_device_train_batch_size=schedule.batch_sequences,
+        per_device_train_batch_size=schedule.batch_sequences // process_count(),
         learning_rate=1.0,  # every group has its own; the scheduler's factor multiplies them
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
@@ -168,6 +181,7 @@ def _arguments(schedule: Schedule, folder: Path) -> TrainingArguments:
         dataloader_pin_memory=False,
         dataloader_drop_last=True,
         use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         ddp_find_unused_parameters=False,
     )
 
@@ -179,23 +193,20 @@ class _StudentTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Adam with one group for each rate."""
-        groups: dict[float, list[nn.Parameter]] = {}
+        """One group for each rate."""
+        groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self._student.trainable():
-            groups.setdefault(self._rate(name), []).append(parameter)
+            kind = name.rpartition(".")[2]
+            groups.setdefault(kind if kind in _RATES and name not in self._student.others else "", []).append(parameter)
         if self.optimizer is None:
-            made = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
-            self.optimizer = torch.optim.Adam(made, betas=(0.9, 0.95), eps=1e-12)
+            schedule = self._keeper.schedule
+            made = [
+                {"params": found, "lr": getattr(schedule, _RATES.get(kind, "other_rate"))}
+                for kind, found in groups.items()
+            ]
+            layers = self._student.layers.values()
+            self.optimizer = GridAdam(made, {v.latent: v.latent_unit for v in layers if v.latent is not None})
         return self.optimizer
-
-    def _rate(self, name: str) -> float:
-        schedule, (site, _, kind) = self._keeper.schedule, name.rpartition(".")
-        layer = self._student.layers.get(site)
-        if layer is None or kind == "bias":
-            return schedule.other_rate
-        if kind == "latent":
-            return schedule.latent_rate * float(layer.grid.steps.abs().mean())
-        return schedule.step_rate if kind == "log_steps" else schedule.zero_rate
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The lesson's loss.
@@ -218,7 +229,7 @@ class _StudentTrainer(Trainer):
         assert output_dir is not None
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._student.snapshot(), folder / _MOVED)
+        save_file({**self._student.snapshot(), **self._student.moments()}, folder / _MOVED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -228,7 +239,7 @@ class _StudentTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            self._keeper.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            self._keeper.save(Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
 
 class _Keeper(TrainerCallback):
@@ -240,7 +251,6 @@ class _Keeper(TrainerCallback):
     ) -> None:  # fmt: skip
         self.schedule, self.training = schedule, Training()
         self.losses: list[Tensor] = []
-        self.world: Trainer | None = None
         self._student, self._lesson, self._held_out = student, lesson, held_out
         self._progress, self._before_step = progress, before_step
         self._looks = {math.ceil(schedule.steps * (n + 1) / schedule.checks) for n in range(schedule.checks)}
@@ -273,6 +283,7 @@ class _Keeper(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the progress; look where it is time."""
+        self.training.done = state.global_step
         self._progress(state.global_step, self.schedule.steps)
         if state.global_step in self._looks:
             self._look(state.global_step)
@@ -333,12 +344,3 @@ def _last_whole(folder: Path) -> Path | None:
             return path
         shutil.rmtree(path)
     return None
-
-
-def moved_share(student: Student, parameters: int) -> float:
-    """Numbers that training moves over the model's parameters."""
-    return sum(parameter.numel() for _, parameter in student.trainable()) / parameters
-
-
-__all__ = ["Diverged", "Look", "Schedule", "SequenceData", "Training", "mean_loss", "moved_share", "train_student"]
-_ = Mapping

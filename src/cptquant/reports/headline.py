@@ -21,6 +21,7 @@ from cptquant.reports.quantities import (
 SUBJECT_LABELS = {
     "original": "Original",
     "quantized": "Quantized",
+    "parent": "Before recovery",
     "uniform": "Uniform bits",
     "preset": "Types of llama.cpp's preset",
     "unrefined": "Plan before swaps",
@@ -28,7 +29,7 @@ SUBJECT_LABELS = {
 }
 """Subjects of an evaluation for people, in reading order."""
 
-BASELINES = ("uniform", "preset", "unrefined", "random")
+BASELINES = ("parent", "uniform", "preset", "unrefined", "random")
 """Subjects that the plan is compared with."""
 
 DISTANCES = ("kl_nats_per_token", "kl_nats_per_example", "embedding_cosine_distance")

@@ -18,6 +18,7 @@ from cptquant.reports import forecast_tables, headline, provenance_rows, section
 from cptquant.reports.engine_section import engine_sections
 from cptquant.reports.pages import load_template
 from cptquant.reports.quantities import TASK_NAMES, spell_bytes, spell_count, spell_exact_bytes, spell_name
+from cptquant.reports.recovery_section import recovery_section
 from cptquant.reports.run_folder import RunRecord, read_run
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def render(record: RunRecord) -> str:
         "beside_columns": forecast_tables.BESIDE_COLUMNS,
         "comparison": sections.comparison_section(record),
         "engines": engine_sections(record),
+        "recovery": recovery_section(record),
         "errors": sections.error_section(record),
         "measurements": sections.measurement_rows(evaluation) if evaluation else [],
         "plan_rows": sections.plan_rows(record),

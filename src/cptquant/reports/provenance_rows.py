@@ -32,6 +32,7 @@ def stage_files(record: RunRecord) -> dict[str, Artifact]:
     files["forecast.json"] = record.forecast
     for name, manifest in (record.manifests or {}).items():
         files["manifest.json" if name == "quantized" else f"manifest-{name}.json"] = manifest
+    files["recovery.json"] = record.recovery
     files["checkpoint.json"] = record.checkpoint
     files |= {f"export/{export.target}/export.json": export for export in record.exports}
     files["evaluation.json"] = record.evaluation

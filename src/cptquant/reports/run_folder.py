@@ -14,6 +14,7 @@ from cptquant.core.frontier import Frontier
 from cptquant.core.layout import ModelLayout
 from cptquant.core.manifest import CheckpointRecord, Manifest
 from cptquant.core.plan import Plan
+from cptquant.core.recovery import RecoveryRecord
 from cptquant.core.sensitivity import SensitivityTable
 
 A = TypeVar("A", bound=Artifact)
@@ -35,7 +36,7 @@ class RunRecord:
         tables: sensitivity tables, the one that the plan was made from first.
         plan: what the allocator proposed. baselines: plan-NAME.json by name.
         manifests: "quantized" and baselines by name. forecast: what was expected before quantizing.
-        exports: export/TARGET/export.json of every target.
+        exports: export/TARGET/export.json of every target. recovery: of a run that was trained further.
         stale: one sentence for each file that was made from something other than what stands beside it.
     """
 
@@ -50,6 +51,7 @@ class RunRecord:
     forecast: PtqForecast | None = None
     frontier: tuple[FrontierPoint, ...] = ()
     exports: tuple[ExportRecord, ...] = ()
+    recovery: RecoveryRecord | None = None
     stale: tuple[str, ...] = ()
 
     @property
@@ -108,6 +110,7 @@ def read_run(folder: Path) -> RunRecord:
         forecast=_read(folder / "forecast.json", PtqForecast),
         frontier=_read_frontier(folder / "frontier.json"),
         exports=tuple(ExportRecord.load(path) for path in sorted(folder.glob("export/*/export.json"))),
+        recovery=_read(folder / "recovery.json", RecoveryRecord),
     )
     return _with_stale(record)
 

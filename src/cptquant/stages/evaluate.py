@@ -24,10 +24,14 @@ from cptquant.stages.quantize import Variant
 from cptquant.stages.run import Run
 
 
-def guard_stage(run: Run, variants: dict[str, Variant]) -> tuple[str, str]:
+def guard_stage(run: Run, variants: dict[str, Variant], *, by: str | None = None) -> tuple[str, str]:
     """Compare the plan with uniform bits, and with what else there is at no more bytes, on validation text.
 
-    Others are llama.cpp's preset (`presets.py`) and the plan before swaps (`refine.py`). The best is written.
+    Others are llama.cpp's preset (`presets.py`) and the plan before swaps (`refine.py`), or what training started from
+    (`recover.py`). The best is written.
+
+    Args:
+        by: the measurement to choose by; None is the distance to the original.
 
     Returns:
         The name of the variant to write, and one sentence for the report.
@@ -38,7 +42,7 @@ def guard_stage(run: Run, variants: dict[str, Variant]) -> tuple[str, str]:
     if rivals:
         sources = {name: variants[name].shards for name in ("quantized", *rivals)}
         measured = evaluate(run.model, sources, run.validation, progress=run.progress)
-        written, sentence = choose(measured, run.model.layout.task, rivals)
+        written, sentence = choose(measured, run.model.layout.task, rivals, by=by)
     notes = [variant.note for variant in variants.values()]
     sentence = "; ".join(part for part in (sentence, *missing, *notes) if part)
     _note_in_manifest(run, written, sentence)
@@ -56,6 +60,8 @@ def _note_in_manifest(run: Run, written: str, guard: str) -> None:
 
 def _rivals(variants: dict[str, Variant]) -> dict[str, str]:
     """Variants that differ from the plan and may be written instead, and what each is."""
+    if "parent" in variants:
+        return {"parent": "the parent"}
     labels = {"uniform": "uniform bits", "unrefined": "the plan before swaps"}
     if "preset" in variants:
         labels["preset"] = preset_label(variants["preset"].plan)
@@ -71,6 +77,8 @@ def _missing(run: Run, variants: dict[str, Variant]) -> list[str]:
     """What the plan is not compared with, and why."""
     wanted, layout = run.settings.baselines_for(run.model.layout), run.model.layout
     reasons: list[str] = []
+    if "parent" in variants:
+        return reasons
     if "uniform" not in variants:
         why = "no uniform plan takes as few bytes" if "uniform" in wanted else "--baselines leaves out uniform"
         reasons.append(f"not run: {why}" if not _rivals(variants) else f"not compared with uniform bits: {why}")

@@ -23,26 +23,34 @@ def enlarge_calibration(run: "Run") -> "TokenSet":
     Raises:
         ModelError: own text was asked for of a model that writes none. OutputError: the disk is full.
     """
+    return with_own_text(run, run.calibration, run.settings.own_text_for(run.model.layout), run.settings.seed)
+
+
+def with_own_text(run: "Run", text: "TokenSet", count: int, seed: int) -> "TokenSet":
+    """A text, and so many sequences of the same length that the model writes from beginnings in it; kept in work/.
+
+    Raises:
+        ModelError: own text was asked for of a model that writes none. OutputError: the disk is full.
+    """
     from cptquant.models.own_text import join_texts, write_own_text
 
-    count = run.settings.own_text_for(run.model.layout)
     if count == 0:
-        return run.calibration
+        return text
     wanted = {
         "layout": run.model.layout.digest(),
-        "tokens": run.calibration.digest,
+        "tokens": text.digest,
         "sequences": str(count),
-        "seed": str(run.settings.seed),
+        "seed": str(seed),
     }
     path = run.folder / "work" / f"own-text-{digest_json(wanted)[:16]}.safetensors"
     written = _read(run, path, count) if path.exists() else None
     if written is None:
         written = write_own_text(
-            run.model, run.calibration, count, seed=run.settings.seed,
+            run.model, text, count, seed=seed,
             progress=lambda done, total: run.progress("write calibration text", done, total),
         )  # fmt: skip
         _save(written, path)
-    return join_texts(run.calibration, written)
+    return join_texts(text, written)
 
 
 def _read(run: "Run", path: Path, count: int) -> "TokenSet | None":

@@ -70,7 +70,7 @@ def list_tensors(model: LoadedModel, plan: Plan, shards: ShardFolder, *, in_floa
     for name, parts in stacked.items():
         sites = [site for _, site in sorted(parts, key=lambda part: part[0])]
         tensors.append(_site_tensor(model, name, sites, formats[sites[0].name], shards, rows))
-    tensors += _kept_tensors(model, rows)
+    tensors += _kept_tensors(model, shards, rows)
     return [_widened(tensor) for tensor in tensors] if in_float32 else tensors
 
 
@@ -166,9 +166,9 @@ def _sixteen_bit_rows(weight: Tensor, factor: float, fmt: QuantFormat, name: str
     return stored.contiguous().view(torch.uint8)
 
 
-def _kept_tensors(model: LoadedModel, rows: RowOrders) -> Iterator[GgufTensor]:
+def _kept_tensors(model: LoadedModel, shards: ShardFolder, rows: RowOrders) -> Iterator[GgufTensor]:
     layout = model.layout
-    state = model.module.state_dict()
+    state = {**model.module.state_dict(), **shards.kept()}
     parts: dict[str, list[tuple[int, str]]] = {}
     for tensor in layout.kept:
         if is_omitted(layout.model_type, tensor.name) or tensor.name not in state:

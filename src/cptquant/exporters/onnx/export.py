@@ -19,7 +19,7 @@ from cptquant.exporters.onnx.parts import Parts
 from cptquant.exporters.onnx.read_back import load_graph
 from cptquant.exporters.written import WrittenCheckpoint, check_size, written_whole
 from cptquant.models.load import LoadedModel
-from cptquant.models.stream import QuantizedSource
+from cptquant.models.stream import QuantizedSource, kept_of
 from cptquant.packing.shards import ShardFolder
 
 MODEL_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
@@ -80,7 +80,8 @@ def _write_model(
     with open(folder / DATA_NAME, "wb") as data:
         storage = torch.float16 if layout.storage_dtype == "float16" else torch.bfloat16
         graph = GraphBuilder(data, DATA_NAME, storage)
-        parts = Parts(graph, model.module.config, layout, model.module.state_dict(), dict(formats), source)
+        state = {**model.module.state_dict(), **kept_of(source)}
+        parts = Parts(graph, model.module.config, layout, state, dict(formats), source)
         metadata = _build(parts, context)
     onnx.save_model(graph.model(metadata), folder / MODEL_NAME)
     return graph.tensor_bytes

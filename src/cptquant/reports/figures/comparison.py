@@ -117,7 +117,7 @@ def draw_mark(canvas: Canvas, subject: str, x: float, y: float, *, title: str = 
         canvas.rect(x - 5.5, y - 5.5, 11, 11, style, title=title, radius=1)
     elif subject == "random":
         canvas.shape(f"M{x:.1f} {y - 7:.1f}l7 12h-14z", style, title=title)
-    elif subject in ("preset", "unrefined"):
+    elif subject in ("preset", "unrefined", "parent"):
         canvas.shape(f"M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z", style, title=title)
     else:
         canvas.dot(x, y, 6.5, style, title=title)

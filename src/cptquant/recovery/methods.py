@@ -1,0 +1,77 @@
+"""The methods of `cptquant recover`, by the names of `--method`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from cptquant.core.errors import UserError
+from cptquant.core.recovery import RecoveryRequest
+from cptquant.recovery.code_steps import CodeSteps
+from cptquant.recovery.end_to_end import EndToEnd
+from cptquant.recovery.lesson import Weights
+from cptquant.recovery.student import StudentOptions
+from cptquant.recovery.surrogates import Surrogate
+from cptquant.recovery.trained_layer import Trains
+from cptquant.recovery.training import Schedule
+
+_SCALES = Trains(latent=False)
+_MULTIPLIERS = Trains(latent=False, multipliers=True)
+_KINDS = (
+    EndToEnd("qat", StudentOptions(Trains()), Weights(states=1.0), Schedule(steps=600)),
+    EndToEnd("scales", StudentOptions(_SCALES, others=False), Weights(), Schedule(steps=300)),
+    EndToEnd("multipliers", StudentOptions(_MULTIPLIERS, others=False), Weights(), Schedule(steps=300)),
+    EndToEnd("pv", StudentOptions(_SCALES), Weights(states=1.0), Schedule(steps=600), CodeSteps()),
+)
+END_TO_END: Mapping[str, EndToEnd] = {method.name: method for method in _KINDS}
+"""What `--method` stands for; flags that are given go before it."""
+
+METHODS = tuple(END_TO_END)
+
+_OF_LATENTS = ("rounding", "sharpness", "clamp", "gate", "gate_beta", "soft_forward", "latent_rate")
+
+
+def end_to_end(request: RecoveryRequest) -> EndToEnd:
+    """The method with the request's flags in place.
+
+    Raises:
+        UserError: a flag that the method has no use for, or a value out of range.
+    """
+    method = END_TO_END[request.method]
+    if request.method != "qat":
+        plain = RecoveryRequest()
+        idle = [name for name in _OF_LATENTS if getattr(request, name) != getattr(plain, name)]
+        if idle:
+            raise UserError(
+                f"--{idle[0].replace('_', '-')} belongs to --method qat, which trains latent weights; leave it out of "
+                f"--method {request.method}"
+            )
+    surrogate = Surrogate(
+        rounding=request.rounding, sharpness=request.sharpness, clamp=request.clamp, gate=request.gate,
+        beta=request.gate_beta, soft_forward=request.soft_forward,
+    )  # fmt: skip
+    options = replace(
+        method.options,
+        surrogate=surrogate,
+        frozen=request.freeze,
+        activation_bits=request.activation_bits,
+        others=method.options.others if request.norms is None else request.norms,
+    )
+    return replace(method, options=options, weights=_weights(method, request), schedule=_schedule(method, request))
+
+
+def _weights(method: EndToEnd, request: RecoveryRequest) -> Weights:
+    states = method.weights.states if request.states is None else request.states
+    if request.loss == "ce":
+        return Weights(kl=0.0, ce=1.0, states=0.0 if request.states is None else states)
+    return Weights(kl=1.0, ce=1.0 if request.loss == "both" else 0.0, states=states)
+
+
+def _schedule(method: EndToEnd, request: RecoveryRequest) -> Schedule:
+    given = {
+        "steps": request.steps,
+        "batch_sequences": request.batch_sequences,
+        "latent_rate": request.latent_rate,
+        "step_rate": request.step_rate,
+        "other_rate": request.norm_rate,
+        "seed": request.seed,
+    }
+    return replace(method.schedule, **{name: value for name, value in given.items() if value is not None})

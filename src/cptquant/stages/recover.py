@@ -1,0 +1,374 @@
+"""A quantized run -> weights trained further, in a run folder of their own."""
+
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from cptquant.core.artifact import digest_json, output_error
+from cptquant.core.errors import ArtifactError, DataError, UserError
+from cptquant.core.layout import ModelLayout, Site, Task
+from cptquant.core.manifest import LearningRecord, Manifest, SiteRecord
+from cptquant.core.plan import Plan
+from cptquant.core.recovery import LOSSES, RecoveryLook, RecoveryRecord, RecoveryRequest
+from cptquant.models.arithmetic import describe_arithmetic
+from cptquant.models.load import LoadedModel, load_model
+from cptquant.models.stream import read_weight
+from cptquant.models.text import load_tokens
+from cptquant.packing.quantized_weight import StoredWeight
+from cptquant.packing.shards import ShardFolder
+from cptquant.quantizers.results import relative_error
+from cptquant.recovery.end_to_end import EndToEnd, Material, Recovered, fit_steps, run_end_to_end, split_text
+from cptquant.recovery.methods import END_TO_END, METHODS, end_to_end
+from cptquant.recovery.processes import check_launcher, tell
+from cptquant.recovery.student import frozen_sites
+from cptquant.stages.check import check_seed
+from cptquant.stages.own_text import with_own_text
+from cptquant.stages.quantize import Variant, block_label, quantize_stage
+from cptquant.stages.run import Run
+from cptquant.stages.written import written_plan
+
+PARENT = "parent"
+_SEQUENCES, _BATCH = 512, 8
+RECORD = "recovery.json"
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The run that is trained on.
+
+    Attributes:
+        run: looked at, never changed. plan, name: of the weights that it wrote. shards: these weights.
+        manifest: how each site was quantized.
+    """
+
+    run: Run
+    layout: ModelLayout
+    plan: Plan
+    name: str
+    shards: ShardFolder
+    manifest: Manifest
+
+
+def run_parent(folder: Path) -> str:
+    """Where a recovered run came from, as it was given."""
+    return RecoveryRecord.load(folder / RECORD).parent
+
+
+def check_request(request: RecoveryRequest, parent: Path, output: Path) -> None:
+    """Refuse, before anything is loaded, flags that say nothing sensible.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    if parent.resolve() == output.resolve():
+        raise UserError(f"--output {output} is the run to be trained; choose another folder: a parent is never changed")
+    if request.method not in METHODS:
+        raise UserError(f"--method {request.method!r} is unknown; choose one of: {', '.join(METHODS)}")
+    if request.loss not in LOSSES:
+        raise UserError(f"--loss {request.loss!r} is unknown; choose one of: {', '.join(LOSSES)}")
+    for name in ("latent_rate", "step_rate", "norm_rate", "states"):
+        value = getattr(request, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range; give a number from 0 up")
+    if request.steps is not None and request.seconds is not None:
+        raise UserError("--steps and --time were both given; --time chooses the steps")
+    check_seed(request.seed)
+    for flag, path in (("--data", request.data),):
+        if path is not None and not Path(path).exists():
+            raise DataError(f"{flag} {path!r} does not exist; give a .txt, a .jsonl or a saved `datasets` folder")
+    if request.method in END_TO_END:
+        end_to_end(request)
+
+
+def open_parent(run: Run) -> Parent:
+    """What a finished run wrote.
+
+    Raises:
+        ArtifactError: it is not finished, or its pieces are gone and cannot be made anew.
+    """
+    name, plan = written_plan(run.folder)
+    layout = run.load("layout.json", ModelLayout)
+    if is_recovered(run.folder):
+        variant = recovered_variants(run, layout)[name]
+        manifest = run.load("manifest.json", Manifest)
+        return Parent(run, layout, plan, name, variant.shards, manifest)
+    shards = quantize_stage(run, layout, plan, name)
+    file_name = "manifest.json" if name == "quantized" else f"manifest-{name}.json"
+    return Parent(run, layout, plan, name, shards, run.load(file_name, Manifest))
+
+
+def is_recovered(folder: Path) -> bool:
+    """Whether a run folder was made by `cptquant recover`."""
+    return (folder / RECORD).is_file()
+
+
+def recovered_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:
+    """The trained weights, and those that training started from, from the pieces that stand in the run folder.
+
+    Raises:
+        ArtifactError: pieces are missing or damaged, or plan.json was changed since.
+    """
+    record, plan = run.load(RECORD, RecoveryRecord), run.load("plan.json", Plan)
+    remedy = f"make it anew with: cptquant recover {record.parent} --output {run.folder}"
+    if record.inputs.get("plan") != digest_json(plan.formats):
+        raise ArtifactError(f"{run.folder}/plan.json was changed after its weights were trained; {remedy}")
+    wanted = {*(block_label(index) for index in range(layout.block_count)), block_label(None)}
+    found: dict[str, Variant] = {}
+    for name, pieces in (("quantized", record.pieces), (PARENT, record.parent_pieces)):
+        shards = _pieces(run, layout, plan, pieces)
+        if not shards.labels.issuperset(wanted):
+            damage = shards.damaged[0] if shards.damaged else f"{shards.folder} lacks pieces"
+            raise ArtifactError(f"{damage}; {remedy}")
+        found[name] = Variant(plan, shards)
+    return found
+
+
+def _pieces(run: Run, layout: ModelLayout, plan: Plan, name: str) -> ShardFolder:
+    shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
+    return ShardFolder(run.folder / "work" / name, plan.quant_formats, shapes)
+
+
+def adopt_parent(run: Run, parent: Parent) -> dict[str, Variant]:
+    """Copy what the new run shares with its parent: layout, plan, and the weights that training starts from."""
+    parent.layout.save(run.folder / "layout.json")
+    for name in ("plan.json", "plan-parent.json"):
+        parent.plan.save(run.folder / name)
+    for table in parent.run.folder.glob("sensitivity*.json"):  # for the report and explain
+        shutil.copyfile(table, run.folder / table.name)
+    target = run.folder / "work" / parent.shards.folder.name
+    if not target.exists():
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            shutil.copytree(parent.shards.folder, partial)
+            partial.replace(target)
+        except OSError as error:
+            raise output_error(target, error) from None
+    return {PARENT: Variant(parent.plan, _pieces(run, parent.layout, parent.plan, target.name))}
+
+
+def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant:
+    """recovery.json, manifest.json and the trained pieces under work/; goes on where a killed call stopped.
+
+    Raises:
+        UserError: the method, its flags, the teacher or the text do not fit.
+    """
+    check_launcher()
+    material = _material(run, parent, request)
+    method = end_to_end(request)
+    inputs = {
+        "parent": parent.shards.folder.name,
+        "plan": digest_json(parent.plan.formats),
+        "layout": parent.layout.digest(),
+        "request": request.model_dump_json(),
+        "method": repr(method),
+        "tokens": material.learned.digest,
+        "held out": material.held_out.digest,
+        "teacher": material.teacher.layout.source_digest,
+        "arithmetic": describe_arithmetic(coarse=True),
+    }
+    shards = _pieces(run, parent.layout, parent.plan, digest_json(inputs)[:16])
+
+    told: list[bool] = []
+
+    def make() -> RecoveryRecord:
+        folder = shards.folder.with_name(shards.folder.name + "-training")
+        method_now = _with_time(run, material, method, request, folder)
+        told.append(True)
+        tell((method_now, folder))
+        found = run_end_to_end(
+            material, method_now, folder, lambda done, total: run.progress(f"train ({request.method})", done, total)
+        )
+        if found.training.stopped:
+            run.progress(found.training.stopped, 1, 1)
+        if found.training.best_step == 0:
+            run.progress("no step was better on held-out training text than the start, which is kept", 1, 1)
+        changed = _keep(run, parent, found, shards)
+        record = _describe(run, parent, request, method_now, material, found)
+        shutil.rmtree(folder, ignore_errors=True)
+        return record.model_copy(update={"pieces": shards.folder.name, "codes_changed": changed})
+
+    labels = {block_label(index) for index in range(parent.layout.block_count)} | {block_label(None)}
+    if not shards.labels.issuperset(labels):
+        (run.folder / RECORD).unlink(missing_ok=True)
+    tell(True)  # the text that the model writes stands now
+    record = run.stage(RECORD, RecoveryRecord, inputs, make)
+    if not told:
+        tell(None)
+    _write_manifest(run, parent, shards, record)
+    return Variant(parent.plan, shards)
+
+
+def guard_measure(request: RecoveryRequest, task: Task) -> str | None:
+    """What the guard compares: the distance to the original, but the loss of the text where that alone was trained."""
+    if request.loss != "ce":
+        return None
+    return "nll_nats_per_example" if task == "sequence_classification" else "nll_nats_per_token"
+
+
+def follow_training(run: Run, parent: Parent, request: RecoveryRequest) -> None:
+    """What processes beside the first do: train along where the first one says so; they write nothing."""
+    check_launcher()
+    tell(None)
+    task = tell(None)
+    if task is not None:
+        method, folder = cast(tuple[EndToEnd, Path], task)
+        run_end_to_end(_material(run, parent, request), method, folder, lambda done, total: None)
+
+
+def _material(run: Run, parent: Parent, request: RecoveryRequest) -> Material:
+    model = run.model
+    teacher = model if request.teacher is None else _teacher(run, request.teacher)
+    source = run.settings.calibration if request.data is None else request.data
+    text = load_tokens(
+        model, source, "training", sequences=_SEQUENCES if request.sequences is None else request.sequences,
+        length=run.settings.sequence_length, seed=request.seed,
+    )  # fmt: skip
+    learned, held_out = split_text(text)
+    learned = with_own_text(run, learned, request.own_text or 0, request.seed)
+    batch = request.batch_sequences or _BATCH
+    if learned.sequence_count < batch:
+        raise UserError(
+            f"--batch-sequences {batch} is more than the {learned.sequence_count} sequences to learn from; give fewer, "
+            "or more text with --data"
+        )
+    return Material(model, teacher, parent.shards, parent.shards.kept(), learned, held_out)
+
+
+def _teacher(run: Run, source: str) -> LoadedModel:
+    teacher, layout = load_model(source, trust_remote_code=run.settings.trust_remote_code), run.model.layout
+    if teacher.layout.task != layout.task:
+        raise UserError(f"--teacher {source} is for {teacher.layout.task}, the run's model is for {layout.task}")
+    if teacher.layout.vocabulary_size != layout.vocabulary_size:
+        raise UserError(
+            f"--teacher {source} knows {teacher.layout.vocabulary_size:,} tokens, the run's model "
+            f"{layout.vocabulary_size:,}; give a teacher with the same tokenizer"
+        )
+    return teacher
+
+
+def _with_time(run: Run, material: Material, method: EndToEnd, request: RecoveryRequest, folder: Path) -> EndToEnd:
+    """With --time, as many steps as fit; a call that goes on from a killed one takes the number found before."""
+    if request.seconds is None:
+        return method
+    path = folder / "steps.txt"
+    if path.is_file():
+        return replace(method, schedule=replace(method.schedule, steps=int(path.read_text())))
+    fitted, step = fit_steps(material, method, request.seconds)
+    run.progress(f"--time: {fitted.schedule.steps} steps of {step:.2g} s fit into {request.seconds:.0f} s", 1, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(str(fitted.schedule.steps))
+    return fitted
+
+
+def _keep(run: Run, parent: Parent, found: Recovered, shards: ShardFolder) -> float:
+    """Write all pieces; the share of codes that training changed."""
+    changed = count = 0
+    records = {record.site: record for record in parent.manifest.sites}
+    for index in [*range(parent.layout.block_count), None]:
+        weights: dict[str, StoredWeight] = {}
+        for site in (site for site in parent.layout.sites if site.block_index == index):
+            before = parent.shards.quantized(site.name)
+            if before is None:
+                continue
+            weights[site.name] = found.weights.get(site.name, before)
+            changed += int((weights[site.name].codes != before.codes).sum())
+            count += before.codes.numel()
+        sites = [site for site in parent.layout.sites if site.block_index == index and site.name in records]
+        mine = [_record(run, parent, site, records[site.name], weights.get(site.name), found) for site in sites]
+        shards.save(block_label(index), weights, mine)
+    if found.kept:
+        shards.save_kept({**parent.shards.kept(), **found.kept})
+    elif parent.shards.kept():
+        shards.save_kept(parent.shards.kept())
+    return changed / max(1, count)
+
+
+def _record(
+    run: Run, parent: Parent, site: Site, before: SiteRecord, stored: StoredWeight | None, found: Recovered
+) -> SiteRecord:
+    """The parent's record, with what training did to the site; its output error on calibration inputs is not known."""
+    if stored is None or site.name not in found.weights:
+        return before
+    original = read_weight(run.model.module.get_submodule(site.name), site).detach()
+    start = parent.shards.quantized(site.name)
+    assert start is not None
+    changed = float((stored.codes != start.codes).float().mean())
+    learning = LearningRecord(
+        objective=found.objective, held_out_before=found.training.looks[0].held_out_loss,
+        held_out_after=found.training.best_loss, codes_changed=changed,
+    )  # fmt: skip
+    return before.model_copy(
+        update={
+            "relative_weight_error": relative_error(original, stored),
+            "relative_output_error": None,
+            "learning": learning,
+        }
+    )
+
+
+def _describe(
+    run: Run, parent: Parent, request: RecoveryRequest, method: EndToEnd, material: Material, found: Recovered
+) -> RecoveryRecord:
+    training, schedule = found.training, method.schedule
+    options = {
+        "method": request.method,
+        "moves": _moves(method, parent.layout, request),
+        "loss": found.objective,
+        "steps": f"{schedule.steps} of {schedule.batch_sequences} sequences, {training.done} done",
+        "rates": f"latent weights {schedule.latent_rate:g} of a step of the grid, steps {schedule.step_rate:g} "
+        f"relative, norms and biases {schedule.other_rate:g}; warm-up {schedule.warm_up:.0%}, then cosine to a tenth",
+        "learned on": material.learned.description,
+        "chosen on": f"{material.held_out.sequence_count} sequences held out of it",
+        "teacher": material.teacher.layout.source if method.weights.needs_teacher else "none",
+        "surrogate": repr(method.options.surrogate) if method.options.trains.latent else "none",
+        "activations": "16 bits" if request.activation_bits is None else f"{request.activation_bits} bits a token",
+        "arithmetic": describe_arithmetic(coarse=True),
+    }
+    return RecoveryRecord(
+        parent=str(parent.run.folder),
+        parent_name=parent.name,
+        parent_pieces=parent.shards.folder.name,
+        pieces="",
+        request=request,
+        options=options,
+        objective=found.objective,
+        looks=tuple(
+            RecoveryLook(
+                step=look.step,
+                training_loss=None if math.isnan(look.training_loss) else look.training_loss,
+                held_out_loss=look.held_out_loss,
+            )
+            for look in training.looks
+        ),
+        best_step=training.best_step,
+        stopped=training.stopped,
+        moved_share=found.moved_share,
+        step_seconds=found.step_seconds,
+    )
+
+
+def _moves(method: EndToEnd, layout: ModelLayout, request: RecoveryRequest) -> str:
+    trains = method.options.trains
+    parts = ["latent weights"] if trains.latent else (["codes, a few at a time"] if method.codes else [])
+    parts += ["multipliers of steps"] if trains.multipliers else (["steps and zero points"] if trains.steps else [])
+    parts += ["norms and biases"] if method.options.others else []
+    frozen = len(frozen_sites(layout, request.freeze))
+    return ", ".join(parts) + (f"; {frozen} sites frozen" if frozen else "")
+
+
+def _write_manifest(run: Run, parent: Parent, shards: ShardFolder, record: RecoveryRecord) -> None:
+    """manifest.json of the trained weights."""
+    records = {found.site: found for found in shards.records()}
+    start = {name: value for name, value in parent.manifest.settings.items() if name not in ("written", "guard")}
+    Manifest(
+        quantizer=f"{parent.manifest.quantizer} + {record.request.method}",
+        settings={**start, **{f"recovery: {name}": text for name, text in record.options.items()}},
+        sites=tuple(records[site.name] for site in parent.layout.sites if site.name in records),
+        tensor_bytes=parent.plan.size_bytes,
+        plan_digest=parent.plan.digest(),
+        parameters=parent.layout.parameters,
+        inputs={"recovery": record.digest()},
+    ).save(run.folder / "manifest.json")
