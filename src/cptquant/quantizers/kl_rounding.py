@@ -142,19 +142,24 @@ def learn_model(
             f"--quantizer kl-rounding needs at least 2 calibration sequences, got {tokens.sequence_count}: one to "
             "learn on, one to judge by; raise --calibration-sequences"
         )
-    held, learned = _split(tokens, method)
+    held, learned = split_held_out(tokens, method.held_out, method.seed)
     return _WholeModel(model, start, method, learned, held).run(progress)
 
 
-def _split(tokens: TokenSet, method: KlRounding) -> tuple[TokenSet, TokenSet]:
-    """(held out, learned on); the held-out sequences are spread evenly over what the model did not write itself."""
+def split_held_out(tokens: TokenSet, share: float, seed: int) -> tuple[TokenSet, TokenSet]:
+    """(held out, learned on); the held-out sequences are spread evenly over what the model did not write itself.
+
+    Args:
+        tokens: two sequences or more. share: of the person's sequences that is held out, at least one sequence.
+        seed: of the order of what is learned on.
+    """
     given = int((tokens.documents != NO_DOCUMENT).sum())  # these come first
-    held = min(max(1, round(method.held_out * given)), max(1, given // 2))
+    held = min(max(1, round(share * given)), max(1, given // 2))
     chosen = torch.linspace(0, given - 1, held + 2)[1:-1].round().long() if held < given - 1 else torch.tensor([0])
     rest = torch.ones(tokens.sequence_count, dtype=torch.bool)
     rest[chosen] = False
     left = rest.nonzero().flatten()
-    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(method.seed))
+    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))
     return tokens.subset(chosen), tokens.subset(left[order])  # batches of both kinds of text
 
 

@@ -98,7 +98,7 @@ def _of_segments(stored: SegmentedWeight) -> TrainedGrid:
     half = torch.pow(2.0, widths - 1)
     binary = widths == 1
     zeros = None
-    if stored.means is not None:  # levels of one-bit groups are (code + 1/2 + mean/32) scale
+    if stored.means is not None and bool(binary.any()):  # levels of one-bit groups are (code + 1/2 + mean/32) scale
         shifts = -(0.5 + stored.means.float() / 32)
         zeros = torch.where(binary, shifts, torch.zeros_like(shifts))
 
@@ -127,9 +127,7 @@ def start_latent(
     Returns:
         float32 (rows, columns), columns in stored order.
     """
-    found = original.detach().float()
-    if grid.order is not None:
-        found = found.index_select(1, grid.order)
+    found = in_stored_order(original, grid)
 
     def spread(per_group: Tensor) -> Tensor:
         return per_group.repeat_interleave(grid.width, dim=1)[:, : found.shape[1]]
@@ -141,3 +139,24 @@ def start_latent(
     zeros = 0.0 if grid.zeros is None else spread(grid.zeros)
     codes = grid.codes.float()
     return (codes - zeros + (found / steps + zeros - codes).clamp_(-_CELL, _CELL)) * steps
+
+
+def in_stored_order(
+    original: Tensor,  # (rows, columns), columns in the model's order
+    grid: TrainedGrid,
+) -> Tensor:
+    """Float32, columns in stored order."""
+    found = original.detach().float()
+    return found if grid.order is None else found.index_select(1, grid.order)
+
+
+def grouped(
+    values: Tensor,  # (rows, columns), columns in stored order
+    grid: TrainedGrid,
+) -> Tensor:
+    """(rows, groups, width); a short last group is filled up with zeros."""
+    groups = grid.steps.shape[1]
+    short = groups * grid.width - values.shape[1]
+    if short > 0:
+        values = torch.nn.functional.pad(values, (0, short))
+    return values.view(len(values), groups, grid.width)

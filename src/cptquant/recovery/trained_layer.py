@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.recovery.fake_quantize import fake_quantize, nearest_codes
 from cptquant.recovery.surrogates import Surrogate
-from cptquant.recovery.trained_grid import TrainedGrid, start_latent
+from cptquant.recovery.trained_grid import TrainedGrid, grouped, start_latent
 
 
 @dataclass(frozen=True)
@@ -158,17 +158,17 @@ class TrainedLinear(nn.Module):
         """float32 (rows or 1, groups), rounded as they are stored (straight through)."""
         if self.log_steps is None:
             return self.steps
-        moved = _through(self.log_steps, self.log_steps.detach(), self._steps_factor)  # LSQ's gradient factor
+        moved = replaced(self.log_steps, self.log_steps.detach(), self._steps_factor)  # LSQ's gradient factor
         steps = self.steps * moved if self._multipliers else torch.copysign(moved.exp(), self.steps)
         assert self.grid.step_dtype is not None
-        steps = _as_stored(steps, self.grid.step_dtype, self.steps)
+        steps = as_stored(steps, self.grid.step_dtype, self.steps)
         return steps if self.grid.moves is None else torch.where(self.grid.moves, steps, self.steps)
 
     def present_zeros(self) -> Tensor | None:
         """float32, whole codes inside the limits (straight through); fractions in one-bit groups."""
         if self.zeros is None:
             return self.fixed_zeros
-        return _through(self.zeros, self.zeros.detach().round().clamp_(float(self.low), float(self.high)))
+        return replaced(self.zeros, self.zeros.detach().round().clamp_(float(self.low), float(self.high)))
 
     def _codes(self, steps: Tensor, zeros: Tensor | None) -> Tensor:
         """int8 (rows, columns), as the forward pass has them."""
@@ -179,12 +179,7 @@ class TrainedLinear(nn.Module):
         return codes.flatten(1)[:, : self.in_features].to(torch.int8).contiguous()
 
     def _grouped(self, latent: Tensor) -> Tensor:
-        """(rows, columns) -> (rows, groups, width); a short last group is filled up with zeros."""
-        groups = self.steps.shape[1]
-        short = groups * self.grid.width - self.in_features
-        if short > 0:
-            latent = nn.functional.pad(latent, (0, short))
-        return latent.view(len(latent), groups, self.grid.width)
+        return grouped(latent, self.grid)
 
 
 class _FromCodes(torch.autograd.Function):
@@ -262,11 +257,12 @@ class _Through(torch.autograd.Function):
         return gradient if factor == 1 else gradient * factor, None, None
 
 
-def _through(values: Tensor, replaced: Tensor, factor: float = 1.0) -> Tensor:
-    return cast(Tensor, _Through.apply(values, replaced, factor))
+def replaced(values: Tensor, by: Tensor, factor: float = 1.0) -> Tensor:
+    """`by` on the way forward; on the way back the gradient times a factor goes to `values`."""
+    return cast(Tensor, _Through.apply(values, by, factor))
 
 
-def _as_stored(steps: Tensor, dtype: torch.dtype, before: Tensor) -> Tensor:
-    """Rounded to 16 bits, straight through; what would not be finite or would vanish stays as it was."""
+def as_stored(steps: Tensor, dtype: torch.dtype, before: Tensor) -> Tensor:
+    """Steps rounded to 16 bits, straight through; what would not be finite or would vanish stays as it was."""
     stored = steps.detach().to(dtype).float()
-    return _through(steps, torch.where(torch.isfinite(stored) & (stored != 0), stored, before))
+    return replaced(steps, torch.where(torch.isfinite(stored) & (stored != 0), stored, before))
