@@ -4,7 +4,7 @@ And the memory of training the steps alone against inference.
 
     OMP_NUM_THREADS=1 python benchmarks/qat_step.py --model reference-llama
 
-A step is forward, backward and optimizer on 8 windows of 256 tokens, cross-entropy, 2 bits in groups of 64; the variants
+A step is forward, backward and optimizer on 8 windows of 256 tokens, cross-entropy, 2 bits in groups of 64; variants
 take turns, medians of CPU seconds, and ratios of one run. Peak memory is VmHWM of a process of its own, above what the
 process had before its first pass. Writes results/qat_step.json.
 """

@@ -56,7 +56,7 @@ def main() -> None:
                     if (name, rounding, clamp, seed) in done:
                         continue
                     request = make_request(rounding, clamp, seed, activation_bits)
-                    row = train(start, request, texts)
+                    row = train(start, request, texts, ("test",))
                     rows.append({"setting": name, "rounding": rounding, "clamp": clamp, "seed": seed, **row})
                     write_results(
                         "qat_surrogates", {"machine": describe_machine(), "summary": summarise(rows), "rows": rows}

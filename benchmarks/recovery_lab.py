@@ -21,7 +21,7 @@ from cptquant.packing.shards import ShardFolder
 from cptquant.pipeline import quantize_model
 from cptquant.recovery.end_to_end import Material, run_end_to_end, split_text
 from cptquant.recovery.methods import end_to_end
-from cptquant.stages.recover import Parent, open_parent
+from cptquant.stages.recovery_pieces import Parent, open_parent
 from cptquant.stages.run import Run
 
 GENERAL = SHARED / "data" / "text" / "general"
@@ -112,7 +112,12 @@ def training_text(start: Start, sequences: int, own_text: int, data: str | None)
     return join_texts(learned, written), held_out, time.process_time() - begin
 
 
-def train(start: Start, request: RecoveryRequest, texts: tuple[TokenSet, TokenSet, float]) -> dict[str, Any]:
+def train(
+    start: Start,
+    request: RecoveryRequest,
+    texts: tuple[TokenSet, TokenSet, float],
+    splits: tuple[str, ...] = ("validation", "test"),
+) -> dict[str, Any]:
     """One training in memory, judged on validation and test text."""
     parent, (learned, held_out, writing) = start.parent, texts
     material = Material(parent.run.model, parent.run.model, parent.shards, parent.shards.kept(), learned, held_out)
@@ -135,8 +140,7 @@ def train(start: Start, request: RecoveryRequest, texts: tuple[TokenSet, TokenSe
         "training_cpu_seconds": round(seconds, 1),
         "writing_cpu_seconds": round(writing, 1),
         "moved_share": found.moved_share,
-        "validation": judge(start, source, "validation"),
-        "test": judge(start, source, "test"),
+        **{split: judge(start, source, split) for split in splits},
         "revision": source_revision(),
     }
 

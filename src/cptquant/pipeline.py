@@ -33,17 +33,8 @@ from cptquant.stages.measure import measure_stage
 from cptquant.stages.own_text import settle_own_text
 from cptquant.stages.predict import forecast_stage
 from cptquant.stages.quantize import Variant, quantize_stage, write_stage
-from cptquant.stages.recover import (
-    adopt_parent,
-    check_request,
-    follow_training,
-    guard_measure,
-    is_recovered,
-    open_parent,
-    recover_stage,
-    recovered_variants,
-    run_parent,
-)
+from cptquant.stages.recover import check_request, follow_training, guard_measure, recover_stage
+from cptquant.stages.recovery_pieces import adopt_parent, is_recovered, open_parent, recovered_variants, run_parent
 from cptquant.stages.refine import plan_stage
 from cptquant.stages.run import Run
 from cptquant.stages.variants import quantize_variants

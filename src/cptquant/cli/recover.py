@@ -53,6 +53,11 @@ _Steps = Annotated[
     int | None,
     typer.Option("--steps", min=1, max=10_000_000, help="Optimizer steps.  [default: by method]", show_default=False),
 ]
+_Epochs = Annotated[
+    float | None,
+    typer.Option("--epochs", min=0.01, max=1000, help="Passes over the text, of block-wise methods.  [default: by "
+                 "method]", show_default=False),
+]  # fmt: skip
 _Time = Annotated[
     str | None,
     typer.Option(
@@ -103,6 +108,7 @@ def recover(
     freeze: _Freeze = None,
     train_norms: _Norms = None,
     steps: _Steps = None,
+    epochs: _Epochs = None,
     time: _Time = None,
     data: _Data = None,
     sequences: _Sequences = None,
@@ -146,6 +152,7 @@ def recover(
             "freeze": tuple(name.strip() for name in (freeze or "").split(",") if name.strip()),
             "norms": train_norms,
             "steps": steps,
+            "epochs": epochs,
             "seconds": None if time is None else parse_seconds(time),
             "data": data,
             "sequences": sequences,

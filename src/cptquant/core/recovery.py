@@ -16,7 +16,7 @@ class RecoveryRequest(Frozen):
         loss: against the teacher's predictions, the text's own tokens, or both. states: weight of the distance between
             hidden states. teacher: another model than the original.
         freeze: sites that keep codes and steps. norms: whether norms and biases are trained.
-        steps, seconds: how long; seconds are turned into steps by timing some.
+        steps, epochs, seconds: how long, epochs for block-wise methods; seconds are turned into steps by timing some.
         data: training text, None for the run's calibration text. sequences: how many windows of it at most.
         own_text: windows that the model writes itself beside it.
         batch_sequences: windows a step. latent_rate, step_rate, norm_rate: see `recovery/training.py`.
@@ -36,6 +36,7 @@ class RecoveryRequest(Frozen):
     freeze: tuple[str, ...] = ()
     norms: bool | None = None
     steps: int | None = None
+    epochs: float | None = None
     seconds: float | None = None
     data: str | None = None
     sequences: int | None = None
@@ -60,13 +61,32 @@ class RecoveryLook(Frozen):
     held_out_loss: float
 
 
+class BlockOutcome(Frozen):
+    """What became of a block that was trained by itself.
+
+    Attributes:
+        held_out_before, held_out_after: relative squared error of the block's output on held-out sequences.
+        best_step: the iterate that was taken; None where the start was kept. steps: that were to be made.
+        moved: numbers that were trained. stopped: why training ended early; "" where it did not.
+    """
+
+    block_index: int
+    held_out_before: float
+    held_out_after: float
+    best_step: int | None
+    steps: int
+    moved: int
+    stopped: str = ""
+
+
 class RecoveryRecord(Artifact):
     """What a recovery started from and did.
 
     Attributes:
         parent: run folder whose weights were trained. parent_pieces, pieces: digests under work/, also the names of
             their folders. request: what was asked for. options: what was done, every choice made, in words.
-        objective: what `looks` tell, with its unit. looks: in order of steps; of block-wise methods empty.
+        objective: what `looks` tell, with its unit. looks: in order of steps; none of block-wise methods, which have
+            `blocks`.
         best_step: the iterate that was taken; 0 is the parent.
         stopped: why training ended early; "" where it did not.
         moved_share: trained numbers over the model's parameters. codes_changed: share of all codes.
@@ -84,6 +104,7 @@ class RecoveryRecord(Artifact):
     options: dict[str, str]
     objective: str
     looks: tuple[RecoveryLook, ...] = ()
+    blocks: tuple[BlockOutcome, ...] = ()
     best_step: int = 0
     stopped: str = ""
     moved_share: float = 0.0

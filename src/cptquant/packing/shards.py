@@ -96,20 +96,25 @@ class ShardFolder:
         self._records[label] = list(records)
         self._piece_of.update(dict.fromkeys(sites, path))
 
-    def save_kept(self, tensors: Mapping[str, Tensor]) -> None:
+    def save_kept(self, tensors: Mapping[str, Tensor], part: str = "") -> None:
         """Write norms and biases that training changed, by their names in the model, as a piece of its own.
+
+        Args:
+            part: of the model, where they are written bit by bit.
 
         Raises:
             OutputError: disk full or not writable.
         """
-        self._write(KEPT, {name: tensor.contiguous() for name, tensor in tensors.items()}, (), ())
+        self._write(f"{KEPT}{part}", {name: tensor.contiguous() for name, tensor in tensors.items()}, (), ())
 
-    def kept(self) -> dict[str, Tensor]:
-        """What `save_kept` wrote; empty without it."""
-        if KEPT not in self._records:
-            return {}
-        with _opened(self.folder / f"{KEPT}.safetensors") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+    def kept(self, part: str | None = None) -> dict[str, Tensor]:
+        """What `save_kept` wrote of a part, or (None) of all; empty without it."""
+        found: dict[str, Tensor] = {}
+        for label in sorted(self._records):
+            if label == f"{KEPT}{part}" if part is not None else label.startswith(KEPT):
+                with _opened(self.folder / f"{label}.safetensors") as file:
+                    found |= {name: file.get_tensor(name) for name in file.keys()}
+        return found
 
     @property
     def labels(self) -> frozenset[str]:

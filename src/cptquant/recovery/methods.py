@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, cast
 
 from cptquant.core.errors import UserError
 from cptquant.core.recovery import RecoveryRequest
+from cptquant.recovery.block_ap import BlockAp
+from cptquant.recovery.block_training import BlockMethod
+from cptquant.recovery.clipping import LearnedClipping
 from cptquant.recovery.code_steps import CodeSteps
 from cptquant.recovery.end_to_end import EndToEnd
 from cptquant.recovery.lesson import Weights
+from cptquant.recovery.norm_tweaking import NormTweaking
 from cptquant.recovery.student import StudentOptions
 from cptquant.recovery.surrogates import Surrogate
 from cptquant.recovery.trained_layer import Trains
@@ -24,7 +29,10 @@ _KINDS = (
 END_TO_END: Mapping[str, EndToEnd] = {method.name: method for method in _KINDS}
 """What `--method` stands for; flags that are given go before it."""
 
-METHODS = tuple(END_TO_END)
+BLOCK_BY_BLOCK: Mapping[str, BlockMethod] = {
+    method.flag: method for method in (BlockAp(), LearnedClipping(), NormTweaking())
+}
+METHODS = (*END_TO_END, *BLOCK_BY_BLOCK)
 
 _OF_LATENTS = ("rounding", "sharpness", "clamp", "gate", "gate_beta", "soft_forward", "latent_rate")
 
@@ -36,6 +44,8 @@ def end_to_end(request: RecoveryRequest) -> EndToEnd:
         UserError: a flag that the method has no use for, or a value out of range.
     """
     method = END_TO_END[request.method]
+    if request.epochs is not None:
+        raise UserError("--epochs belongs to the block-wise methods; give --steps or --time instead")
     if request.method != "qat":
         plain = RecoveryRequest()
         idle = [name for name in _OF_LATENTS if getattr(request, name) != getattr(plain, name)]
@@ -44,18 +54,50 @@ def end_to_end(request: RecoveryRequest) -> EndToEnd:
                 f"--{idle[0].replace('_', '-')} belongs to --method qat, which trains latent weights; leave it out of "
                 f"--method {request.method}"
             )
-    surrogate = Surrogate(
-        rounding=request.rounding, sharpness=request.sharpness, clamp=request.clamp, gate=request.gate,
-        beta=request.gate_beta, soft_forward=request.soft_forward,
-    )  # fmt: skip
     options = replace(
         method.options,
-        surrogate=surrogate,
+        surrogate=_surrogate(request),
         frozen=request.freeze,
         activation_bits=request.activation_bits,
         others=method.options.others if request.norms is None else request.norms,
     )
     return replace(method, options=options, weights=_weights(method, request), schedule=_schedule(method, request))
+
+
+_NOT_OF_BLOCKS = (
+    "loss", "states", "teacher", "steps", "seconds", "norm_rate", "activation_bits", "norms", "step_rate",
+)  # fmt: skip
+
+
+def block_by_block(request: RecoveryRequest) -> BlockMethod:
+    """The block-wise method with the request's flags in place.
+
+    Raises:
+        UserError: a flag that the method has no use for, or a value out of range.
+    """
+    method, plain = BLOCK_BY_BLOCK[request.method], RecoveryRequest()
+    idle = [name for name in _NOT_OF_BLOCKS if getattr(request, name) != getattr(plain, name)]
+    if not isinstance(method, BlockAp):
+        idle += [name for name in _OF_LATENTS if getattr(request, name) != getattr(plain, name)]
+    if idle:
+        flag = {"seconds": "time", "norms": "train-norms"}.get(idle[0], idle[0].replace("_", "-"))
+        raise UserError(
+            f"--{flag} has no meaning for --method {request.method}, which trains block by block on the blocks' own "
+            "outputs; leave it out"
+        )
+    given = {"batch_sequences": request.batch_sequences, "epochs": request.epochs}
+    pace = replace(method.pace, seed=request.seed, **{k: v for k, v in given.items() if v is not None})
+    if isinstance(method, BlockAp):
+        rate = method.latent_rate if request.latent_rate is None else request.latent_rate
+        return replace(method, pace=pace, surrogate=_surrogate(request), latent_rate=rate)
+    return cast(BlockMethod, replace(cast(Any, method), pace=pace))
+
+
+def _surrogate(request: RecoveryRequest) -> Surrogate:
+    return Surrogate(
+        rounding=request.rounding, sharpness=request.sharpness, clamp=request.clamp, gate=request.gate,
+        beta=request.gate_beta, soft_forward=request.soft_forward,
+    )  # fmt: skip
 
 
 def _weights(method: EndToEnd, request: RecoveryRequest) -> Weights:

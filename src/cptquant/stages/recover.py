@@ -1,59 +1,39 @@
-"""A quantized run -> weights trained further, in a run folder of their own."""
+"""A quantized run -> weights trained further, in a run folder of their own: methods that train the model as a whole."""
 
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from cptquant.core.artifact import digest_json, output_error
-from cptquant.core.errors import ArtifactError, DataError, UserError
-from cptquant.core.layout import ModelLayout, Site, Task
-from cptquant.core.manifest import LearningRecord, Manifest, SiteRecord
-from cptquant.core.plan import Plan
+from cptquant.core.artifact import digest_json
+from cptquant.core.errors import DataError, UserError
+from cptquant.core.layout import ModelLayout, Task
 from cptquant.core.recovery import LOSSES, RecoveryLook, RecoveryRecord, RecoveryRequest
 from cptquant.models.arithmetic import describe_arithmetic
 from cptquant.models.load import LoadedModel, load_model
-from cptquant.models.stream import read_weight
-from cptquant.models.text import load_tokens
-from cptquant.packing.quantized_weight import StoredWeight
+from cptquant.models.text import TokenSet, load_tokens
 from cptquant.packing.shards import ShardFolder
-from cptquant.quantizers.results import relative_error
 from cptquant.recovery.end_to_end import EndToEnd, Material, Recovered, fit_steps, run_end_to_end, split_text
-from cptquant.recovery.methods import END_TO_END, METHODS, end_to_end
-from cptquant.recovery.processes import check_launcher, tell
+from cptquant.recovery.methods import BLOCK_BY_BLOCK, END_TO_END, METHODS, block_by_block, end_to_end
+from cptquant.recovery.processes import check_launcher, process_count, tell
 from cptquant.recovery.student import frozen_sites
 from cptquant.stages.check import check_seed
 from cptquant.stages.own_text import with_own_text
-from cptquant.stages.quantize import Variant, block_label, quantize_stage
+from cptquant.stages.quantize import Variant, block_label
+from cptquant.stages.recover_blocks import recover_blocks_stage
+from cptquant.stages.recovery_pieces import (
+    RECORD,
+    Learned,
+    Parent,
+    block_records,
+    changed_share,
+    pieces_of,
+    write_manifest,
+)
 from cptquant.stages.run import Run
-from cptquant.stages.written import written_plan
 
-PARENT = "parent"
 _SEQUENCES, _BATCH = 512, 8
-RECORD = "recovery.json"
-
-
-@dataclass(frozen=True)
-class Parent:
-    """The run that is trained on.
-
-    Attributes:
-        run: looked at, never changed. plan, name: of the weights that it wrote. shards: these weights.
-        manifest: how each site was quantized.
-    """
-
-    run: Run
-    layout: ModelLayout
-    plan: Plan
-    name: str
-    shards: ShardFolder
-    manifest: Manifest
-
-
-def run_parent(folder: Path) -> str:
-    """Where a recovered run came from, as it was given."""
-    return RecoveryRecord.load(folder / RECORD).parent
 
 
 def check_request(request: RecoveryRequest, parent: Path, output: Path) -> None:
@@ -80,73 +60,13 @@ def check_request(request: RecoveryRequest, parent: Path, output: Path) -> None:
             raise DataError(f"{flag} {path!r} does not exist; give a .txt, a .jsonl or a saved `datasets` folder")
     if request.method in END_TO_END:
         end_to_end(request)
-
-
-def open_parent(run: Run) -> Parent:
-    """What a finished run wrote.
-
-    Raises:
-        ArtifactError: it is not finished, or its pieces are gone and cannot be made anew.
-    """
-    name, plan = written_plan(run.folder)
-    layout = run.load("layout.json", ModelLayout)
-    if is_recovered(run.folder):
-        variant = recovered_variants(run, layout)[name]
-        manifest = run.load("manifest.json", Manifest)
-        return Parent(run, layout, plan, name, variant.shards, manifest)
-    shards = quantize_stage(run, layout, plan, name)
-    file_name = "manifest.json" if name == "quantized" else f"manifest-{name}.json"
-    return Parent(run, layout, plan, name, shards, run.load(file_name, Manifest))
-
-
-def is_recovered(folder: Path) -> bool:
-    """Whether a run folder was made by `cptquant recover`."""
-    return (folder / RECORD).is_file()
-
-
-def recovered_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:
-    """The trained weights, and those that training started from, from the pieces that stand in the run folder.
-
-    Raises:
-        ArtifactError: pieces are missing or damaged, or plan.json was changed since.
-    """
-    record, plan = run.load(RECORD, RecoveryRecord), run.load("plan.json", Plan)
-    remedy = f"make it anew with: cptquant recover {record.parent} --output {run.folder}"
-    if record.inputs.get("plan") != digest_json(plan.formats):
-        raise ArtifactError(f"{run.folder}/plan.json was changed after its weights were trained; {remedy}")
-    wanted = {*(block_label(index) for index in range(layout.block_count)), block_label(None)}
-    found: dict[str, Variant] = {}
-    for name, pieces in (("quantized", record.pieces), (PARENT, record.parent_pieces)):
-        shards = _pieces(run, layout, plan, pieces)
-        if not shards.labels.issuperset(wanted):
-            damage = shards.damaged[0] if shards.damaged else f"{shards.folder} lacks pieces"
-            raise ArtifactError(f"{damage}; {remedy}")
-        found[name] = Variant(plan, shards)
-    return found
-
-
-def _pieces(run: Run, layout: ModelLayout, plan: Plan, name: str) -> ShardFolder:
-    shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
-    return ShardFolder(run.folder / "work" / name, plan.quant_formats, shapes)
-
-
-def adopt_parent(run: Run, parent: Parent) -> dict[str, Variant]:
-    """Copy what the new run shares with its parent: layout, plan, and the weights that training starts from."""
-    parent.layout.save(run.folder / "layout.json")
-    for name in ("plan.json", "plan-parent.json"):
-        parent.plan.save(run.folder / name)
-    for table in parent.run.folder.glob("sensitivity*.json"):  # for the report and explain
-        shutil.copyfile(table, run.folder / table.name)
-    target = run.folder / "work" / parent.shards.folder.name
-    if not target.exists():
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            shutil.copytree(parent.shards.folder, partial)
-            partial.replace(target)
-        except OSError as error:
-            raise output_error(target, error) from None
-    return {PARENT: Variant(parent.plan, _pieces(run, parent.layout, parent.plan, target.name))}
+        return
+    block_by_block(request)
+    if process_count() > 1:
+        raise UserError(
+            f"--method {request.method} trains block by block in one process; start it without a launcher, or take "
+            f"one of: {', '.join(END_TO_END)}"
+        )
 
 
 def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant:
@@ -155,6 +75,8 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
     Raises:
         UserError: the method, its flags, the teacher or the text do not fit.
     """
+    if request.method in BLOCK_BY_BLOCK:
+        return recover_blocks_stage(run, parent, request, training_text(run, request))
     check_launcher()
     material = _material(run, parent, request)
     method = end_to_end(request)
@@ -169,7 +91,7 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
         "teacher": material.teacher.layout.source_digest,
         "arithmetic": describe_arithmetic(coarse=True),
     }
-    shards = _pieces(run, parent.layout, parent.plan, digest_json(inputs)[:16])
+    shards = pieces_of(run, parent.layout, parent.plan, digest_json(inputs)[:16])
 
     told: list[bool] = []
 
@@ -185,10 +107,10 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
             run.progress(found.training.stopped, 1, 1)
         if found.training.best_step == 0:
             run.progress("no step was better on held-out training text than the start, which is kept", 1, 1)
-        changed = _keep(run, parent, found, shards)
+        _keep(run, parent, found, shards)
         record = _describe(run, parent, request, method_now, material, found)
         shutil.rmtree(folder, ignore_errors=True)
-        return record.model_copy(update={"pieces": shards.folder.name, "codes_changed": changed})
+        return record.model_copy(update={"pieces": shards.folder.name, "codes_changed": changed_share(parent, shards)})
 
     labels = {block_label(index) for index in range(parent.layout.block_count)} | {block_label(None)}
     if not shards.labels.issuperset(labels):
@@ -197,7 +119,7 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
     record = run.stage(RECORD, RecoveryRecord, inputs, make)
     if not told:
         tell(None)
-    _write_manifest(run, parent, shards, record)
+    write_manifest(run, parent, shards, record)
     return Variant(parent.plan, shards)
 
 
@@ -218,14 +140,26 @@ def follow_training(run: Run, parent: Parent, request: RecoveryRequest) -> None:
         run_end_to_end(_material(run, parent, request), method, folder, lambda done, total: None)
 
 
+def training_text(run: Run, request: RecoveryRequest) -> TokenSet:
+    """Windows of the text that was asked for, or of the run's calibration text.
+
+    Raises:
+        DataError: unusable text.
+    """
+    return load_tokens(
+        run.model,
+        run.settings.calibration if request.data is None else request.data,
+        "training",
+        sequences=_SEQUENCES if request.sequences is None else request.sequences,
+        length=run.settings.sequence_length,
+        seed=request.seed,
+    )
+
+
 def _material(run: Run, parent: Parent, request: RecoveryRequest) -> Material:
     model = run.model
     teacher = model if request.teacher is None else _teacher(run, request.teacher)
-    source = run.settings.calibration if request.data is None else request.data
-    text = load_tokens(
-        model, source, "training", sequences=_SEQUENCES if request.sequences is None else request.sequences,
-        length=run.settings.sequence_length, seed=request.seed,
-    )  # fmt: skip
+    text = training_text(run, request)
     learned, held_out = split_text(text)
     learned = with_own_text(run, learned, request.own_text or 0, request.seed)
     batch = request.batch_sequences or _BATCH
@@ -263,50 +197,18 @@ def _with_time(run: Run, material: Material, method: EndToEnd, request: Recovery
     return fitted
 
 
-def _keep(run: Run, parent: Parent, found: Recovered, shards: ShardFolder) -> float:
-    """Write all pieces; the share of codes that training changed."""
-    changed = count = 0
-    records = {record.site: record for record in parent.manifest.sites}
+def _keep(run: Run, parent: Parent, found: Recovered, shards: ShardFolder) -> None:
+    """Write all pieces."""
+    learned = Learned(found.objective, found.training.looks[0].held_out_loss, found.training.best_loss)
     for index in [*range(parent.layout.block_count), None]:
-        weights: dict[str, StoredWeight] = {}
-        for site in (site for site in parent.layout.sites if site.block_index == index):
-            before = parent.shards.quantized(site.name)
-            if before is None:
-                continue
-            weights[site.name] = found.weights.get(site.name, before)
-            changed += int((weights[site.name].codes != before.codes).sum())
-            count += before.codes.numel()
-        sites = [site for site in parent.layout.sites if site.block_index == index and site.name in records]
-        mine = [_record(run, parent, site, records[site.name], weights.get(site.name), found) for site in sites]
-        shards.save(block_label(index), weights, mine)
-    if found.kept:
-        shards.save_kept({**parent.shards.kept(), **found.kept})
-    elif parent.shards.kept():
-        shards.save_kept(parent.shards.kept())
-    return changed / max(1, count)
-
-
-def _record(
-    run: Run, parent: Parent, site: Site, before: SiteRecord, stored: StoredWeight | None, found: Recovered
-) -> SiteRecord:
-    """The parent's record, with what training did to the site; its output error on calibration inputs is not known."""
-    if stored is None or site.name not in found.weights:
-        return before
-    original = read_weight(run.model.module.get_submodule(site.name), site).detach()
-    start = parent.shards.quantized(site.name)
-    assert start is not None
-    changed = float((stored.codes != start.codes).float().mean())
-    learning = LearningRecord(
-        objective=found.objective, held_out_before=found.training.looks[0].held_out_loss,
-        held_out_after=found.training.best_loss, codes_changed=changed,
-    )  # fmt: skip
-    return before.model_copy(
-        update={
-            "relative_weight_error": relative_error(original, stored),
-            "relative_output_error": None,
-            "learning": learning,
-        }
-    )
+        names = [site.name for site in parent.layout.sites if site.block_index == index]
+        stored = {name: found.weights.get(name) or parent.shards.quantized(name) for name in names}
+        trained = {name: found.weights[name] for name in names if name in found.weights}
+        records = block_records(run, parent, index, trained, learned)
+        shards.save(block_label(index), {k: v for k, v in stored.items() if v is not None}, records)
+    others = {**parent.shards.kept(), **found.kept}
+    if others:
+        shards.save_kept(others)
 
 
 def _describe(
@@ -357,18 +259,3 @@ def _moves(method: EndToEnd, layout: ModelLayout, request: RecoveryRequest) -> s
     parts += ["norms and biases"] if method.options.others else []
     frozen = len(frozen_sites(layout, request.freeze))
     return ", ".join(parts) + (f"; {frozen} sites frozen" if frozen else "")
-
-
-def _write_manifest(run: Run, parent: Parent, shards: ShardFolder, record: RecoveryRecord) -> None:
-    """manifest.json of the trained weights."""
-    records = {found.site: found for found in shards.records()}
-    start = {name: value for name, value in parent.manifest.settings.items() if name not in ("written", "guard")}
-    Manifest(
-        quantizer=f"{parent.manifest.quantizer} + {record.request.method}",
-        settings={**start, **{f"recovery: {name}": text for name, text in record.options.items()}},
-        sites=tuple(records[site.name] for site in parent.layout.sites if site.name in records),
-        tensor_bytes=parent.plan.size_bytes,
-        plan_digest=parent.plan.digest(),
-        parameters=parent.layout.parameters,
-        inputs={"recovery": record.digest()},
-    ).save(run.folder / "manifest.json")
