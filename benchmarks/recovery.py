@@ -5,7 +5,7 @@
 
 A start is a format for all linear layers of the blocks or a budget for the knapsack, made by `gptq` or `kl-rounding`;
 embedding and head stay in 16 bits. Training text: 512 windows of 256 tokens of the model's calibration text and 1,024
-that the model writes itself, the same for all. Figures on test text, standard errors by document; CPU seconds of
+that the model writes itself; of block-wise methods 128 of these windows. --data FILE is other text. Figures on test text, standard errors by document; CPU seconds of
 training without writing own text, which are beside them. Writes results/recovery.json.
 """
 
@@ -18,7 +18,7 @@ from recovery_lab import Start, start_row, train, training_text
 from results_file import FOLDER, model_folder, write_results
 
 from cptquant.core.recovery import RecoveryRequest
-from cptquant.recovery.methods import END_TO_END
+from cptquant.recovery.methods import BLOCK_BY_BLOCK, METHODS
 
 MODELS = ("embedded:opt-mini", "reference-llama", "reference-opt")
 PLANS = ("int2-g64", "int3-g64")
@@ -30,9 +30,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=None)
     parser.add_argument("--plans", nargs="+", default=list(PLANS))
     parser.add_argument("--starts", nargs="+", default=["gptq", "kl-rounding"])
-    parser.add_argument("--methods", nargs="+", default=list(END_TO_END), choices=list(END_TO_END))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--steps", nargs="+", type=int, default=[100, 400])
     parser.add_argument("--flags", default="{}", help="JSON of further fields of the request")
+    parser.add_argument("--data", default=None, help="training text in place of the model's calibration text")
+    parser.add_argument("--sequences", type=int, default=SEQUENCES)
     parser.add_argument("--own-text", type=int, default=OWN_TEXT)
     args = parser.parse_args()
     models = args.models or [name for name in MODELS if name.startswith("embedded:") or model_folder(name).is_dir()]
@@ -43,28 +45,29 @@ def main() -> None:
         wanted = [
             RecoveryRequest(method=method, steps=steps, **json.loads(args.flags))
             for method in args.methods
-            for steps in args.steps
+            for steps in ([None] if method in BLOCK_BY_BLOCK else args.steps)
         ]
-        if any(find(rows, start, request, args.own_text) is None for request in wanted):
-            texts = training_text(start, SEQUENCES, args.own_text, None)
+        source = f"{args.data or 'calibration text'}, {args.sequences} windows, {args.own_text} of its own"
+        if any(find(rows, start, request, source) is None for request in wanted):
+            texts = training_text(start, args.sequences, args.own_text, args.data)
             for request in wanted:
-                keep(rows, start, request, lambda r=request, s=start, t=texts: train(s, r, t), args.own_text)
+                keep(rows, start, request, lambda r=request, s=start, t=texts: train(s, r, t), source)
 
 
-def find(rows: list[dict[str, Any]], start: Start, request: RecoveryRequest, own_text: int) -> dict[str, Any] | None:
+def find(rows: list[dict[str, Any]], start: Start, request: RecoveryRequest, text: str) -> dict[str, Any] | None:
     """The row of that training, if it was run."""
-    wanted = (start.model, start.plan, start.quantizer, request.model_dump(exclude_defaults=True), own_text)
+    wanted = (start.model, start.plan, start.quantizer, request.model_dump(exclude_defaults=True), text)
     for row in rows:
-        if (row["model"], row["plan"], row["start"], row["request"], row["own_text"]) == wanted:
+        if (row["model"], row["plan"], row["start"], row["request"], row["text"]) == wanted:
             return row
     return None
 
 
-def keep(rows: list[dict[str, Any]], start: Start, request: RecoveryRequest, make: Any, own_text: int = 0) -> None:
+def keep(rows: list[dict[str, Any]], start: Start, request: RecoveryRequest, make: Any, text: str = "") -> None:
     """Run what is not there yet."""
-    if find(rows, start, request, own_text) is not None:
+    if find(rows, start, request, text) is not None:
         return
-    row = {**make(), "request": request.model_dump(exclude_defaults=True), "own_text": own_text}
+    row = {**make(), "request": request.model_dump(exclude_defaults=True), "text": text}
     rows.append(row)
     write_results("recovery", {"machine": describe_machine(), "rows": rows})
     test = {name: found["value"] for name, found in row["test"].items() if isinstance(found, dict)}

@@ -19,13 +19,17 @@ from cptquant.models.text import TokenSet, load_tokens
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.packing.shards import ShardFolder
 from cptquant.pipeline import quantize_model
+from cptquant.recovery.blockwise import Start as BlockStart
+from cptquant.recovery.blockwise import train_blocks
 from cptquant.recovery.end_to_end import Material, run_end_to_end, split_text
-from cptquant.recovery.methods import end_to_end
+from cptquant.recovery.methods import BLOCK_BY_BLOCK, block_by_block, end_to_end
 from cptquant.stages.recovery_pieces import Parent, open_parent
 from cptquant.stages.run import Run
 
 GENERAL = SHARED / "data" / "text" / "general"
 WORK = REPOSITORY / "build" / "recovery"
+BLOCK_SEQUENCES = 128
+Row = dict[str, Any]
 MEASURED = ("kl_nats_per_token", "nll_increase_nats_per_token", "perplexity")
 
 
@@ -119,29 +123,55 @@ def train(
     splits: tuple[str, ...] = ("validation", "test"),
 ) -> dict[str, Any]:
     """One training in memory, judged on validation and test text."""
-    parent, (learned, held_out, writing) = start.parent, texts
-    material = Material(parent.run.model, parent.run.model, parent.shards, parent.shards.kept(), learned, held_out)
-    folder = start.work / f"training-{time.time_ns()}"
     begin = time.process_time()
-    found = run_end_to_end(material, end_to_end(request), folder, lambda done, total: None)
+    block_wise = request.method in BLOCK_BY_BLOCK
+    source, figures = (_train_blocks if block_wise else _train_whole)(start, request, texts[0], texts[1])
     seconds = time.process_time() - begin
-    shutil.rmtree(folder, ignore_errors=True)
-    source = Trained(found.weights, parent.shards, found.kept)
     return {
         "model": start.model,
         "plan": start.plan,
         "start": start.quantizer,
         "request": request.model_dump(exclude_defaults=True),
-        "learned": learned.description,
+        "learned": texts[0].description,
+        "training_cpu_seconds": round(seconds, 1),
+        "writing_cpu_seconds": round(texts[2], 1),
+        **figures,
+        **{split: judge(start, source, split) for split in splits},
+        "revision": source_revision(),
+    }
+
+
+def _train_whole(start: Start, request: RecoveryRequest, learned: TokenSet, held_out: TokenSet) -> tuple[Trained, Row]:
+    parent = start.parent
+    material = Material(parent.run.model, parent.run.model, parent.shards, parent.shards.kept(), learned, held_out)
+    folder = start.work / f"training-{time.time_ns()}"
+    found = run_end_to_end(material, end_to_end(request), folder, lambda done, total: None)
+    shutil.rmtree(folder, ignore_errors=True)
+    return Trained(found.weights, parent.shards, found.kept), {
         "steps": found.training.done,
         "best_step": found.training.best_step,
         "stopped": found.training.stopped,
         "held_out": [round(look.held_out_loss, 5) for look in found.training.looks],
-        "training_cpu_seconds": round(seconds, 1),
-        "writing_cpu_seconds": round(writing, 1),
         "moved_share": found.moved_share,
-        **{split: judge(start, source, split) for split in splits},
-        "revision": source_revision(),
+    }
+
+
+def _train_blocks(start: Start, request: RecoveryRequest, learned: TokenSet, held_out: TokenSet) -> tuple[Trained, Row]:
+    """On the text that was given alone, as many windows as GPTQ reads: the published recipes' amount."""
+    parent, weights, norms, looks = start.parent, {}, {}, []
+
+    def keep(index: int, found: Any, kept: Any, look: Any) -> None:
+        weights.update(found)
+        norms.update(kept)
+        looks.append(look)
+
+    given = learned.subset(slice(0, min(BLOCK_SEQUENCES, learned.sequence_count)))
+    train_blocks(parent.run.model, BlockStart(parent.shards, {}), block_by_block(request), given, keep)
+    return Trained(weights, parent.shards, norms), {
+        "learned": given.description,
+        "held_out": [[round(look.held_out_start, 5), round(look.held_out_end, 5)] for look in looks],
+        "blocks_taken": sum(look.best_step is not None for look in looks),
+        "moved_share": sum(look.moved for look in looks) / parent.layout.parameters,
     }
 
 

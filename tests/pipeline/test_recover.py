@@ -48,6 +48,39 @@ def measured(run: Path) -> EvaluationReport:
     return EvaluationReport.load(run / "evaluation.json")
 
 
+@pytest.mark.parametrize("method", ["blockwise", "clipping", "norms"])
+def test_block_by_block(method: str, cptquant: Callable, parent: Path, tmp_path: Path) -> None:
+    run, cut = tmp_path / "run", tmp_path / "cut"
+    flags = ("--method", method, "--sequences", 24, "--epochs", 2)
+    outcome = cptquant("recover", parent, "--output", run, *flags)
+    assert outcome.code == 0, outcome.err
+    record, evaluation = RecoveryRecord.load(run / "recovery.json"), measured(run)
+    assert [found.block_index for found in record.blocks] == [0, 1] and not record.looks
+    assert all(found.held_out_after <= found.held_out_before for found in record.blocks)
+    assert method == "clipping" or any(found.best_step for found in record.blocks)
+    assert (record.codes_changed > 0) == (method != "norms" and any(found.best_step for found in record.blocks))
+    theirs = measured(parent).find("kl_nats_per_token", "quantized")
+    assert evaluation.find("kl_nats_per_token", "parent").value == pytest.approx(theirs.value, rel=1e-6)
+    assert f"Trained further with {method}" in (run / "report.html").read_text()
+    # cut after the first block: the second is trained, with the same bits
+    shutil.copytree(run, cut)
+    folder = cut / "work" / record.pieces
+    for path in (*folder.glob("block-0001*"), *folder.glob("kept0001*"), folder / "outer.safetensors"):
+        path.unlink()
+    (cut / "recovery.json").unlink()
+    stamp = (folder / "block-0000.safetensors").stat().st_mtime_ns
+    outcome = cptquant("recover", parent, "--output", cut, *flags)
+    assert outcome.code == 0, outcome.err
+    assert (folder / "block-0000.safetensors").stat().st_mtime_ns == stamp
+    for path in folder.glob("*.safetensors"):
+        one, other = load_file(path), load_file(run / "work" / record.pieces / path.name)
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), path.name
+    again = tmp_path / "again"
+    assert cptquant("recover", run, "--output", again, *FAST, "--method", "scales").code == 0
+    found = measured(again).find("kl_nats_per_token", "parent").value
+    assert found == pytest.approx(evaluation.find("kl_nats_per_token", "quantized").value, rel=1e-6)
+
+
 @pytest.mark.parametrize("method", ["qat", "scales", "multipliers", "pv"])
 def test_the_whole_chain(method: str, cptquant: Callable, parent: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -218,6 +251,10 @@ def test_llama_and_a_float32_original(cptquant: Callable, folder: Path, tmp_path
     [
         (("--method", "magic"), "--method 'magic' is unknown; choose one of: qat, scales"),
         (("--method", "scales", "--rounding", "sigmoid"), "--rounding belongs to --method qat"),
+        (("--method", "blockwise", "--loss", "ce"), "--loss has no meaning for --method blockwise"),
+        (("--method", "norms", "--time", "1min"), "--time has no meaning for --method norms"),
+        (("--method", "clipping", "--rounding", "sigmoid"), "--rounding has no meaning for --method clipping"),
+        (("--epochs", "2"), "--epochs belongs to the block-wise methods"),
         (("--rounding", "round"), "--rounding 'round'"),
         (("--clamp", "rigid"), "--clamp 'rigid'"),
         (("--sharpness", "-1"), "--sharpness -1"),

@@ -29,6 +29,14 @@ def recovery_section(record: RunRecord) -> RecoverySection | None:
         if found.best_step == 0 and found.looks
         else f"{found.codes_changed:.1%} of the codes differ from the parent's"
     )
+    if found.blocks:
+        better = sum(outcome.best_step is not None for outcome in found.blocks)
+        before = sum(outcome.held_out_before for outcome in found.blocks) / len(found.blocks)
+        after = sum(outcome.held_out_after for outcome in found.blocks) / len(found.blocks)
+        taken = (
+            f"Mean held-out error of a block {before:.4g} → {after:.4g}; {better} of {len(found.blocks)} blocks took "
+            f"what training found, the others kept the start; {taken}"
+        )
     course = (
         f"Held-out training loss {losses[0]:.4g} → {min(losses):.4g}, step {found.best_step} taken; "
         if found.looks
@@ -40,7 +48,7 @@ def recovery_section(record: RunRecord) -> RecoverySection | None:
         facts.append(("One step", spell_seconds(found.step_seconds)))
     return RecoverySection(
         sentence=f"Trained further with {found.request.method} on the plan of its parent. {course}{taken}.",
-        warning=found.stopped,
+        warning=found.stopped or " ".join(outcome.stopped for outcome in found.blocks if outcome.stopped),
         figure=draw_training(found.looks, found.best_step, f"{found.objective}, by step"),
         facts=facts,
     )

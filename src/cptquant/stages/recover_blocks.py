@@ -120,7 +120,7 @@ def _train(
     shards.save(block_label(None), stored, block_records(run, parent, None, {}, Learned(OBJECTIVE, 0, 0)))
 
 
-def _outcome_path(shards: ShardFolder, index: int):
+def _outcome_path(shards: ShardFolder, index: int) -> Path:
     return shards.folder / f"{block_label(index)}.json"
 
 
