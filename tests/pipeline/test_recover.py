@@ -17,10 +17,12 @@ from cptquant.core.engine_export import ExportRecord
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.manifest import Manifest
 from cptquant.core.plan import Plan
-from cptquant.core.recovery import RecoveryRecord
+from cptquant.core.recovery import RecoveryRecord, RecoveryRequest
+from cptquant.stages.recover import own_text_for
 
 TEXT = ("--calibration-sequences", 8, "--eval-sequences", 8, "--sequence-length", 32)
-FAST = ("--steps", 6, "--sequences", 24, "--batch-sequences", 4)
+NO_OWN = ("--own-text", 0)
+FAST = ("--steps", 6, "--sequences", 24, "--batch-sequences", 4, *NO_OWN)
 EVERY_MEASURE = ("nll_nats_per_token", "kl_nats_per_token")
 
 
@@ -110,7 +112,7 @@ def test_training_wins_back_loss_and_stock_transformers_agrees(
 ) -> None:
     run = tmp_path / "run"
     outcome = cptquant("recover", parent, "--output", run, "--steps", 30,
-                       "--sequences", 64, "--batch-sequences", 4)  # fmt: skip
+                       "--sequences", 64, "--batch-sequences", 4, *NO_OWN)  # fmt: skip
     assert outcome.code == 0, outcome.err
     evaluation = measured(run)
     found, start = (evaluation.find("kl_nats_per_token", name) for name in ("quantized", "parent"))
@@ -155,7 +157,7 @@ def test_the_same_command_again_trains_nothing_and_other_flags_do(
 
 def test_killed_while_training_it_goes_on_with_the_same_bits(cptquant: Callable, parent: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = ["recover", str(parent), "--steps", "30", "--sequences", "64", "--batch-sequences", "4"]
+    flags = ["recover", str(parent), "--steps", "30", "--sequences", "64", "--batch-sequences", "4", "--own-text", "0"]
     assert cptquant(*flags, "--output", whole).code == 0
     command = [sys.executable, "-m", "cptquant", *flags, "--output", str(cut)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ})
@@ -272,7 +274,7 @@ def test_llama_and_a_float32_original(cptquant: Callable, folder: Path, tmp_path
 def test_bad_flags_are_refused_before_anything_is_trained(
     flags: tuple[str, ...], said: str, cptquant: Callable, parent: Path, tmp_path: Path
 ) -> None:
-    outcome = cptquant("recover", parent, "--output", tmp_path / "run", *flags)
+    outcome = cptquant("recover", parent, "--output", tmp_path / "run", *NO_OWN, *flags)
     assert outcome.code == 2 and said in outcome.err, outcome.err
     assert not (tmp_path / "run/recovery.json").exists()
 
@@ -299,7 +301,7 @@ def test_two_processes_train_together(parent: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "cptquant", "recover",
-        str(parent), "--output", str(run), *map(str, FAST), "--own-text", "4",
+        str(parent), "--output", str(run), *map(str, FAST[:-1]), "4",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -314,3 +316,11 @@ def test_two_processes_train_together(parent: Path, tmp_path: Path) -> None:
     assert (
         fsdp.returncode == 2 and "ACCELERATE_USE_FSDP asks for FSDP, which cptquant recover does not do" in fsdp.stderr
     )
+
+
+def test_the_model_writes_text_where_its_predictions_are_learned() -> None:
+    default = RecoveryRequest()
+    assert own_text_for(default, "causal_lm") == 512 and own_text_for(default, "sequence_classification") == 0
+    for changed in ({"data": "text.txt"}, {"loss": "ce"}, {"loss": "both"}, {"method": "blockwise"}):
+        assert own_text_for(RecoveryRequest(**changed), "causal_lm") == 0
+    assert own_text_for(RecoveryRequest(own_text=7, data="text.txt"), "causal_lm") == 7

@@ -33,7 +33,7 @@ from cptquant.stages.recovery_pieces import (
 )
 from cptquant.stages.run import Run
 
-_SEQUENCES, _BATCH = 512, 8
+_SEQUENCES, _OWN_TEXT, _BATCH = 512, 512, 8
 
 
 def check_request(request: RecoveryRequest, parent: Path, output: Path) -> None:
@@ -140,6 +140,18 @@ def follow_training(run: Run, parent: Parent, request: RecoveryRequest) -> None:
         run_end_to_end(_material(run, parent, request), method, folder, lambda done, total: None)
 
 
+def own_text_for(request: RecoveryRequest, task: Task) -> int:
+    """Windows that the model writes itself beside the given text.
+
+    By default a causal language model writes some where its own predictions are what is learned, from the calibration
+    text alone: some hundred windows are soon known by heart. Where a person gives text, that is learned.
+    """
+    if request.own_text is not None:
+        return request.own_text
+    follows = request.loss == "kl" and request.data is None and request.method in END_TO_END
+    return _OWN_TEXT if follows and task == "causal_lm" else 0
+
+
 def training_text(run: Run, request: RecoveryRequest) -> TokenSet:
     """Windows of the text that was asked for, or of the run's calibration text.
 
@@ -161,7 +173,7 @@ def _material(run: Run, parent: Parent, request: RecoveryRequest) -> Material:
     teacher = model if request.teacher is None else _teacher(run, request.teacher)
     text = training_text(run, request)
     learned, held_out = split_text(text)
-    learned = with_own_text(run, learned, request.own_text or 0, request.seed)
+    learned = with_own_text(run, learned, own_text_for(request, run.model.layout.task), request.seed)
     batch = request.batch_sequences or _BATCH
     if learned.sequence_count < batch:
         raise UserError(
