@@ -5,8 +5,8 @@
 
 A start is a format for all linear layers of the blocks or a budget for the knapsack, made by `gptq` or `kl-rounding`;
 embedding and head stay in 16 bits. Training text: 512 windows of 256 tokens of the model's calibration text and 1,024
-that the model writes itself; of block-wise methods 128 of these windows. --data FILE is other text. Figures on test text,
-standard errors by document; CPU seconds of training without writing own text, which are beside them.
+that the model writes itself; of block-wise methods 128 of these windows. --data FILE is other text. Figures on test
+text, standard errors by document; CPU seconds of training without writing own text, which are beside them.
 Writes results/recovery.json.
 """
 

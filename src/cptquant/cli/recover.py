@@ -75,8 +75,9 @@ _Sequences = Annotated[
 ]
 _OwnText = Annotated[
     int | None,
-    typer.Option("--own-text", min=0, max=65_536, help="Windows that the model writes itself beside it.  [default: 512 "
-                 "for --loss kl on the calibration text, block-wise methods none; with --data none]", show_default=False),
+    typer.Option("--own-text", min=0, max=65_536, help="Windows that the model writes itself beside it.  [default: "
+                 "512 for --loss kl on the calibration text; none with --data and for block-wise methods]",
+                 show_default=False),
 ]  # fmt: skip
 _Batch = Annotated[
     int | None, typer.Option("--batch-sequences", min=1, help="Windows a step.  [default: 8]", show_default=False)
