@@ -141,7 +141,7 @@ def _steps_alone(name: str, bits: int, ids: torch.Tensor) -> Any:
     options = cast(StudentOptions, VARIANTS["steps alone"])
     student: Student = build_student(model, quantized(model, bits), {}, options)
     del model
-    student.module.gradient_checkpointing_enable()
+    student.module.activation_checkpointing_enable()
     student.module.train()
     lesson = Lesson(student.module, nn.Module(), "causal_lm", Weights(kl=0.0, ce=1.0), coarse=False)
     optimizer = GridAdam([{"params": [parameter for _, parameter in student.trainable()], "lr": 1e-5}], {})

@@ -158,6 +158,16 @@ def test_a_training_that_was_cut_gives_the_same_bits(
     assert_same(whole, resumed)
 
 
+def test_running_blocks_again_changes_nothing(tmp_path: Path) -> None:
+    material = material_of("llama", tmp_path / "model")
+    one = train(material, QAT, tmp_path / "one")
+    again = replace(QAT, schedule=replace(SCHEDULE, gradient_checkpointing=True))
+    other = train(material, again, tmp_path / "other")
+    assert [look.held_out_loss for look in one.training.looks] == pytest.approx(
+        [look.held_out_loss for look in other.training.looks], rel=1e-3
+    )
+
+
 def test_a_loss_that_is_no_number_ends_training_and_keeps_the_best(tmp_path: Path) -> None:
     material = material_of("llama", tmp_path / "model")
     wild = replace(QAT, schedule=replace(SCHEDULE, other_rate=1e30, steps=12))

@@ -89,6 +89,13 @@ _Activations = Annotated[
 ]  # fmt: skip
 
 
+_GradientCheckpointing = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Run blocks again on the way back instead of keeping their "
+                 "activations: less memory, more time."),
+]  # fmt: skip
+
+
 def _rate(flag: str, text: str) -> object:
     return typer.Option(flag, min=0, help=f"{text}  [default: by method]", show_default=False)
 
@@ -121,6 +128,7 @@ def recover(
     step_rate: Annotated[float | None, _rate("--step-rate", "Rate of the grid's steps, relative.")] = None,
     norm_rate: Annotated[float | None, _rate("--norm-rate", "Rate of norms and biases.")] = None,
     activation_bits: _Activations = None,
+    gradient_checkpointing: _GradientCheckpointing = False,
     eval_text: options.EvalText = None,
     eval_sequences: options.EvalSequences = None,
     seed: options.Seed = None,
@@ -163,6 +171,7 @@ def recover(
             "step_rate": step_rate,
             "norm_rate": norm_rate,
             "activation_bits": activation_bits,
+            "gradient_checkpointing": gradient_checkpointing,
             "seed": seed or 0,
         }
     )

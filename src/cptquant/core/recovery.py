@@ -20,7 +20,8 @@ class RecoveryRequest(Frozen):
         data: training text, None for the run's calibration text. sequences: how many windows of it at most.
         own_text: windows that the model writes itself beside it.
         batch_sequences: windows a step. latent_rate, step_rate, norm_rate: see `recovery/training.py`.
-        activation_bits: of the inputs of quantized layers during training and evaluation.
+        activation_bits: of the inputs of quantized layers during training.
+        gradient_checkpointing: run blocks again on the way back instead of keeping their activations.
     """
 
     method: str = "qat"
@@ -46,6 +47,7 @@ class RecoveryRequest(Frozen):
     step_rate: float | None = None
     norm_rate: float | None = None
     activation_bits: int | None = None
+    gradient_checkpointing: bool = False
     seed: int = 0
 
 

@@ -172,7 +172,9 @@ def _prepare(material: Material, method: EndToEnd) -> tuple[Student, Lesson]:
         )
         raise UserError(f"--method {method.name} moves the steps of the grid, and {fixed}; use --method qat")
     if method.schedule.gradient_checkpointing:
-        cast(Any, student.module).gradient_checkpointing_enable()
+        module = cast(Any, student.module)
+        newer = getattr(module, "activation_checkpointing_enable", None)  # since transformers 5.22 or so
+        (newer or module.gradient_checkpointing_enable)()
     teacher: nn.Module = copy.deepcopy(material.teacher.module) if method.weights.needs_teacher else nn.Module()
     lesson = Lesson(student.module, teacher.float().eval(), material.model.layout.task, method.weights, coarse=True)
     return student, lesson

@@ -66,6 +66,7 @@ def end_to_end(request: RecoveryRequest) -> EndToEnd:
 
 _NOT_OF_BLOCKS = (
     "loss", "states", "teacher", "steps", "seconds", "norm_rate", "activation_bits", "norms", "step_rate",
+    "gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -114,6 +115,7 @@ def _schedule(method: EndToEnd, request: RecoveryRequest) -> Schedule:
         "latent_rate": request.latent_rate,
         "step_rate": request.step_rate,
         "other_rate": request.norm_rate,
+        "gradient_checkpointing": request.gradient_checkpointing,
         "seed": request.seed,
     }
     return replace(method.schedule, **{name: value for name, value in given.items() if value is not None})
