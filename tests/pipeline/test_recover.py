@@ -90,7 +90,7 @@ def test_the_whole_chain(method: str, cptquant: Callable, parent: Path, tmp_path
     far = ("--latent-rate", 0.02) if method == "qat" else ()  # six steps that reach another code
     outcome = cptquant("recover", parent, "--output", run, "--method", method, *FAST, *far)
     assert outcome.code == 0, outcome.err
-    assert "Before recovery" in outcome.out
+    assert "Parent run" in outcome.out
     assert {path: path.read_bytes() for path in parent.rglob("*") if path.is_file()} == before  # never changed
     record, evaluation = RecoveryRecord.load(run / "recovery.json"), measured(run)
     assert Plan.load(run / "plan.json").formats == Plan.load(parent / "plan.json").formats
@@ -105,7 +105,7 @@ def test_the_whole_chain(method: str, cptquant: Callable, parent: Path, tmp_path
     assert sizes[0].value == sizes[1].value == Plan.load(run / "plan.json").size_bytes
     assert Manifest.load(run / "manifest.json").quantizer.endswith(f"gptq + {method}")
     page = (run / "report.html").read_text()
-    assert f"Trained further with {method} on the plan of its parent." in page and "Before recovery" in page
+    assert f"Trained further with {method} on the plan of its parent." in page and "Parent run" in page
 
 
 def test_training_wins_back_loss_and_stock_transformers_agrees(

@@ -21,7 +21,7 @@ from cptquant.reports.quantities import (
 SUBJECT_LABELS = {
     "original": "Original",
     "quantized": "Quantized",
-    "parent": "Before recovery",
+    "parent": "Parent run",
     "uniform": "Uniform bits",
     "preset": "Types of llama.cpp's preset",
     "unrefined": "Plan before swaps",
