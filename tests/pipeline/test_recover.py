@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def test_killed_while_training_it_goes_on_with_the_same_bits(cptquant: Callable,
     command = [sys.executable, "-m", "cptquant", *flags, "--output", str(cut)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ})
     while process.poll() is None and not list(cut.glob("work/*-training/checkpoint-*/progress.json")):
-        pass
+        time.sleep(0.02)
     process.kill()
     process.communicate()
     assert process.returncode == -9, "it finished before it could be killed"
