@@ -1,6 +1,6 @@
 """Loss won back against training time: every method of `cptquant recover`, from the same quantized starts.
 
-    OMP_NUM_THREADS=1 python benchmarks/recovery_methods.py                                   # goes on where a call stopped
+    OMP_NUM_THREADS=1 python benchmarks/recovery_methods.py                     # goes on where a call stopped
     ... --models reference-llama --plans int2-g64 --starts kl-rounding --methods qat scales --steps 100 400
 
 A start is a format for all linear layers of the blocks or a budget for the knapsack, made by `gptq` or `kl-rounding`;
