@@ -188,6 +188,37 @@ def test_where_training_does_not_help_the_parent_is_written(cptquant: Callable, 
     assert "training stopped at step" in (run / "report.html").read_text()
 
 
+def test_norms_that_are_lost_are_not_replaced_by_the_originals(
+    cptquant: Callable, parent: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for method in (("--method", "norms", "--sequences", 24), FAST):
+        assert cptquant("recover", parent, "--output", run, *method).code == 0
+        record = RecoveryRecord.load(run / "recovery.json")
+        assert record.norms
+        lost = run / "work" / record.pieces / f"{record.norms[0]}.safetensors"
+        content = load(lost.read_bytes())
+        lost.write_bytes(b"half")
+        for _ in range(2):  # the damaged piece is removed when it is found: the second look must miss it too
+            outcome = cptquant("evaluate", run)
+            assert outcome.code == 2 and "make it anew with: cptquant recover" in outcome.err, outcome.err
+        assert cptquant("recover", parent, "--output", run, *method).code == 0
+        again = load(lost.read_bytes())
+        assert again.keys() == content.keys() and all(torch.equal(again[key], content[key]) for key in content)
+
+
+def test_labels_are_not_made_up(cptquant: Callable, tmp_path: Path) -> None:
+    run = quantized(
+        cptquant, "embedded:bert-mini", tmp_path / "parent", "--allocator", "uniform", "--formats", "int4-g64",
+        "--budget", "4.5bpw@sites",
+    )  # fmt: skip
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"import os{number}"}) + "\n" for number in range(40)))
+    flags = ("recover", run, "--output", tmp_path / "run", "--data", text, *FAST)
+    outcome = cptquant(*flags, "--loss", "ce")
+    assert outcome.code == 2 and ("label" in outcome.err), outcome.err
+
+
 def test_learning_the_text_is_judged_by_the_text(cptquant: Callable, parent: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     outcome = cptquant(
@@ -271,6 +302,8 @@ def test_llama_and_a_float32_original(cptquant: Callable, folder: Path, tmp_path
         (("--freeze", "qkv"), "--freeze 'qkv' names no linear layer; this model's are: fc1, fc2, k_proj"),
         (("--sequences", "4", "--batch-sequences", "9"), "--batch-sequences 9 is more than the 3 sequences"),
         (("--teacher", "embedded:bert-mini"), "--teacher embedded:bert-mini is for sequence_classification"),
+        (("--teacher", "embedded:opt-mini"), "has 12 blocks of width 128, the run's model 2 of 64"),
+        (("--teacher", "embedded:opt-mini", "--loss", "ce"), "--teacher has no use with --loss ce"),
         (("--seed", "-1"), "--seed -1 is out of range"),
         (("--latent-rate", "inf"), "--latent-rate inf is out of range"),
     ],

@@ -1,5 +1,6 @@
 """End-to-end training: the student is the quantized model, training helps, is resumed with the same bits, and stops."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,18 @@ def test_a_training_that_was_cut_gives_the_same_bits(
     # the next checkpoint was being written when the power failed
     (tmp_path / "cut" / "checkpoint-8").mkdir()
     (tmp_path / "cut" / "checkpoint-8" / "moved.safetensors").write_bytes(b"half")
+    # and a byte of the one before was turned over: not what was written, so training starts again
+    for flipped in (False, True):
+        copy = tmp_path / f"copy-{flipped}"
+        shutil.copytree(tmp_path / "cut", copy)
+        if flipped:
+            content = bytearray((copy / "checkpoint-4" / "moved.safetensors").read_bytes())
+            content[-1] ^= 1
+            (copy / "checkpoint-4" / "moved.safetensors").write_bytes(bytes(content))
+        done_steps: list[int] = []
+        again = run_end_to_end(material, METHODS[method], copy, lambda done, total, seen=done_steps: seen.append(done))
+        assert done_steps == list(range(1 if flipped else 5, 13))
+        assert_same(whole, again)
     steps: list[int] = []
     resumed = run_end_to_end(material, METHODS[method], tmp_path / "cut", lambda done, total: steps.append(done))
     assert steps == list(range(5, 13))

@@ -69,7 +69,8 @@ class BlockOutcome(Frozen):
     Attributes:
         held_out_before, held_out_after: relative squared error of the block's output on held-out sequences.
         best_step: the iterate that was taken; None where the start was kept. steps: that were to be made.
-        moved: numbers that were trained. stopped: why training ended early; "" where it did not.
+        moved: numbers that were trained. norms: norms and biases that were written beside it.
+        stopped: why training ended early; "" where it did not.
     """
 
     block_index: int
@@ -78,6 +79,7 @@ class BlockOutcome(Frozen):
     best_step: int | None
     steps: int
     moved: int
+    norms: int = 0
     stopped: str = ""
 
 
@@ -86,7 +88,8 @@ class RecoveryRecord(Artifact):
 
     Attributes:
         parent: run folder whose weights were trained. parent_pieces, pieces: digests under work/, also the names of
-            their folders. request: what was asked for. options: what was done, every choice made, in words.
+            their folders. parent_norms, norms: which of their pieces hold norms and biases.
+        request: what was asked for. options: what was done, every choice made, in words.
         objective: what `looks` tell, with its unit. looks: in order of steps; none of block-wise methods, which have
             `blocks`.
         best_step: the iterate that was taken; 0 is the parent.
@@ -102,6 +105,8 @@ class RecoveryRecord(Artifact):
     parent_name: str
     parent_pieces: str
     pieces: str
+    parent_norms: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
     request: RecoveryRequest
     options: dict[str, str]
     objective: str

@@ -107,11 +107,16 @@ class ShardFolder:
         """
         self._write(f"{KEPT}{part}", {name: tensor.contiguous() for name, tensor in tensors.items()}, (), ())
 
+    @property
+    def kept_labels(self) -> tuple[str, ...]:
+        """Labels of the pieces that `save_kept` wrote."""
+        return tuple(sorted(label for label in self._records if label.startswith(KEPT)))
+
     def kept(self, part: str | None = None) -> dict[str, Tensor]:
         """What `save_kept` wrote of a part, or (None) of all; empty without it."""
         found: dict[str, Tensor] = {}
-        for label in sorted(self._records):
-            if label == f"{KEPT}{part}" if part is not None else label.startswith(KEPT):
+        for label in self.kept_labels:
+            if part is None or label == f"{KEPT}{part}":
                 with _opened(self.folder / f"{label}.safetensors") as file:
                     found |= {name: file.get_tensor(name) for name in file.keys()}
         return found

@@ -145,11 +145,19 @@ _SECONDS_PER_MOVED = 2e-9
 def as_data(tokens: TokenSet, model: LoadedModel, seed: int) -> SequenceData:
     """Tokens with what is asked of each, by the model's task.
 
-    A masked language model's tokens are hidden once, by the seed.
+    A masked language model's tokens are hidden once, by the seed. Rows without labels, of which only the original's
+    predictions are learned, get 0.
+
+    Raises:
+        UserError: a masked language model without a mask token.
     """
     task: Task = model.layout.task
     if task == "masked_lm":
         tokenizer = model.require_tokenizer()
+        if tokenizer.mask_token_id is None:
+            raise UserError(
+                f"{model.layout.source}: the tokenizer has no mask token, so its predictions cannot be trained"
+            )
         special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
         masked, targets = mask_tokens(
             tokens, mask_token_id=cast(int, tokenizer.mask_token_id), special_ids=special, seed=seed

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cptquant.core.artifact import output_error
+from cptquant.core.written_files import digest_folder, list_damage
 from cptquant.models.load import quiet_transformers
 from cptquant.recovery.grid_optimizer import GridAdam
 from cptquant.recovery.lesson import Lesson
@@ -151,8 +153,12 @@ def train_student(
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         except Diverged as error:
             keeper.training.stopped = str(error)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise output_error(folder, error) from None
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error):  # how torch.save says that the disk is full
+                raise
+            raise output_error(folder, OSError(str(error))) from None
     student.restore_(keeper.training.best)
     student.round_others_()
     return keeper.training
@@ -172,7 +178,7 @@ def _arguments(schedule: Schedule, folder: Path) -> TrainingArguments:
         logging_strategy="no",
         save_strategy="steps",
         save_steps=max(1, math.ceil(schedule.steps / schedule.saves)),
-        save_total_limit=1,
+        save_total_limit=2,  # the one before goes only when this one is marked whole
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -295,6 +301,8 @@ class _Keeper(TrainerCallback):
             "looks": [asdict(look) for look in self.training.looks],
             "best_step": self.training.best_step,
             "losses": [float(loss) for loss in self.losses],
+            # other processes write their generators' states when they get there
+            "files": {k: v for k, v in digest_folder(folder).items() if not k.startswith("rng_state_")},
         }
         partial = folder / (_PROGRESS + ".partial")
         partial.write_text(json.dumps(state), encoding="utf-8")
@@ -336,11 +344,20 @@ def mean_loss(lesson: Lesson, data: SequenceData, batch_sequences: int) -> float
     return total / len(data)
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether every recorded file is what was written, by its digest."""
+    try:
+        wanted = dict(json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))["files"])
+        return not list_damage(folder, wanted, {})
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _last_whole(folder: Path) -> Path | None:
-    """The latest checkpoint that was written to its end; later ones, cut short, are removed."""
+    """The latest checkpoint that is whole; later ones, cut short or changed, are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
-        if (path / _PROGRESS).is_file():
+        if _is_whole(path):
             return path
         shutil.rmtree(path)
     return None

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from cptquant.core.artifact import digest_json
+from cptquant.core.artifact import digest_json, write_whole
 from cptquant.core.errors import DataError, UserError
 from cptquant.core.layout import ModelLayout, Task
 from cptquant.core.recovery import LOSSES, RecoveryLook, RecoveryRecord, RecoveryRequest
@@ -28,12 +28,14 @@ from cptquant.stages.recovery_pieces import (
     Parent,
     block_records,
     changed_share,
+    lost_norms,
     pieces_of,
     write_manifest,
 )
 from cptquant.stages.run import Run
 
 _SEQUENCES, _OWN_TEXT, _BATCH = 512, 512, 8
+_MOST_STEPS = 10_000_000
 
 
 def check_request(request: RecoveryRequest, parent: Path, output: Path) -> None:
@@ -54,10 +56,16 @@ def check_request(request: RecoveryRequest, parent: Path, output: Path) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range; give a number from 0 up")
     if request.steps is not None and request.seconds is not None:
         raise UserError("--steps and --time were both given; --time chooses the steps")
+    if request.teacher is not None and request.loss == "ce" and not request.states:
+        raise UserError(
+            "--teacher has no use with --loss ce, which learns the text alone; leave it out, or add --states"
+        )
+    batch, processes = request.batch_sequences or _BATCH, process_count()
+    if batch % processes:
+        raise UserError(f"--batch-sequences {batch} cannot be shared by {processes} processes; give a multiple of them")
     check_seed(request.seed)
-    for flag, path in (("--data", request.data),):
-        if path is not None and not Path(path).exists():
-            raise DataError(f"{flag} {path!r} does not exist; give a .txt, a .jsonl or a saved `datasets` folder")
+    if request.data is not None and not Path(request.data).exists():
+        raise DataError(f"--data {request.data!r} does not exist; give a .txt, a .jsonl or a saved `datasets` folder")
     if request.method in END_TO_END:
         end_to_end(request)
         return
@@ -110,13 +118,16 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
         _keep(run, parent, found, shards)
         record = _describe(run, parent, request, method_now, material, found)
         shutil.rmtree(folder, ignore_errors=True)
-        return record.model_copy(update={"pieces": shards.folder.name, "codes_changed": changed_share(parent, shards)})
+        changed = changed_share(parent, shards)
+        return record.model_copy(
+            update={"pieces": shards.folder.name, "norms": shards.kept_labels, "codes_changed": changed}
+        )
 
     labels = {block_label(index) for index in range(parent.layout.block_count)} | {block_label(None)}
     if not shards.labels.issuperset(labels):
         (run.folder / RECORD).unlink(missing_ok=True)
     tell(True)  # the text that the model writes stands now
-    record = run.stage(RECORD, RecoveryRecord, inputs, make)
+    record = run.stage(RECORD, RecoveryRecord, inputs, make, damage=lambda found: lost_norms(shards, found))
     if not told:
         tell(None)
     write_manifest(run, parent, shards, record)
@@ -180,7 +191,29 @@ def _material(run: Run, parent: Parent, request: RecoveryRequest) -> Material:
             f"--batch-sequences {batch} is more than the {learned.sequence_count} sequences to learn from; give fewer, "
             "or more text with --data"
         )
+    weights = end_to_end(request).weights
+    if weights.states > 0 and _states(teacher.layout) != _states(model.layout):
+        raise UserError(
+            f"--teacher {request.teacher} has {teacher.layout.block_count} blocks of width "
+            f"{teacher.layout.hidden_size}, the run's model {model.layout.block_count} of {model.layout.hidden_size}: "
+            "hidden states do not compare; add --states 0"
+        )
+    if weights.ce > 0 and (
+        model.layout.task == "encoder" or (_needs_labels(model.layout.task) and text.labels is None)
+    ):
+        raise UserError(
+            f"--loss {request.loss} needs tokens or labels to predict, and there are none "
+            f"({model.layout.task}, {text.description}); use --loss kl, or give labelled text with --data"
+        )
     return Material(model, teacher, parent.shards, parent.shards.kept(), learned, held_out)
+
+
+def _states(layout: ModelLayout) -> tuple[int, int]:
+    return layout.block_count, layout.hidden_size
+
+
+def _needs_labels(task: Task) -> bool:
+    return task == "sequence_classification"
 
 
 def _teacher(run: Run, source: str) -> LoadedModel:
@@ -200,12 +233,12 @@ def _with_time(run: Run, material: Material, method: EndToEnd, request: Recovery
     if request.seconds is None:
         return method
     path = folder / "steps.txt"
-    if path.is_file():
-        return replace(method, schedule=replace(method.schedule, steps=int(path.read_text())))
+    found = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    if found.isdecimal() and 0 < int(found) <= _MOST_STEPS:
+        return replace(method, schedule=replace(method.schedule, steps=int(found)))
     fitted, step = fit_steps(material, method, request.seconds)
     run.progress(f"--time: {fitted.schedule.steps} steps of {step:.2g} s fit into {request.seconds:.0f} s", 1, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(str(fitted.schedule.steps))
+    write_whole(path, str(fitted.schedule.steps).encode())
     return fitted
 
 
@@ -245,6 +278,7 @@ def _describe(
         parent=str(parent.run.folder),
         parent_name=parent.name,
         parent_pieces=parent.shards.folder.name,
+        parent_norms=parent.shards.kept_labels,
         pieces="",
         request=request,
         options=options,

@@ -22,6 +22,7 @@ from cptquant.stages.recovery_pieces import (
     Parent,
     block_records,
     changed_share,
+    lost_norms,
     pieces_of,
     write_manifest,
 )
@@ -59,7 +60,9 @@ def recover_blocks_stage(run: Run, parent: Parent, request: RecoveryRequest, tex
             parent=str(parent.run.folder),
             parent_name=parent.name,
             parent_pieces=parent.shards.folder.name,
+            parent_norms=parent.shards.kept_labels,
             pieces=shards.folder.name,
+            norms=shards.kept_labels,
             request=request,
             options={
                 "method": request.method,
@@ -78,7 +81,7 @@ def recover_blocks_stage(run: Run, parent: Parent, request: RecoveryRequest, tex
     labels = {block_label(index) for index in range(parent.layout.block_count)} | {block_label(None)}
     if not shards.labels.issuperset(labels):
         (run.folder / RECORD).unlink(missing_ok=True)
-    record = run.stage(RECORD, RecoveryRecord, inputs, make)
+    record = run.stage(RECORD, RecoveryRecord, inputs, make, damage=lambda found: lost_norms(shards, found))
     write_manifest(run, parent, shards, record)
     return Variant(parent.plan, shards)
 
@@ -90,13 +93,13 @@ def _train(
     start = Start(parent.shards, others, frozen_sites(layout, request.freeze))
 
     def keep(index: int, weights: dict[str, StoredWeight], kept: dict[str, Tensor], look: BlockLook) -> None:
-        outcome = BlockOutcome(
-            block_index=index, held_out_before=look.held_out_start, held_out_after=look.held_out_end,
-            best_step=look.best_step, steps=look.steps, moved=look.moved, stopped=look.stopped,
-        )  # fmt: skip
-        write_whole(_outcome_path(shards, index), outcome.model_dump_json().encode())
         prefix = f"{run.model.blocks_path}.{index}."
         mine = {name: tensor for name, tensor in others.items() if name.startswith(prefix)} | kept
+        outcome = BlockOutcome(
+            block_index=index, held_out_before=look.held_out_start, held_out_after=look.held_out_end,
+            best_step=look.best_step, steps=look.steps, moved=look.moved, norms=len(mine), stopped=look.stopped,
+        )  # fmt: skip
+        write_whole(_outcome_path(shards, index), outcome.model_dump_json().encode())
         if mine:
             shards.save_kept(mine, f"{index:04d}")
         learned = Learned(OBJECTIVE, look.held_out_start, look.held_out_end)
@@ -105,7 +108,7 @@ def _train(
     finished = {
         index: FinishedBlock(dict(shards.piece(block_label(index))), shards.kept(f"{index:04d}"))
         for index in range(layout.block_count)
-        if block_label(index) in shards.labels and _outcome_path(shards, index).is_file()
+        if _is_finished(shards, index)
     }
     train_blocks(
         run.model, start, method, tokens, keep, resume=finished,
@@ -124,6 +127,19 @@ def _outcome_path(shards: ShardFolder, index: int) -> Path:
     return shards.folder / f"{block_label(index)}.json"
 
 
+def _outcome(shards: ShardFolder, index: int) -> BlockOutcome | None:
+    """None where there is none, or it is damaged."""
+    try:
+        return BlockOutcome.model_validate_json(_outcome_path(shards, index).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _is_finished(shards: ShardFolder, index: int) -> bool:
+    found = _outcome(shards, index)
+    return found is not None and block_label(index) in shards.labels and len(shards.kept(f"{index:04d}")) == found.norms
+
+
 def _outcomes(parent: Parent, shards: ShardFolder) -> tuple[BlockOutcome, ...]:
-    paths = (_outcome_path(shards, index) for index in range(parent.layout.block_count))
-    return tuple(BlockOutcome.model_validate_json(path.read_text(encoding="utf-8")) for path in paths)
+    found = [_outcome(shards, index) for index in range(parent.layout.block_count)]
+    return tuple(outcome for outcome in found if outcome is not None)

@@ -88,9 +88,12 @@ def recovered_variants(run: Run, layout: ModelLayout) -> dict[str, Variant]:
         raise ArtifactError(f"{run.folder}/plan.json was changed after its weights were trained; {remedy}")
     wanted = {*(block_label(index) for index in range(layout.block_count)), block_label(None)}
     found: dict[str, Variant] = {}
-    for name, pieces in (("quantized", record.pieces), (PARENT, record.parent_pieces)):
+    for name, pieces, norms in (
+        ("quantized", record.pieces, record.norms),
+        (PARENT, record.parent_pieces, record.parent_norms),
+    ):
         shards = pieces_of(run, layout, plan, pieces)
-        if not shards.labels.issuperset(wanted):
+        if not shards.labels.issuperset({*wanted, *norms}):
             damage = shards.damaged[0] if shards.damaged else f"{shards.folder} lacks pieces"
             raise ArtifactError(f"{damage}; {remedy}")
         found[name] = Variant(plan, shards)
@@ -108,17 +111,21 @@ def adopt_parent(run: Run, parent: Parent) -> dict[str, Variant]:
     parent.layout.save(run.folder / "layout.json")
     for name in ("plan.json", "plan-parent.json"):
         parent.plan.save(run.folder / name)
-    for table in parent.run.folder.glob("sensitivity*.json"):  # for the report and explain
-        shutil.copyfile(table, run.folder / table.name)
     target = run.folder / "work" / parent.shards.folder.name
-    if not target.exists():
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+    try:
+        for table in parent.run.folder.glob("sensitivity*.json"):  # for the report and explain
+            shutil.copyfile(table, run.folder / table.name)
+        if (
+            not target.exists()
+            or pieces_of(run, parent.layout, parent.plan, target.name).labels != parent.shards.labels
+        ):
+            shutil.rmtree(target, ignore_errors=True)
+            partial = target.with_name(target.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(parent.shards.folder, partial)
             partial.replace(target)
-        except OSError as error:
-            raise output_error(target, error) from None
+    except OSError as error:
+        raise output_error(target, error) from None
     return {PARENT: Variant(parent.plan, pieces_of(run, parent.layout, parent.plan, target.name))}
 
 
@@ -151,6 +158,12 @@ def _trained_record(
     return before.model_copy(
         update={"relative_weight_error": error, "relative_output_error": None, "learning": learning}
     )
+
+
+def lost_norms(shards: ShardFolder, record: RecoveryRecord) -> list[str]:
+    """One sentence where pieces with norms and biases are gone: weights without them would be another model."""
+    lost = set(record.norms) - shards.labels
+    return [f"{shards.folder} lacks pieces with norms and biases"] if lost else []
 
 
 def changed_share(parent: Parent, shards: ShardFolder) -> float:
