@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from cptquant.core.errors import ModelError
 from cptquant.models import large_weights
 from cptquant.models import stream as stream_module
 from cptquant.models.load import LoadedModel, load_model
@@ -166,4 +167,44 @@ def test_no_block_is_left_after_the_last(tmp_path: Path) -> None:
     stream = ModelStream(make_model("opt", tmp_path), make_tokens())
     run_stream(stream)
     with pytest.raises(IndexError, match="all 3 blocks have been run"):
+        stream.load_block()
+
+
+class _Norms:
+    """A source that changes norms and biases alone."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def weight(self, site_name: str) -> Tensor | None:
+        return None
+
+    def kept(self) -> dict[str, Tensor]:
+        return self._tensors
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_norms_and_biases_of_a_source_are_the_ones_that_run(name: str, tmp_path: Path) -> None:
+    model, tokens = make_model(name, tmp_path), make_tokens()
+    generator = torch.Generator().manual_seed(3)
+    changed = {
+        key: (parameter + torch.randn(parameter.shape, generator=generator) / 8).half()
+        for key, parameter in model.module.named_parameters()
+        if parameter.ndim == 1
+    }
+    before = {key: value.clone() for key, value in model.module.state_dict().items()}
+    streamed = run_stream(ModelStream(model, tokens, weights=_Norms(changed), batch_size=2))
+    assert all(torch.equal(model.module.state_dict()[key], value) for key, value in before.items())
+    for key, parameter in model.module.named_parameters():
+        parameter.data = changed[key].float() if key in changed else parameter.data.half().float()
+    expected = run_whole(model, tokens)
+    torch.testing.assert_close(real_positions(streamed, tokens), real_positions(expected, tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_of_another_shape_is_refused_not_spread(tmp_path: Path) -> None:
+    model = make_model("opt", tmp_path)
+    name = "model.decoder.layers.1.final_layer_norm.weight"
+    stream = ModelStream(model, make_tokens(), weights=_Norms({name: torch.ones(1)}))
+    stream.advance(stream.load_block())
+    with pytest.raises(ModelError, match=rf"{name} has shape \(1,\), the model's is \(32,\)"):
         stream.load_block()

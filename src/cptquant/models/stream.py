@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from cptquant.core.errors import ModelError
 from cptquant.core.layout import ModelLayout, Site
 from cptquant.models.large_weights import LargeEmbedding, LargeLinear, WeightRows
 from cptquant.packing.quantized_weight import StoredWeight
@@ -272,13 +273,24 @@ class ModelStream:
         return module
 
     def _replace_kept(self, module: nn.Module, prefix: str) -> None:
-        """Norms and biases that the source changes, in a private copy of the part of the model under `prefix`."""
+        """Norms and biases that the source changes, in a private copy of the part of the model under `prefix`.
+
+        Raises:
+            ModelError: one of another shape.
+        """
         if not self._kept:
             return
         with torch.no_grad():
             for name, parameter in module.named_parameters():
-                if prefix + name in self._kept:
-                    parameter.copy_(self._kept[prefix + name])
+                found = self._kept.get(prefix + name)
+                if found is None:
+                    continue
+                if found.shape != parameter.shape:  # copying would spread a single number over all
+                    raise ModelError(
+                        f"{prefix}{name} has shape {tuple(found.shape)}, the model's is {tuple(parameter.shape)}; these "
+                        "weights belong to another model"
+                    )
+                parameter.copy_(found)
 
     def _build_shell(self) -> nn.Module:
         module = self.model.module
