@@ -287,8 +287,8 @@ class ModelStream:
                     continue
                 if found.shape != parameter.shape:  # copying would spread a single number over all
                     raise ModelError(
-                        f"{prefix}{name} has shape {tuple(found.shape)}, the model's is {tuple(parameter.shape)}; these "
-                        "weights belong to another model"
+                        f"{prefix}{name} has shape {tuple(found.shape)}, the model's is {tuple(parameter.shape)}; "
+                        "these weights belong to another model"
                     )
                 parameter.copy_(found)
 
