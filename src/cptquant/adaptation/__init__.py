@@ -1,0 +1,1 @@
+"""Domain adaptation: mixtures of text, Mix-CPT, format alignment, sweeps."""
