@@ -41,6 +41,7 @@ def main() -> None:
     models = args.models or [name for name in MODELS if name.startswith("embedded:") or model_folder(name).is_dir()]
     path = FOLDER / "recovery.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    texts_of: dict[str, Any] = {}
     for start in (Start(m, plan, quantizer) for m in models for plan in args.plans for quantizer in args.starts):
         keep(rows, start, RecoveryRequest(method="none"), lambda start=start: start_row(start))
         wanted = [
@@ -50,7 +51,9 @@ def main() -> None:
         ]
         source = f"{args.data or 'calibration text'}, {args.sequences} windows, {args.own_text} of its own"
         if any(find(rows, start, request, source) is None for request in wanted):
-            texts = training_text(start, args.sequences, args.own_text, args.data)
+            if start.model not in texts_of:  # the original's own words: the same for all of its plans
+                texts_of[start.model] = training_text(start, args.sequences, args.own_text, args.data)
+            texts = texts_of[start.model]
             for request in wanted:
                 keep(rows, start, request, lambda r=request, s=start, t=texts: train(s, r, t), source)
 
