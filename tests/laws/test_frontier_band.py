@@ -61,12 +61,13 @@ def test_nine_of_ten_new_points_lie_inside_when_the_prior_is_right(points):
     assert inside / 4000 == pytest.approx(0.9, abs=4 * math.sqrt(0.09 / 4000))
 
 
-@pytest.mark.parametrize(("method", "factor"), [("rtn", 1.2), ("gptq", 1.5)])
+@pytest.mark.parametrize(("method", "factor"), [("rtn", 1.2), ("gptq", 1.5), ("gptq + own text", 1.5)])
 def test_families_left_out_are_covered(method, factor):
     """What frontier.json claims, on the package's own table: three plans of a family calibrate, the rest are judged."""
     rows = [row for row in usable_observations(read_observations(SHIPPED)) if row.features.method == method]
     rng, inside, factors = np.random.default_rng(0), 0, []
-    for family in sorted({row.family for row in rows}):
+    families = sorted({row.family for row in rows})
+    for family in families * 10:  # ten choices of the three: one draw is off by four points
         prior = observed_prior(method, without=(family,))
         assert prior is not None and "7 families" in prior.source
         mine = [row for row in rows if row.family == family]
@@ -79,7 +80,7 @@ def test_families_left_out_are_covered(method, factor):
             band = found.predict(damage)
             inside += band.low <= loss <= band.high
             factors.append(band.high / band.value)
-    assert len(factors) > 90
+    assert len(factors) > 900
     assert inside / len(factors) >= 0.88
     assert np.median(factors) < factor, "a band that covers everything says nothing"
 

@@ -125,7 +125,7 @@ OwnText = Annotated[
     typer.Option(
         "--own-text",
         help="Sequences that the model writes itself, added to the calibration text when quantizing; 0 for none.  "
-        "[default: 0; kl-rounding 768]",
+        "[default: gptq 256 below 50M parameters; kl-rounding 768; else 0]",
         show_default=False,
     ),
 ]

@@ -12,9 +12,9 @@ from cptquant.core.targets import find_target
 
 BASELINES = ("uniform", "random", "preset")
 _SMALL_MODEL_PARAMETERS = 50_000_000
-OWN_TEXT = {"kl-rounding": 768}
-"""Sequences the model writes for its calibration where nothing was asked for: learning then sees each about once. 256
-are meant for `gptq`, once the table behind law and frontier's prior holds `gptq + own text` (decision 0009)."""
+OWN_TEXT = {"gptq": 256, "kl-rounding": 768}
+"""Sequences the model writes for its calibration where nothing was asked for (decision 0009): learning then sees each about
+once; of `gptq` as many as the PTQ law and the frontier's prior were fitted with."""
 
 
 class OwnTextDefault(Frozen):
