@@ -7,19 +7,22 @@ A start is a format for all linear layers of the blocks or a budget for the knap
 embedding and head stay in 16 bits. Training text: 512 windows of 256 tokens of the model's calibration text and 1,024
 that the model writes itself; of block-wise methods 128 of these windows. --data FILE is other text. Figures on test
 text, standard errors by document; CPU seconds of training without writing own text, which are beside them.
-Writes results/recovery.json.
+Writes results/recovery.json and, of mixed plans from GPTQ's start, docs/recovery.png; --draw only draws.
 """
 
 import argparse
 import json
 from typing import Any
 
+import matplotlib
 from machine import describe_machine
 from recovery_lab import Start, start_row, train, training_text
-from results_file import FOLDER, model_folder, write_results
+from results_file import FOLDER, REPOSITORY, model_folder, write_results
 
 from cptquant.core.recovery import RecoveryRequest
 from cptquant.recovery.methods import BLOCK_BY_BLOCK, METHODS
+
+matplotlib.use("Agg")
 
 MODELS = ("embedded:opt-mini", "reference-llama", "reference-opt")
 PLANS = ("int2-g64", "int3-g64")
@@ -37,10 +40,14 @@ def main() -> None:
     parser.add_argument("--data", default=None, help="training text in place of the model's calibration text")
     parser.add_argument("--sequences", type=int, default=SEQUENCES)
     parser.add_argument("--own-text", type=int, default=OWN_TEXT)
+    parser.add_argument("--draw", action="store_true")
     args = parser.parse_args()
     models = args.models or [name for name in MODELS if name.startswith("embedded:") or model_folder(name).is_dir()]
     path = FOLDER / "recovery.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    if args.draw:
+        draw(rows)
+        return
     texts_of: dict[str, Any] = {}
     for start in (Start(m, plan, quantizer) for m in models for plan in args.plans for quantizer in args.starts):
         keep(rows, start, RecoveryRequest(method="none"), lambda start=start: start_row(start))
@@ -56,6 +63,7 @@ def main() -> None:
             texts = texts_of[start.model]
             for request in wanted:
                 keep(rows, start, request, lambda r=request, s=start, t=texts: train(s, r, t), source)
+    draw(rows)
 
 
 def find(rows: list[dict[str, Any]], start: Start, request: RecoveryRequest, text: str) -> dict[str, Any] | None:
@@ -76,6 +84,48 @@ def keep(rows: list[dict[str, Any]], start: Start, request: RecoveryRequest, mak
     write_results("recovery", {"machine": describe_machine(), "rows": rows})
     test = {name: found["value"] for name, found in row["test"].items() if isinstance(found, dict)}
     print(start.model, start.plan, start.quantizer, row["request"], test, row.get("training_cpu_seconds"), flush=True)
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Rise of the NLL and CPU seconds of training, a panel a model and budget; only plain requests."""
+    import matplotlib.pyplot as plt
+
+    mixed = [row for row in rows if "bpw" in row["plan"] and row["start"] == "gptq" and plain(row)]
+    models = [model for model in MODELS if any(row["model"] == model for row in mixed)]
+    plans = sorted({row["plan"] for row in mixed}, key=lambda plan: float(plan.partition("bpw")[0]))
+    if not models:
+        return
+    figure, axes = plt.subplots(
+        len(models), len(plans), figsize=(3 * len(plans), 2.6 * len(models)), squeeze=False, sharex=True
+    )
+    marks = dict(zip(METHODS, "osv^DPX*", strict=False))
+    for line, model in zip(axes, models, strict=True):
+        for panel, plan in zip(line, plans, strict=True):
+            for row in (row for row in mixed if (row["model"], row["plan"]) == (model, plan)):
+                method = row["request"].get("method", "qat")
+                found = row["test"]["nll_increase_nats_per_token"]
+                if method == "none":
+                    panel.axhline(found["value"], color="0.6", linestyle="--", linewidth=1, label="GPTQ, not trained")
+                else:
+                    panel.errorbar(
+                        row["training_cpu_seconds"], found["value"], found["stderr"], marker=marks[method],
+                        color=f"C{list(METHODS).index(method)}", label=method, capsize=2, linestyle="",
+                    )  # fmt: skip
+            panel.set_title(f"{model.removeprefix('embedded:')}, {plan.partition('@')[0]}", fontsize=9)
+            panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
+        line[0].set_ylabel("NLL +, nats/token", fontsize=8)
+    for panel in axes[-1]:
+        panel.set_xlabel("CPU seconds of training", fontsize=8)
+    axes[0][0].set_xlim(left=0)
+    named = {label: mark for panel in axes.flat for mark, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), ncols=len(named), loc="lower center", fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(REPOSITORY / "docs" / "recovery.png", dpi=110)
+
+
+def plain(row: dict[str, Any]) -> bool:
+    """Whether nothing but method and steps was asked for."""
+    return set(row["request"]) <= {"method", "steps"}
 
 
 if __name__ == "__main__":
