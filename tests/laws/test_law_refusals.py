@@ -81,7 +81,7 @@ def test_general_base(cptquant: Callable, laws: Path, base: str) -> None:
     [
         ("dcpt", ("--flops", "1e21", "--r", "0"),
          ("--flops 1e+21: the lowest loss of law dcpt at domain share 0 lies at N = ", "which no run can have",
-          "(N 1e4 to 1e14, D 1e5 to 1e17)", "give --flops and --r nearer")),
+          "(N 1e4 to 1e14, D 1e4 to 1e17)", "give --flops and --r nearer")),
         ("chinchilla", USE_1, ("--max-general-increase needs a law with the mixture ratio r; law chinchilla",
                                "has none: fit one that does, e.g. cptquant law fit dcpt RUNS.csv")),
         ("chinchilla", USE_2, ("--domain-tokens needs a law with the mixture ratio r",)),
@@ -103,7 +103,7 @@ def test_optimum(cptquant: Callable, laws: Path, law_name: str, flags: tuple, fr
 @pytest.mark.parametrize(
     ("law_name", "flags", "fragments"),
     [
-        ("dcpt", ("--r", "0.5", "--U", "-5"), ("--U -5 cannot be a number of distinct tokens (1e5 to 1e17)",)),
+        ("dcpt", ("--r", "0.5", "--U", "-5"), ("--U -5 cannot be a number of distinct tokens (1e4 to 1e17)",)),
         ("dcpt", ("--r", "0.5", "--U", "nan"), ("--U nan cannot be a number of distinct tokens",)),
         ("dcpt", ("--r", "0.5", "--U", "1e9"), ("law dcpt has no distinct tokens; leave --U out",)),
         ("chinchilla", ("--r", "0.5"), ("law chinchilla has no mixture ratio; leave --r out",)),

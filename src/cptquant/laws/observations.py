@@ -31,7 +31,7 @@ UNITS: dict[str, dict[str, float]] = {
 QUANTITIES = ("N", "D", "r", "U", *LOSSES, *(f"{name}_stderr" for name in LOSSES), "run", "domain")
 """Everything that is read from a CSV, by its default column name."""
 _COUNTS = {"N": "parameters", "D": "tokens", "U": "tokens"}
-_PLAUSIBLE = {"N": (1e4, 1e14), "D": (1e5, 1e17), "U": (1e5, 1e17)}
+_PLAUSIBLE = {"N": (1e4, 1e14), "D": (1e4, 1e17), "U": (1e4, 1e17)}
 LARGEST_NLL = 14.0
 """Nats per token: a little above ln 1,000,000, a uniform guess over the largest vocabularies."""
 
