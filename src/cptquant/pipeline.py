@@ -22,7 +22,7 @@ from cptquant.core.recovery import RecoveryRequest
 from cptquant.core.settings import RunSettings
 from cptquant.core.targets import find_target
 from cptquant.exporters.export import find_exporter
-from cptquant.recovery.processes import is_first
+from cptquant.models.processes import is_first
 from cptquant.reports.html import render_report
 from cptquant.stages.allocate import baseline_plans, check_plan, needs_table, unrefined_plan
 from cptquant.stages.check import check_choices, check_target
