@@ -27,6 +27,7 @@ from cptquant.cli import (
     quantize,
     recover,
     report,
+    sweep,
     targets,
     what_if,
 )
@@ -59,7 +60,7 @@ def _root(
 ) -> None: ...
 
 
-for command in (quantize.quantize, recover.recover, inspect.inspect, measure.measure, allocate.allocate,
+for command in (quantize.quantize, recover.recover, sweep.sweep, inspect.inspect, measure.measure, allocate.allocate,
                 predict.predict, frontier.frontier, explain.explain, what_if.what_if, diff.diff,
                 evaluate.evaluate, report.report, targets.targets, export.export, bench.bench,
                 generate.generate):  # fmt: skip

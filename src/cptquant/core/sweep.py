@@ -135,9 +135,7 @@ def make_grid(plan: SweepPlan) -> tuple[SweepRun, ...]:
                 for seed in plan.seeds:
                     judged = tuple(plan.domains) if ratio == 0 else (domain,)
                     name = f"{domain or GENERAL}-{size.name}-r{ratio:g}-s{seed}"
-                    runs.append(
-                        SweepRun(id=name, size=size.name, domain=domain, ratio=ratio, seed=seed, judged=judged)
-                    )
+                    runs.append(SweepRun(id=name, size=size.name, domain=domain, ratio=ratio, seed=seed, judged=judged))
     return tuple(runs)
 
 
@@ -186,9 +184,7 @@ def steps_of(plan: SweepPlan, last_steps: Sequence[int]) -> tuple[EvaluationPoin
                 f"evaluations.first: {last * plan.step_tokens:,} tokens are {last} steps, too few for a trunk and an "
                 "anneal; begin later, or make steps smaller (batch, window)"
             )
-        points.append(
-            EvaluationPoint(tokens=last * plan.step_tokens, branch_step=last - annealed, last_step=last)
-        )
+        points.append(EvaluationPoint(tokens=last * plan.step_tokens, branch_step=last - annealed, last_step=last))
     return tuple(points)
 
 
