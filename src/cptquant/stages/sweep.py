@@ -145,9 +145,10 @@ def sweep_stage(
 def _spell_failures(record: SweepRecord, output: Path) -> str:
     named = "; ".join(f"{task.id}: {task.cause}" for task in record.failed[:_NAMED_FAILURES])
     more = len(record.failed) - _NAMED_FAILURES
+    rest = f"; and {more} more" if more > 0 else ""
     return (
-        f"{len(record.failed)} of {len(record.tasks)} tasks failed ({named}"
-        f"{f'; and {more} more' if more > 0 else ''}); the others are finished and stand in {output}: mend the cause and run the same command again"
+        f"{len(record.failed)} of {len(record.tasks)} tasks failed ({named}{rest}); the others are finished and stand "
+        f"in {output}: mend the cause and run the same command again"
     )
 
 

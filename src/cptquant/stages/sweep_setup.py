@@ -36,6 +36,8 @@ _EARLY_SHARE = 0.01
 _JUDGED_STEP = 0.4
 """Time of judging some tokens over that of training on them: forward only, but float32."""
 _PRETRAIN_ANNEAL = 0.2
+_SPREAD = 64
+"""Held-out windows are spread evenly over this many times the tokens needed, so that many places have a say."""
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,14 @@ def read_corpora(plan: SweepPlan) -> Texts:
         source = tokenise_source(name, read_documents(corpus.train, train), tokenizer, flag=train)
         if len(source.tokens) < LEAST_TOKENS:
             raise DataError(
-                f"{train} holds {len(source.tokens):,} tokens; a law of its share needs at least {LEAST_TOKENS:,}: give "
-                "more text"
+                f"{train} holds {len(source.tokens):,} tokens; a law of its share needs at least {LEAST_TOKENS:,}: "
+                "give more text"
             )
         sources[name] = source
         try:
-            held[name] = tokenize(
+            found = tokenize(
                 read_texts(corpus.valid, "validation", "causal_lm"), model,
-                sequences=plan.evaluations.windows, length=plan.window, seed=0,
+                sequences=_SPREAD * plan.evaluations.windows, length=plan.window, seed=0,
             )  # fmt: skip
         except DataError as error:
             raise DataError(
@@ -154,6 +156,8 @@ def read_corpora(plan: SweepPlan) -> Texts:
                 + f" (a third of {place}.valid is used, in windows of {plan.window} tokens, at least "
                 f"{MINIMUM_EVALUATION_SEQUENCES} of them; the rest is left for plans that are carried out)"
             ) from None
+        taken = min(plan.evaluations.windows, found.sequence_count)
+        held[name] = found.subset([index * found.sequence_count // taken for index in range(taken)])
     return Texts(sources, held)
 
 

@@ -25,7 +25,6 @@ from cptquant.core.errors import ArtifactError
 from cptquant.core.sweep import EvaluationPoint
 from cptquant.core.sweep_record import LossRecord, PointRecord
 from cptquant.models.estimates import cluster_by_document, estimate_ratio
-from cptquant.models.load import LoadedModel
 from cptquant.models.losses import scored_targets, sequence_nll
 from cptquant.models.processes import is_first, process_count
 from cptquant.models.text import TokenSet

@@ -276,11 +276,9 @@ class _OnRay:
             )
         self.capacity = slots
         nodes = sum(bool(node.get("Alive")) for node in ray.nodes())
-        self.where = (
-            f"on {slots} local workers (Ray {ray.__version__})"
-            if workers.address is None
-            else f"on the Ray cluster {workers.address}: {slots} tasks at a time on {nodes} nodes (Ray {ray.__version__})"
-        )
+        here = f"on {slots} local worker{'s' if slots > 1 else ''}"
+        there = f"on the Ray cluster {workers.address}, {slots} tasks at a time on {nodes} nodes"
+        self.where = f"{here if workers.address is None else there} (Ray {ray.__version__})"
         remote = ray.remote(num_cpus=workers.threads, num_gpus=workers.gpus, max_retries=0, max_calls=0)
         self._remote = remote(_cause_of)
         self._function = ray.put(function)
