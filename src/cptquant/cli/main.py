@@ -23,6 +23,7 @@ from cptquant.cli import (
     inspect,
     law,
     measure,
+    plan,
     predict,
     quantize,
     recover,
@@ -60,8 +61,8 @@ def _root(
 ) -> None: ...
 
 
-for command in (quantize.quantize, recover.recover, sweep.sweep, inspect.inspect, measure.measure, allocate.allocate,
-                predict.predict, frontier.frontier, explain.explain, what_if.what_if, diff.diff,
+for command in (quantize.quantize, recover.recover, sweep.sweep, plan.plan, inspect.inspect, measure.measure,
+                allocate.allocate, predict.predict, frontier.frontier, explain.explain, what_if.what_if, diff.diff,
                 evaluate.evaluate, report.report, targets.targets, export.export, bench.bench,
                 generate.generate):  # fmt: skip
     app.command()(command)
