@@ -32,8 +32,9 @@ from cptquant.models.load import load_any, load_model, read_layout
 from cptquant.reports.joint import write_joint_report
 from cptquant.sensitivity.model_noise import measure_model_noise
 from cptquant.stages.law import FitRequest, fit_stage, load_law
-from cptquant.stages.predict import forecast_rows, uniform_plan
+from cptquant.stages.predict import forecast_rows
 from cptquant.stages.sweep import RECORD, read_data
+from cptquant.stages.sweep_quantize import smallest_uniform
 from cptquant.stages.sweep_setup import fixed_points
 from cptquant.stages.sweep_task import SweepTask, TrainingSpec, carry_out, judge_on, load_windows, save_source
 
@@ -121,11 +122,11 @@ def plan_stage(request: PlanRequest, progress: Progress = ignore_progress) -> Jo
     watch = Stopwatch()
     sweep, domain = open_finished(request.sweep, request.domain)
     _check_output(request.output)
-    target = find_target(request.target)
+    target, bits = find_target(request.target), _bits(request, sweep)
     law, spelled = _law(request, sweep, domain)
     texts = _texts(request, sweep, domain)
     layouts = {rung.name: read_layout(sweep.base(rung.name)) for rung in sweep.record.rungs}
-    sizes = _sizes(request, sweep, layouts, _bits(request, sweep))
+    sizes = _sizes(request, sweep, layouts, bits)
     damages, fitted, how = _damages(request, sweep, domain, layouts, progress)
     limits = Limits(
         size_bytes=request.size_bytes,
@@ -229,7 +230,7 @@ def _sizes(
                     f"--target {request.target} cannot hold {fmt.name} in any matrix of size {rung.name}; choose other "
                     "--bits, or another --target (cptquant targets)"
                 )
-            plan = {} if width == FLOAT_BITS else uniform_plan(layout, fmt, request.target)
+            plan = {} if width == FLOAT_BITS else smallest_uniform(layout, fmt, request.target)
             formats[width] = (fmt.name, layout.plan_bytes(plan))
         sizes.append(
             Size(rung.name, float(rung.parameters), base.losses[GENERAL].value,
@@ -295,7 +296,7 @@ def _forecast(
         model = load_model(sweep.base(size))
         widths = [bits for bits in _bits(request, sweep) if bits != FLOAT_BITS]
         plans = {
-            f"{bits}": uniform_plan(layout, QuantFormat.parse(f"int{bits}-g{sweep.plan.group}"), request.target)
+            f"{bits}": smallest_uniform(layout, QuantFormat.parse(f"int{bits}-g{sweep.plan.group}"), request.target)
             for bits in widths
         }
         for text, rises in found.items():

@@ -18,9 +18,20 @@ from cptquant.stages.predict import uniform_plan
 TARGET = "transformers"
 
 
+def smallest_uniform(layout: ModelLayout, fmt: QuantFormat, target: str = TARGET) -> dict[str, QuantFormat]:
+    """One format for every matrix of the blocks; outside them too, unless that makes the file larger.
+
+    A head that shares its tensor with an embedding which the target keeps in 16 bits would be stored beside it.
+    """
+    everywhere = uniform_plan(layout, fmt, target)
+    blocks = {site.name: everywhere[site.name] for site in layout.block_sites}
+    inside = {site.name: layout.keep_format for site in layout.sites} | blocks
+    return min((everywhere, inside), key=layout.plan_bytes)
+
+
 def uniform_record(layout: ModelLayout, fmt: QuantFormat, target: str = TARGET) -> Plan:
-    """The plan that gives every site one format where the target can hold it."""
-    formats = uniform_plan(layout, fmt, target)
+    """`smallest_uniform` as a plan."""
+    formats = smallest_uniform(layout, fmt, target)
     size_bytes, site_bytes = layout.plan_bytes(formats), layout.block_site_bytes(formats)
     return Plan(
         target=target,

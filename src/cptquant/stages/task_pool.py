@@ -176,7 +176,7 @@ def open_runner(function: Callable[[Any], None], workers: Workers) -> Iterator[R
     ray = import_ray(workers)
     started = not ray.is_initialized()
     if started:
-        _start(ray, workers)
+        start_ray(ray, workers)
     try:
         yield _OnRay(ray, function, workers)
     finally:
@@ -211,7 +211,12 @@ def import_ray(workers: Workers) -> Any:
     return ray
 
 
-def _start(ray: Any, workers: Workers) -> None:
+def start_ray(ray: Any, workers: Workers) -> None:
+    """Workers on this machine, or a connection to a cluster.
+
+    Raises:
+        UserError: it does not start, or no cluster answers.
+    """
     import logging
 
     quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
