@@ -65,5 +65,5 @@ def test_the_table(tmp_path: Path) -> None:
     rows = read_damages(path, "law", 1e6)
     assert rows["domain"] == [DamageRow("a", 1e6, 1.2e6, 0.5, 3, 0.2, 0.18, 0.01)] and len(rows["general"]) == 1
     path.write_text(f"domain,run,N,D,r,bits,{names}\nlaw,a,x,2e5,0.5,3,.1,.09,.01,.2,.18,.01\n")
-    with pytest.raises(DataError, match="ptq_runs.csv line 2: .* is missing or no number"):
+    with pytest.raises(DataError, match=r"ptq_runs\.csv line 2: .* is missing or no number"):
         read_damages(path, "law")

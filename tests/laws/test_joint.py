@@ -111,7 +111,9 @@ def test_flops_are_counted(law: LawFit) -> None:
 
 
 def test_refusals(law: LawFit, chinchilla: LawFit) -> None:
-    with pytest.raises(BudgetError, match="--max-size allows 1,000 bytes, and the smallest file, size 0.5B at 2 bits"):
+    with pytest.raises(
+        BudgetError, match=r"--max-size allows 1,000 bytes, and the smallest file, size 0\.5B at 2 bits"
+    ):
         plan_jointly(law, sizes(), DAMAGES, replace(LIMITS, size_bytes=1e3))
     with pytest.raises(UserError, match="law chinchilla does not depend on r, which is to be chosen"):
         plan_jointly(chinchilla, sizes(), DAMAGES, LIMITS)

@@ -46,7 +46,7 @@ def test_what_a_sweep_leaves(finished: Path) -> None:
 
 def test_the_law_is_fitted_to_it(finished: Path, cptquant: Callable, tmp_path: Path) -> None:
     held = ("--fix", "alpha=0.3", "--fix", "beta=0.3", "--fix", "eta=1", "--fix", "gamma=0.3", "--fix", "eps=0.1")
-    outcome = cptquant("law", "fit", "dcpt", finished / "runs.csv", *held, "--starts", 2, "--draws", 10,
+    outcome = cptquant("law", "fit", "dcpt", finished / "runs.csv", *held, "--starts", 2, "--draws", 20,
                        "--output", tmp_path / "law")  # fmt: skip
     assert outcome.code == 0 and "12 rows of 6 runs" in outcome.out, outcome.err
 
@@ -156,7 +156,10 @@ def test_dry_run(write_plan: Callable, tmp_path: Path, cptquant: Callable) -> No
     [
         ({"tokens": "900k", "max_epochs": 2}, "and tokens = 900,000 at a share of 1 reads 900,000: "),
         ({"pretrain": {"tokens": "40M"}}, "and pretrain.tokens = 40,000,000 at a share of 1 reads 40,000,000: "),
-        ({"window": 4096}, "window: 4096 tokens are more than the 512 positions of embedded:opt-mini"),
+        (
+            {"window": 4096, "batch": 1, "tokens": "40k"},
+            "window: 4096 tokens are more than the 512 positions of embedded:opt-mini",
+        ),
         ({"family": "embedded:bert-mini"}, "family: embedded:bert-mini is for sequence_classification"),
     ],
 )
@@ -174,7 +177,7 @@ def test_tiny_texts(write_plan: Callable, texts: Path, tmp_path: Path, cptquant:
     for domain, message in (
         (
             {"train": "tiny.txt", "valid": code},
-            "domains.code.train holds 5 tokens; a law of its share needs at least 10",
+            "domains.code.train holds 7 tokens; a law of its share needs at least 10",
         ),
         ({"train": "empty.txt", "valid": code}, "domains.code.train"),
         (

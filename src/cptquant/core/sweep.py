@@ -181,8 +181,8 @@ def steps_of(plan: SweepPlan, last_steps: Sequence[int]) -> tuple[EvaluationPoin
             )
         if last - annealed < 1:
             raise UserError(
-                f"evaluations.first: {last * plan.step_tokens:,} tokens are {last} steps, too few for a trunk and an "
-                "anneal; begin later, or make steps smaller (batch, window)"
+                f"evaluations.first: {last * plan.step_tokens:,} tokens are {last} optimizer step(s), too few for a "
+                "trunk and an anneal; begin later, or make steps smaller (batch, window)"
             )
         points.append(EvaluationPoint(tokens=last * plan.step_tokens, branch_step=last - annealed, last_step=last))
     return tuple(points)
