@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from cptquant.cli import (
+    adapt,
     allocate,
     bench,
     diff,
@@ -59,7 +60,7 @@ def _root(
 ) -> None: ...
 
 
-for command in (quantize.quantize, recover.recover, inspect.inspect, measure.measure, allocate.allocate,
+for command in (quantize.quantize, recover.recover, adapt.adapt, inspect.inspect, measure.measure, allocate.allocate,
                 predict.predict, frontier.frontier, explain.explain, what_if.what_if, diff.diff,
                 evaluate.evaluate, report.report, targets.targets, export.export, bench.bench,
                 generate.generate):  # fmt: skip
