@@ -331,6 +331,8 @@ class _Keeper(TrainerCallback):
         self._sums = torch.tensor(state["sums"], dtype=torch.float64)
 
     def _look(self, step: int) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self._sums)
         cross_entropy, divergence, counted = self._sums.tolist()
         self._sums.zero_()
         held_out = {

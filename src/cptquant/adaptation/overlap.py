@@ -65,16 +65,18 @@ class OverlapFilter:
 
 
 def hold_out_tail(
-    documents: Sequence[SourceDocument], *, characters: int, share: float = 0.1
+    documents: Sequence[SourceDocument], *, wanted: int, fewest: int
 ) -> tuple[tuple[SourceDocument, ...], tuple[SourceDocument, ...]]:
     """Training documents, and the last ones, which are not trained on.
 
     Args:
-        characters: as many as evaluation wants. share: of the source's characters, at most.
+        wanted: characters that evaluation can use; a tenth of the source is the limit, but not below `fewest`, without
+            which there is no evaluation, and half the source is never exceeded.
     """
-    limit = min(characters, share * sum(len(document.text) for document in documents))
+    total = sum(len(document.text) for document in documents)
+    limit = min(wanted, max(0.1 * total, fewest))
     taken, start = 0, len(documents)
-    while start > 1 and taken + len(documents[start - 1].text) <= limit:
+    while start > 1 and taken < limit and taken + len(documents[start - 1].text) <= 0.5 * total:
         start -= 1
         taken += len(documents[start].text)
     training, tail = list(documents[:start]), tuple(documents[start:])

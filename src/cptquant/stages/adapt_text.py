@@ -13,7 +13,7 @@ from cptquant.core.errors import DataError
 from cptquant.core.mixture import check_epochs, divide_tokens
 from cptquant.models.corpus import Document, Texts
 from cptquant.models.load import LoadedModel
-from cptquant.models.text import TokenSet, tokenize
+from cptquant.models.text import MINIMUM_EVALUATION_SEQUENCES, TokenSet, tokenize
 
 _CHARACTERS_PER_TOKEN = 6
 """Generous, so that a held-out tail has enough tokens."""
@@ -139,8 +139,10 @@ def _held_out(
         documents, description = tuple(read_documents([spec], flag)), f"{name}: {spec}"
     elif name in readings:
         reading = readings[name]
-        wanted = request.eval_sequences * request.window * _CHARACTERS_PER_TOKEN
-        reading.documents, reading.tail = hold_out_tail(reading.documents, characters=wanted)
+        window = request.window * _CHARACTERS_PER_TOKEN
+        reading.documents, reading.tail = hold_out_tail(
+            reading.documents, wanted=request.eval_sequences * window, fewest=MINIMUM_EVALUATION_SEQUENCES * window
+        )
         documents, description = reading.tail, f"{name}: tail of {', '.join(reading.files)}, not trained on"
         if not documents:
             raise DataError(
