@@ -58,7 +58,10 @@ def test_a_domain_is_learned_and_the_model_works_everywhere(
     cptquant: Command, folder: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    done = cptquant("adapt", folder, *flags(texts, output), "--domain", texts["more"], "--teacher-cache", 16)
+    quiz = tmp_path / "quiz.jsonl"
+    quiz.write_text('{"query": "import", "choices": ["os", "return"], "gold": 0}\n' * 3, encoding="utf-8")
+    more = ["--domain", texts["more"], "--teacher-cache", 16, "--tasks", quiz]
+    done = cptquant("adapt", folder, *flags(texts, output), *more)
     assert done.code == 0, done.err
     report = AdaptationReport.load(output / "adaptation.json")
     assert [source.name for source in report.sources] == ["domain", "general", "instructions", "preferences"]
@@ -71,6 +74,7 @@ def test_a_domain_is_learned_and_the_model_works_everywhere(
         assert after.value < before.value and before.n == 8 * 31 and before.stderr is not None
         assert report.looks[0].held_out[text].nll_nats_per_token == pytest.approx(before.value, rel=1e-4)
         assert report.looks[-1].held_out[text].nll_nats_per_token == pytest.approx(after.value, rel=1e-3)
+    assert found["quiz_answer_nats_per_token", "adapted"].n == 3 and "quiz accuracy" in done.out
     teacher = report.teacher
     assert teacher is not None and teacher.kind == "cache of the top 16" and 0 < teacher.share < 1
     assert teacher.discarded_mass is not None and f"discarded mass {teacher.discarded_mass:.3f}" in done.out
@@ -83,7 +87,7 @@ def test_a_domain_is_learned_and_the_model_works_everywhere(
         assert words in page
     assert not (output / "work").exists()
     assert cptquant("inspect", output / "model", "--output", tmp_path / "look").code == 0
-    again = cptquant("adapt", folder, *flags(texts, output), "--domain", texts["more"], "--teacher-cache", 16, "--json")
+    again = cptquant("adapt", folder, *flags(texts, output), *more, "--json")
     assert again.code == 0 and json.loads(again.out)["steps"] == report.steps
     assert AdaptationReport.load(output / "adaptation.json") == report  # nothing was done again
 

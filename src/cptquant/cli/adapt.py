@@ -74,6 +74,11 @@ _Overlap = Annotated[
     typer.Option("--overlap", help="Leave out documents with this share of their 13-word sequences in evaluation "
                  "text."),
 ]  # fmt: skip
+_Tasks = Annotated[
+    list[str] | None,
+    _files("--tasks", "Questions with given answers (.jsonl: query, choices, gold; or context, continuation), asked "
+           "before and after; may be given several times."),
+]  # fmt: skip
 _Bf16 = Annotated[
     bool | None,
     typer.Option("--bf16/--no-bf16", help="Mixed precision.  [default: where a GPU can]", show_default=False),
@@ -114,6 +119,8 @@ def adapt(
     max_epochs: Annotated[float, typer.Option("--max-epochs", help="How often a source may be read.")] = 4.0,
     keep_documents_apart: _Apart = False,
     overlap: _Overlap = 0.2,
+    tasks: _Tasks = None,
+    task_limit: Annotated[int, typer.Option("--task-limit", min=1, help="Questions of each --tasks file.")] = 500,
     eval_sequences: Annotated[int, typer.Option("--eval-sequences", min=8, help="Held-out windows a text.")] = 64,
     looks: Annotated[int, typer.Option("--looks", min=1, help="How often they are read during training.")] = 5,
     bf16: _Bf16 = None,
@@ -142,6 +149,7 @@ def adapt(
         window=window, batch=batch, micro_batch=micro_batch, max_epochs=max_epochs,
         keep_documents_apart=keep_documents_apart, overlap=overlap, bf16=bf16,
         gradient_checkpointing=gradient_checkpointing, eval_sequences=eval_sequences, looks=looks, seed=seed or 0,
+        tasks=tuple(tasks or ()), task_limit=task_limit,
         trust_remote_code=bool(trust_remote_code),
     )  # fmt: skip
     with watch(quiet=as_json) as progress:

@@ -1,5 +1,6 @@
 """A model and texts -> a model adapted to a domain, with what it cost the rest (adaptation.json, model/)."""
 
+import copy
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from cptquant.core.evaluation import Measurement
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.provenance import Stopwatch
 from cptquant.evaluation.evaluate import evaluate_models
+from cptquant.evaluation.tasks import QuestionSet, read_questions, score_questions, task_measurements
 from cptquant.models.load import LoadedModel, load_any, load_model, quiet_transformers
 from cptquant.models.processes import is_first, tell
 from cptquant.reports.adaptation import write_adaptation_report
@@ -41,6 +43,7 @@ class _Job:
     method: AdaptationMethod
     model: LoadedModel
     text: AdaptationText
+    questions: tuple[QuestionSet, ...]
     progress: Progress
 
     @cached_property
@@ -76,7 +79,8 @@ def adapt_stage(
     _open_folder(folder, request)
     model = load_model(request.model, trust_remote_code=request.trust_remote_code)
     _check_model(model, request)
-    job = _Job(folder, request, method, model, read_adaptation_text(model, request, method), progress)
+    questions = tuple(read_questions(spec, request.task_limit) for spec in request.tasks)
+    job = _Job(folder, request, method, model, read_adaptation_text(model, request, method), questions, progress)
     if is_first():
         write_whole(folder / _MARK, json.dumps({"model": request.model}).encode())
     finished = tell(_finished(job) if is_first() else None)
@@ -261,6 +265,12 @@ def _measure(job: _Job) -> list[Measurement]:
         measured = evaluate_models(job.model, adapted, tokens, subject="adapted", progress=job.progress)
         kept = [each for each in measured if each.name in _COMPARED]
         found += [each.model_copy(update={"name": f"{name}_{each.name}"}) for each in kept]
+    tokenizer = job.model.require_tokenizer()
+    models = {"original": copy.deepcopy(job.model.module).float(), "adapted": adapted.module.float()}
+    for done, questions in enumerate(job.questions, 1):
+        scores = {subject: score_questions(module, tokenizer, questions) for subject, module in models.items()}
+        found += task_measurements(questions.name, scores)
+        job.progress("tasks", done, len(job.questions))
     return found
 
 
