@@ -61,17 +61,19 @@ class Texts:
 
     Attributes:
         source: file, folder or "embedded text". description: source and part, for reports.
+        spelled: the flag that gives this text, where it is not the split's own.
     """
 
     documents: tuple[Document, ...]
     split: Split
     source: str
     description: str
+    spelled: str = ""
 
     @property
     def flag(self) -> str:
         """The flag that names this text on the command line."""
-        return _FLAGS[self.split]
+        return self.spelled or _FLAGS[self.split]
 
 
 def read_texts(spec: str | Path | None, split: Split, task: Task) -> Texts:
