@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from cptquant.core.errors import UserError
 from cptquant.core.sweep import (
@@ -131,7 +131,7 @@ def _sizes(node: YamlNode) -> tuple[SizeSpec, ...]:
 def _size(node: YamlNode) -> SizeSpec:
     if isinstance(node.value, str) and parse_tokens(node.value) is None:
         return _existing(node, None)
-    if not isinstance(node.value, dict):
+    if node.raw_mapping is None:
         return _by_parameters(node, None)
     found = node.mapping(("name", "hidden", "layers", "parameters", "path"))
     shape, name = {"hidden", "layers"} & set(found), found.get("name")
@@ -190,10 +190,11 @@ def _evaluations(node: YamlNode) -> EvaluationSpec:
 
 
 def _domains(node: YamlNode) -> dict[str, CorpusSpec]:
-    if not isinstance(node.value, dict) or not node.value:
+    raw = node.raw_mapping
+    if not raw:
         raise node.wrong(f"is {node.value!r}", "expected domains by name: {law: {train: FILE, valid: FILE}}")
     found: dict[str, CorpusSpec] = {}
-    for key, value in cast(dict[object, object], node.value).items():
+    for key, value in raw.items():
         each = YamlNode(value, f"{node.place}.{key}", node.path)
         if not isinstance(key, str) or not NAME.fullmatch(key) or key == GENERAL:
             raise each.wrong(
@@ -206,7 +207,7 @@ def _domains(node: YamlNode) -> dict[str, CorpusSpec]:
 def _corpus(node: YamlNode) -> CorpusSpec:
     found = node.mapping(("train", "valid"), required=("train", "valid"))
     train = found["train"]
-    files = train.items() if isinstance(train.value, list) else [train]
+    files = train.items() if train.raw_list is not None else [train]
     if not files:
         raise train.wrong("is empty", "give at least one file")
     return CorpusSpec(train=tuple(each.file() for each in files), valid=found["valid"].file())

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from cptquant.core.errors import UserError
 
@@ -31,11 +31,23 @@ class YamlNode:
         where = f"{self.path}: {self.place}" if self.place else str(self.path)
         return UserError(f"{where} {what}; {allowed}")
 
+    @property
+    def raw_mapping(self) -> dict[object, object] | None:
+        """The value where it is a mapping, whatever its keys."""
+        value: Any = self.value
+        return cast(dict[object, object], value) if isinstance(value, dict) else None
+
+    @property
+    def raw_list(self) -> list[object] | None:
+        """The value where it is a list."""
+        value: Any = self.value
+        return cast(list[object], value) if isinstance(value, list) else None
+
     def mapping(self, keys: Sequence[str], required: Sequence[str] = ()) -> dict[str, "YamlNode"]:
         """The values of a mapping whose keys are among `keys`."""
-        if not isinstance(self.value, dict):
+        raw = self.raw_mapping
+        if raw is None:
             raise self.wrong(f"is {self.value!r}", f"expected keys: {', '.join(keys)}")
-        raw = cast(dict[object, object], self.value)
         for key in raw:
             if key not in keys:
                 raise self.wrong(f"has the unknown key {key!r}", f"allowed: {', '.join(keys)}")
@@ -47,9 +59,9 @@ class YamlNode:
 
     def items(self) -> list["YamlNode"]:
         """The values of a list."""
-        if not isinstance(self.value, list):
+        values = self.raw_list
+        if values is None:
             raise self.wrong(f"is {self.value!r}", "expected a list: [a, b]")
-        values = cast(list[object], self.value)
         return [YamlNode(value, f"{self.place}[{index}]", self.path) for index, value in enumerate(values)]
 
     def text(self) -> str:

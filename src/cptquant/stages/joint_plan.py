@@ -4,13 +4,13 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cptquant.adaptation.mixture import Mixture, TokenSource, tokenise_source
+from cptquant.adaptation.mixture import TokenSource, tokenise_source
 from cptquant.adaptation.sources import read_documents
 from cptquant.core.artifact import output_error, write_whole
 from cptquant.core.errors import ArtifactError, OutputError, UserError
@@ -21,7 +21,7 @@ from cptquant.core.layout import ModelLayout
 from cptquant.core.mixture import check_epochs
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.provenance import Stopwatch
-from cptquant.core.sweep import GENERAL, SweepPlan
+from cptquant.core.sweep import GENERAL
 from cptquant.core.sweep_record import SweepRecord
 from cptquant.core.targets import candidate_formats, find_target
 from cptquant.laws.damage import damage_scatter, fit_damage, predict_damage, read_damages
@@ -34,13 +34,14 @@ from cptquant.sensitivity.model_noise import measure_model_noise
 from cptquant.stages.law import FitRequest, fit_stage, load_law
 from cptquant.stages.predict import forecast_rows
 from cptquant.stages.sweep import RECORD, read_data
+from cptquant.stages.sweep_point import RunChoice, SweepFolder, choice_mixture, train_point
 from cptquant.stages.sweep_quantize import smallest_uniform
-from cptquant.stages.sweep_setup import fixed_points
-from cptquant.stages.sweep_task import SweepTask, TrainingSpec, carry_out, judge_on, load_windows, save_source
+from cptquant.stages.sweep_task import judge_on, load_windows
 
 PLAN_FILE, PAGE = "joint_plan.json", "joint_plan.html"
 DEFAULT_BITS = (2, 3, 4, 8)
 _LEAST_TOKENS = 10_000
+_CALIBRATION_WINDOWS = 2048
 
 
 @dataclass(frozen=True)
@@ -71,35 +72,14 @@ class PlanRequest:
     seed: int = 0
 
 
-@dataclass
-class _Sweep:
-    """A sweep on disk."""
-
-    folder: Path
-    record: SweepRecord
-    notes: list[str] = field(default_factory=list[str])
-
-    @property
-    def plan(self) -> SweepPlan:
-        return self.record.plan
-
-    def base(self, size: str) -> Path:
-        found = Path(self.record.bases[f"{size}-s{self.plan.seeds[0]}"])
-        return found if found.is_absolute() else self.folder / found
-
-    def runs_csv(self, domain: str) -> Path:
-        name = "runs.csv" if len(self.plan.domains) == 1 else f"runs-{domain}.csv"
-        return self.folder / name
-
-
-def open_finished(folder: Path, domain: str | None) -> tuple[_Sweep, str]:
+def open_finished(folder: Path, domain: str | None) -> tuple[SweepFolder, str]:
     """A sweep, and the domain that is meant.
 
     Raises:
         ArtifactError: no sweep there, or no finished run in it. UserError: which domain is not said, or unknown.
     """
-    sweep = _Sweep(folder, SweepRecord.load(folder / RECORD))
-    names = list(sweep.plan.domains)
+    sweep = SweepFolder(folder, SweepRecord.load(folder / RECORD))
+    names = list(sweep.record.plan.domains)
     if domain is None and len(names) > 1:
         raise UserError(f"{folder} has several domains; say which: --law-domain {' or --law-domain '.join(names)}")
     chosen = names[0] if domain is None else domain
@@ -135,7 +115,7 @@ def plan_stage(request: PlanRequest, progress: Progress = ignore_progress) -> Jo
         general_increase=request.general_increase,
         domain_tokens=float(len(texts[domain].tokens)),
         general_tokens=float(len(texts[GENERAL].tokens)),
-        max_epochs=request.max_epochs or sweep.plan.max_epochs,
+        max_epochs=request.max_epochs or sweep.record.plan.max_epochs,
     )
     _check_compute(limits, sizes)
     answer = plan_jointly(law, sizes, damages, limits)
@@ -177,7 +157,7 @@ def _check_output(output: Path) -> None:
         raise output_error(output, error) from None
 
 
-def _law(request: PlanRequest, sweep: _Sweep, domain: str) -> tuple[LawFit, str]:
+def _law(request: PlanRequest, sweep: SweepFolder, domain: str) -> tuple[LawFit, str]:
     if request.law is not None:
         law = load_law(request.law)
         return law, f"{law.kind}, from {request.law}"
@@ -190,18 +170,20 @@ def _law(request: PlanRequest, sweep: _Sweep, domain: str) -> tuple[LawFit, str]
     return law, f"{law.kind}, fitted to {data.name} ({next(iter(law.fits.values())).rows} rows)"
 
 
-def _texts(request: PlanRequest, sweep: _Sweep, domain: str) -> dict[str, TokenSource]:
+def _texts(request: PlanRequest, sweep: SweepFolder, domain: str) -> dict[str, TokenSource]:
     """What the planned run would read."""
     given = {domain: (request.domain_text, "--domain"), GENERAL: (request.general_text, "--general")}
-    tokenizer = load_model(sweep.base(sweep.plan.sizes[0].name)).require_tokenizer()
+    tokenizer = load_model(sweep.base(sweep.record.plan.sizes[0].name)).require_tokenizer()
     return {
-        name: tokenise_source(name, read_documents(files or sweep.plan.corpora[name].train, flag), tokenizer, flag=flag)
+        name: tokenise_source(
+            name, read_documents(files or sweep.record.plan.corpora[name].train, flag), tokenizer, flag=flag
+        )
         for name, (files, flag) in given.items()
     }
 
 
-def _bits(request: PlanRequest, sweep: _Sweep) -> tuple[int, ...]:
-    recorded = sweep.plan.quantize
+def _bits(request: PlanRequest, sweep: SweepFolder) -> tuple[int, ...]:
+    recorded = sweep.record.plan.quantize
     wanted = request.bits if request.bits is not None else (recorded or DEFAULT_BITS)
     if recorded and (missing := [bits for bits in wanted if bits not in recorded and bits != FLOAT_BITS]):
         raise UserError(
@@ -212,19 +194,23 @@ def _bits(request: PlanRequest, sweep: _Sweep) -> tuple[int, ...]:
 
 
 def _sizes(
-    request: PlanRequest, sweep: _Sweep, layouts: dict[str, ModelLayout], bits: Sequence[int]
+    request: PlanRequest, sweep: SweepFolder, layouts: dict[str, ModelLayout], bits: Sequence[int]
 ) -> list[Size]:  # fmt: skip
     data = read_data(sweep.record, sweep.folder)
     sizes: list[Size] = []
     for rung in sweep.record.rungs:
         layout = layouts[rung.name]
-        base = data.bases.get((rung.name, sweep.plan.seeds[0]))
+        base = data.bases.get((rung.name, sweep.record.plan.seeds[0]))
         if base is None:
             sweep.notes.append(f"size {rung.name} has no base model yet and is left out")
             continue
         formats: dict[int, tuple[str, int]] = {}
         for width in bits:
-            fmt = layout.keep_format if width == FLOAT_BITS else QuantFormat.parse(f"int{width}-g{sweep.plan.group}")
+            fmt = (
+                layout.keep_format
+                if width == FLOAT_BITS
+                else QuantFormat.parse(f"int{width}-g{sweep.record.plan.group}")
+            )
             if width != FLOAT_BITS and not _holds(layout, fmt, request.target):
                 raise UserError(
                     f"--target {request.target} cannot hold {fmt.name} in any matrix of size {rung.name}; choose other "
@@ -234,7 +220,7 @@ def _sizes(
             formats[width] = (fmt.name, layout.plan_bytes(plan))
         sizes.append(
             Size(rung.name, float(rung.parameters), base.losses[GENERAL].value,
-                 rung.step_seconds / sweep.plan.step_tokens, formats)
+                 rung.step_seconds / sweep.record.plan.step_tokens, formats)
         )  # fmt: skip
     if not sizes:
         raise ArtifactError(f"{sweep.folder} holds no base model; make them with: {SweepRecord.MADE_BY}")
@@ -248,12 +234,12 @@ def _holds(layout: ModelLayout, fmt: QuantFormat, target: str) -> bool:
 
 
 def _damages(
-    request: PlanRequest, sweep: _Sweep, domain: str, layouts: dict[str, ModelLayout], progress: Progress
+    request: PlanRequest, sweep: SweepFolder, domain: str, layouts: dict[str, ModelLayout], progress: Progress
 ) -> tuple[Damages, tuple[DamageLaw, ...], str]:
     """From the sweep's own quantized models, else from the shipped PTQ law on its base models."""
-    base_tokens = float(sweep.plan.pretrain.tokens) if sweep.plan.pretrain is not None else 0.0
+    base_tokens = float(sweep.record.plan.pretrain.tokens) if sweep.record.plan.pretrain is not None else 0.0
     table = sweep.folder / "ptq_runs.csv"
-    if table.is_file() and sweep.plan.quantize:
+    if table.is_file() and sweep.record.plan.quantize:
         rows = read_damages(table, domain, base_tokens)
         own = fit_damage(rows["domain"], domain, seed=request.seed)
         general = fit_damage(rows["general"], GENERAL, seed=request.seed)
@@ -286,7 +272,7 @@ _DRAWS = 200
 
 
 def _forecast(
-    request: PlanRequest, sweep: _Sweep, domain: str, layouts: dict[str, ModelLayout], progress: Progress
+    request: PlanRequest, sweep: SweepFolder, domain: str, layouts: dict[str, ModelLayout], progress: Progress
 ) -> dict[str, _Rises]:
     """text -> (size, bits) -> rise, (1 + draws,): the PTQ law's value and normal draws with its interval."""
     law = load_ptq_law(None)
@@ -296,11 +282,13 @@ def _forecast(
         model = load_model(sweep.base(size))
         widths = [bits for bits in _bits(request, sweep) if bits != FLOAT_BITS]
         plans = {
-            f"{bits}": smallest_uniform(layout, QuantFormat.parse(f"int{bits}-g{sweep.plan.group}"), request.target)
+            f"{bits}": smallest_uniform(
+                layout, QuantFormat.parse(f"int{bits}-g{sweep.record.plan.group}"), request.target
+            )
             for bits in widths
         }
         for text, rises in found.items():
-            tokens = load_windows(_held(sweep, size, text))
+            tokens = load_windows(sweep.held(text))
             noise = measure_model_noise(model, tokens, plans, progress=progress)
             for row in forecast_rows(law, noise, layout, plans, ("gptq",)):
                 rise = row.prediction.rise_nats
@@ -308,14 +296,6 @@ def _forecast(
                 drawn = rise.value + spread * rng.standard_normal(_DRAWS)
                 rises[size, int(row.plan)] = np.concatenate([[rise.value], drawn])
     return found
-
-
-def _held(sweep: _Sweep, size: str, text: str) -> Path:
-    """Held-out windows of a corpus, as the sweep's tasks read them."""
-    found = sorted((sweep.folder / "work/text").glob(f"{text}-held-*.npz"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ArtifactError(f"{sweep.folder}/work/text holds no held-out windows of {text}; run the sweep again")
-    return found[-1]
 
 
 def _from_forecast(rises: _Rises) -> Rise:
@@ -378,38 +358,20 @@ def adapt_point(request: PlanRequest, plan: JointPlan, point: JointPoint, folder
     Goes on where a killed call stopped; a finished one is not trained again.
     """
     sweep, domain = open_finished(request.sweep, plan.domain)
-    spec = sweep.plan
     texts = _texts(request, sweep, domain)
-    shares = {GENERAL: 1 - point.ratio, domain: point.ratio}
-    shares = {name: share for name, share in shares.items() if share > 1e-9}
-    points = fixed_points(spec, round(point.tokens))
-    text_folder = folder / "text"
-    text_folder.mkdir(parents=True, exist_ok=True)
-    for name in shares:
-        save_source(texts[name], text_folder / f"{name}.npz")
-    training = TrainingSpec(
-        sources={name: str(text_folder / f"{name}.npz") for name in shares}, shares=shares, window=spec.window,
-        batch=spec.batch, tokens=points[-1].tokens, max_epochs=1e9, points=points, peak_rate=spec.learning_rate,
-        warm_up=spec.warm_up, weight_decay=spec.weight_decay, seed=request.seed,
-    )  # fmt: skip
-    mixture = Mixture(
-        [texts[name] for name in shares], list(shares.values()), window_tokens=spec.window,
-        total_tokens=points[-1].tokens, seed=request.seed, max_epochs=1e9,
-    )  # fmt: skip
+    choice = RunChoice(
+        point.size, domain, point.ratio, point.tokens, request.seed, keep=True, sources=tuple(texts.values())
+    )
+    mixture = choice_mixture(sweep, choice)
     flags = {domain: "--domain", GENERAL: "--general"}
-    check_epochs(mixture.counts(), (request.max_epochs or spec.max_epochs) * 1.01, flags)
-    judged = {name: str(_held(sweep, point.size, name)) for name in (GENERAL, domain)}
-    task = SweepTask(
-        kind="run", id=point.label, folder=str(folder / "training"), model=str(sweep.base(point.size)), model_key="",
-        judged=judged, training=training, keep=str(folder / "adapted"), threads=spec.threads, gpus=spec.gpus,
-    )  # fmt: skip
+    check_epochs(mixture.counts(), (request.max_epochs or sweep.record.plan.max_epochs) * 1.01, flags)
     began = time.perf_counter()
-    carry_out(task)
+    record = train_point(sweep, choice, folder)
     calibration = folder / "calibration.jsonl"
     tokenizer = load_model(folder / "adapted").require_tokenizer()
-    rows = [tokenizer.decode(mixture[index].input_ids) for index in range(min(len(mixture), 2048))]
+    rows = [tokenizer.decode(mixture[index].input_ids) for index in range(min(len(mixture), _CALIBRATION_WINDOWS))]
     write_whole(calibration, "".join(json.dumps({"text": row}) + "\n" for row in rows).encode())
-    return Adapted(folder / "adapted", calibration, points[-1].tokens, time.perf_counter() - began)
+    return Adapted(folder / "adapted", calibration, record.tokens, time.perf_counter() - began)
 
 
 def judge_point(
@@ -417,7 +379,7 @@ def judge_point(
 ) -> Measured:
     """Losses of what was written and of the adapted model, on the sweep's validation windows."""
     sweep, domain = open_finished(request.sweep, plan.domain)
-    held = {name: load_windows(_held(sweep, point.size, name)) for name in (GENERAL, domain)}
+    held = {name: load_windows(sweep.held(name)) for name in (GENERAL, domain)}
     before = judge_on(load_model(adapted.folder).module.float(), held)
     after = before if checkpoint == adapted.folder else judge_on(load_any(checkpoint).module.float(), held)
     return Measured(
@@ -438,4 +400,4 @@ def judge_point(
 def validation_text(request: PlanRequest, plan: JointPlan) -> str:
     """Held-out domain text of the sweep; its test part is what a quantized run reports on."""
     sweep, domain = open_finished(request.sweep, plan.domain)
-    return sweep.plan.domains[domain].valid
+    return sweep.record.plan.domains[domain].valid
