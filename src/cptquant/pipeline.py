@@ -30,7 +30,8 @@ from cptquant.stages.check import check_choices, check_target
 from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
 from cptquant.stages.export import ENGINE_TARGETS, export_stage, retarget
 from cptquant.stages.inspect import inspect_stage
-from cptquant.stages.joint_plan import PlanRequest, adapt_point, judge_point, save_plan, validation_text
+from cptquant.stages.joint_plan import PlanRequest, save_plan
+from cptquant.stages.joint_run import adapt_point, judge_point, validation_text
 from cptquant.stages.measure import measure_stage
 from cptquant.stages.own_text import settle_own_text
 from cptquant.stages.predict import forecast_stage

@@ -31,11 +31,20 @@ class SizeSpec(Frozen):
     path: str | None = None
 
 
+EMBEDDED = "embedded"
+"""Spelling of the text that comes with the package, in place of files."""
+
+
 class CorpusSpec(Frozen):
     """Text of one corpus: files to learn from and a held-out one, which is dealt to validation and test."""
 
     train: tuple[str, ...]
     valid: str
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it is the text that comes with the package."""
+        return self.valid == EMBEDDED
 
 
 class PretrainSpec(Frozen):

@@ -7,6 +7,7 @@ from typing import Any
 
 from cptquant.core.errors import UserError
 from cptquant.core.sweep import (
+    EMBEDDED,
     GENERAL,
     LEAST_TOKENS,
     CorpusSpec,
@@ -205,6 +206,8 @@ def _domains(node: YamlNode) -> dict[str, CorpusSpec]:
 
 
 def _corpus(node: YamlNode) -> CorpusSpec:
+    if node.value == EMBEDDED:
+        return CorpusSpec(train=(EMBEDDED,), valid=EMBEDDED)
     found = node.mapping(("train", "valid"), required=("train", "valid"))
     train = found["train"]
     files = train.items() if train.raw_list is not None else [train]

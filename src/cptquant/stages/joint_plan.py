@@ -1,8 +1,6 @@
 """A finished sweep and limits -> joint_plan.json: which size, share, tokens and bits; and carrying such a point out."""
 
-import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +10,12 @@ from numpy.typing import NDArray
 
 from cptquant.adaptation.mixture import TokenSource, tokenise_source
 from cptquant.adaptation.sources import read_documents
-from cptquant.core.artifact import output_error, write_whole
+from cptquant.core.artifact import output_error
 from cptquant.core.errors import ArtifactError, OutputError, UserError
 from cptquant.core.formats import QuantFormat
-from cptquant.core.joint import FLOAT_BITS, DamageLaw, JointPlan, JointPoint, Measured
+from cptquant.core.joint import FLOAT_BITS, DamageLaw, JointPlan
 from cptquant.core.laws import LawFit
 from cptquant.core.layout import ModelLayout
-from cptquant.core.mixture import check_epochs
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.provenance import Stopwatch
 from cptquant.core.sweep import GENERAL
@@ -28,20 +25,20 @@ from cptquant.laws.damage import damage_scatter, fit_damage, predict_damage, rea
 from cptquant.laws.joint import Array, Damages, Limits, Rise, Size, plan_jointly
 from cptquant.laws.ptq import load_ptq_law
 from cptquant.laws.ptq_table import SHIPPED_LAW
-from cptquant.models.load import load_any, load_model, read_layout
+from cptquant.models.load import load_model, read_layout
 from cptquant.reports.joint import write_joint_report
 from cptquant.sensitivity.model_noise import measure_model_noise
 from cptquant.stages.law import FitRequest, fit_stage, load_law
 from cptquant.stages.predict import forecast_rows
 from cptquant.stages.sweep import RECORD, read_data
-from cptquant.stages.sweep_point import RunChoice, SweepFolder, choice_mixture, train_point
+from cptquant.stages.sweep_point import SweepFolder
 from cptquant.stages.sweep_quantize import smallest_uniform
-from cptquant.stages.sweep_task import judge_on, load_windows
+from cptquant.stages.sweep_setup import read_corpus
+from cptquant.stages.sweep_task import load_windows
 
 PLAN_FILE, PAGE = "joint_plan.json", "joint_plan.html"
 DEFAULT_BITS = (2, 3, 4, 8)
 _LEAST_TOKENS = 10_000
-_CALIBRATION_WINDOWS = 2048
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def plan_stage(request: PlanRequest, progress: Progress = ignore_progress) -> Jo
     _check_output(request.output)
     target, bits = find_target(request.target), _bits(request, sweep)
     law, spelled = _law(request, sweep, domain)
-    texts = _texts(request, sweep, domain)
+    texts = planned_texts(request, sweep, domain)
     layouts = {rung.name: read_layout(sweep.base(rung.name)) for rung in sweep.record.rungs}
     sizes = _sizes(request, sweep, layouts, bits)
     damages, fitted, how = _damages(request, sweep, domain, layouts, progress)
@@ -170,16 +167,15 @@ def _law(request: PlanRequest, sweep: SweepFolder, domain: str) -> tuple[LawFit,
     return law, f"{law.kind}, fitted to {data.name} ({next(iter(law.fits.values())).rows} rows)"
 
 
-def _texts(request: PlanRequest, sweep: SweepFolder, domain: str) -> dict[str, TokenSource]:
+def planned_texts(request: PlanRequest, sweep: SweepFolder, domain: str) -> dict[str, TokenSource]:
     """What the planned run would read."""
     given = {domain: (request.domain_text, "--domain"), GENERAL: (request.general_text, "--general")}
     tokenizer = load_model(sweep.base(sweep.record.plan.sizes[0].name)).require_tokenizer()
-    return {
-        name: tokenise_source(
-            name, read_documents(files or sweep.record.plan.corpora[name].train, flag), tokenizer, flag=flag
-        )
-        for name, (files, flag) in given.items()
-    }
+    found: dict[str, TokenSource] = {}
+    for name, (files, flag) in given.items():
+        documents = read_documents(files, flag) if files else read_corpus(sweep.record.plan.corpora[name], flag)
+        found[name] = tokenise_source(name, documents, tokenizer, flag=flag)
+    return found
 
 
 def _bits(request: PlanRequest, sweep: SweepFolder) -> tuple[int, ...]:
@@ -332,72 +328,3 @@ def _spell_limits(request: PlanRequest, limits: Limits) -> dict[str, str]:
     found["epochs"] = f"{limits.max_epochs:g} at most of {limits.domain_tokens:,.0f} domain and " \
                       f"{limits.general_tokens:,.0f} general tokens"  # fmt: skip
     return found
-
-
-# --- carrying a point out ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """A point after its training.
-
-    Attributes:
-        folder: of the model. calibration: text of its mixture, for quantizing. seconds: of the training.
-        tokens: that it really read, in whole steps.
-    """
-
-    folder: Path
-    calibration: Path
-    tokens: int
-    seconds: float
-
-
-def adapt_point(request: PlanRequest, plan: JointPlan, point: JointPoint, folder: Path) -> Adapted:
-    """Train a point's run as the sweep trains its runs, up to one anneal, and keep the model.
-
-    Goes on where a killed call stopped; a finished one is not trained again.
-    """
-    sweep, domain = open_finished(request.sweep, plan.domain)
-    texts = _texts(request, sweep, domain)
-    choice = RunChoice(
-        point.size, domain, point.ratio, point.tokens, request.seed, keep=True, sources=tuple(texts.values())
-    )
-    mixture = choice_mixture(sweep, choice)
-    flags = {domain: "--domain", GENERAL: "--general"}
-    check_epochs(mixture.counts(), (request.max_epochs or sweep.record.plan.max_epochs) * 1.01, flags)
-    began = time.perf_counter()
-    record = train_point(sweep, choice, folder)
-    calibration = folder / "calibration.jsonl"
-    tokenizer = load_model(folder / "adapted").require_tokenizer()
-    rows = [tokenizer.decode(mixture[index].input_ids) for index in range(min(len(mixture), _CALIBRATION_WINDOWS))]
-    write_whole(calibration, "".join(json.dumps({"text": row}) + "\n" for row in rows).encode())
-    return Adapted(folder / "adapted", calibration, record.tokens, time.perf_counter() - began)
-
-
-def judge_point(
-    request: PlanRequest, plan: JointPlan, point: JointPoint, adapted: Adapted, checkpoint: Path, size_bytes: int
-) -> Measured:
-    """Losses of what was written and of the adapted model, on the sweep's validation windows."""
-    sweep, domain = open_finished(request.sweep, plan.domain)
-    held = {name: load_windows(sweep.held(name)) for name in (GENERAL, domain)}
-    before = judge_on(load_model(adapted.folder).module.float(), held)
-    after = before if checkpoint == adapted.folder else judge_on(load_any(checkpoint).module.float(), held)
-    return Measured(
-        label=point.label,
-        folder=str(checkpoint),
-        tokens=adapted.tokens,
-        size_bytes=size_bytes,
-        domain_nll=after[domain].value,
-        domain_stderr=after[domain].stderr,
-        general_nll=after[GENERAL].value,
-        general_stderr=after[GENERAL].stderr,
-        float_domain_nll=before[domain].value,
-        float_general_nll=before[GENERAL].value,
-        seconds=adapted.seconds,
-    )
-
-
-def validation_text(request: PlanRequest, plan: JointPlan) -> str:
-    """Held-out domain text of the sweep; its test part is what a quantized run reports on."""
-    sweep, domain = open_finished(request.sweep, plan.domain)
-    return sweep.record.plan.domains[domain].valid

@@ -1,7 +1,7 @@
 """Everything of a sweep that can be known, checked and counted before compute is spent: ladder, texts, tasks, cost."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,13 +9,14 @@ import torch
 
 from cptquant.adaptation.ladder import Rung, build_ladder, load_trainable, new_model
 from cptquant.adaptation.mixture import Mixture, TokenSource, tokenise_source
-from cptquant.adaptation.sources import read_documents
+from cptquant.adaptation.sources import SourceDocument, embedded_documents, read_documents
 from cptquant.adaptation.trunk import Trunk, TrunkSettings
 from cptquant.core.artifact import digest_json
 from cptquant.core.errors import DataError, UserError
 from cptquant.core.sweep import (
     GENERAL,
     LEAST_TOKENS,
+    CorpusSpec,
     EvaluationPoint,
     SweepPlan,
     SweepRun,
@@ -138,7 +139,7 @@ def read_corpora(plan: SweepPlan) -> Texts:
     for name, corpus in plan.corpora.items():
         place = name if name == GENERAL else f"domains.{name}"
         train = f"{place}.train"
-        source = tokenise_source(name, read_documents(corpus.train, train), tokenizer, flag=train)
+        source = tokenise_source(name, read_corpus(corpus, train), tokenizer, flag=train)
         if len(source.tokens) < LEAST_TOKENS:
             raise DataError(
                 f"{train} holds {len(source.tokens):,} tokens; a law of its share needs at least {LEAST_TOKENS:,}: "
@@ -147,7 +148,7 @@ def read_corpora(plan: SweepPlan) -> Texts:
         sources[name] = source
         try:
             found = tokenize(
-                read_texts(corpus.valid, "validation", "causal_lm"), model,
+                read_texts(None if corpus.is_embedded else corpus.valid, "validation", "causal_lm"), model,
                 sequences=_SPREAD * plan.evaluations.windows, length=plan.window, seed=0,
             )  # fmt: skip
         except DataError as error:
@@ -159,6 +160,11 @@ def read_corpora(plan: SweepPlan) -> Texts:
         taken = min(plan.evaluations.windows, found.sequence_count)
         held[name] = found.subset([index * found.sequence_count // taken for index in range(taken)])
     return Texts(sources, held)
+
+
+def read_corpus(corpus: CorpusSpec, flag: str) -> Iterator[SourceDocument]:
+    """Documents to learn from."""
+    return embedded_documents() if corpus.is_embedded else read_documents(corpus.train, flag)
 
 
 def _check_epochs(plan: SweepPlan, grid: Sequence[SweepRun], texts: Texts) -> None:
