@@ -120,7 +120,7 @@ def _run_around(
         r = round(min(1.0, max(0.0, ratio + step)), 4)
         if step != 0 and abs(r - ratio) < 0.02:
             continue
-        record = train_point(sweep, RunChoice(size, domain, r, tokens(r)), folder / f"r{r:g}")
+        record, _ = train_point(sweep, RunChoice(size, domain, r, tokens(r)), folder, f"r{r:g}")
         predicted = predict_law(law, parameters, record.tokens, r)
         points.append(
             {

@@ -260,13 +260,12 @@ def run_plan(
     """
     allowed = [point for point in plan.neighbours if point.tokens >= 1]
     for point in (plan.best, *allowed[:neighbours]):
-        folder = request.output / point.label.replace(" ", "-")
-        adapted = adapt_point(request, plan, point, folder)
+        adapted = adapt_point(request, plan, point)
         progress(f"{point.label}: adapted", 1, 1)
-        checkpoint, size_bytes = adapted.folder, point.size_bytes
+        checkpoint, size_bytes = adapted.model, point.size_bytes
         if point.bits < FLOAT_BITS:
             result = quantize_model(
-                str(adapted.folder), _point_budget(point), folder / "quantized", progress, allocator="uniform",
+                str(adapted.model), _point_budget(point), adapted.folder / "quantized", progress, allocator="uniform",
                 formats=(point.format,), target=plan.target, calibration=str(adapted.calibration),
                 eval_text=validation_text(request, plan), baselines=(), predict=False, seed=request.seed,
             )  # fmt: skip

@@ -9,7 +9,7 @@ from cptquant.core.errors import UserError
 from cptquant.core.laws import Interval, LawFit, OptimumStatus
 from cptquant.laws.fit_law import FitOptions, fit_law
 from cptquant.laws.methods import FORMS
-from cptquant.laws.observations import Observations
+from cptquant.laws.observations import Observations, read_observations
 from cptquant.laws.optimum import best_ratio_for_domain_tokens, best_ratio_under_limit, best_size_for_flops
 from cptquant.laws.simulate import to_csv
 from laws.outcomes import refused
@@ -232,3 +232,13 @@ def test_negative_seeds(cptquant: Callable, runs: Path, command: tuple) -> None:
 def test_a_penalty_without_end(cptquant: Callable, runs: Path) -> None:
     outcome = cptquant("law", "fit", "dcpt", runs, "--penalty", "inf", "--output", runs.parent / "x")
     assert outcome.code == 2 and "'--penalty'" in outcome.err and "less than or equal to 1000000000" in outcome.err
+
+
+def test_distinct_tokens_are_zero_before_training_only(tmp_path: Path) -> None:
+    rows = "N,D,U,nll\n1e6,0,0,5\n1e6,1e6,{},4\n1e6,2e6,1e6,3.5\n"
+    path = tmp_path / "runs.csv"
+    path.write_text(rows.format("1e6"))
+    assert len(read_observations(path)) == 2
+    path.write_text(rows.format("0"))
+    with pytest.raises(UserError, match=r"runs\.csv line 3: U = 0; U must be above zero"):
+        read_observations(path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cptquant.core.joint import JointPlan
 from cptquant.core.sweep import GENERAL
 from cptquant.core.sweep_file import read_plan
 from cptquant.core.sweep_record import PointRecord, SweepRecord
@@ -215,6 +216,7 @@ def test_a_plan_and_its_execution(finished: Path, tmp_path: Path, cptquant: Call
     assert measured["domain_nll"] > 0 and measured["float_domain_nll"] > 0
     assert Path(measured["folder"], "config.json").is_file()
     assert "Carried out" in (output / "joint_plan.html").read_text()
+    assert JointPlan.load(output / "joint_plan.json").measured[0].folder == measured["folder"]
     assert plan["damages"][0]["decided"][0] == "tokens: left out, one value in all rows"
 
 

@@ -83,4 +83,7 @@ def sweep(
         print_json(record)
     else:
         print_text(sweep_table(record))
-        print(f"runs       {output / 'runs.csv'}\nreport     {output / 'report.html'}")
+        several = len(wanted.domains) > 1
+        print(
+            f"runs       {output / ('runs-DOMAIN.csv' if several else 'runs.csv')}\nreport     {output / 'report.html'}"
+        )

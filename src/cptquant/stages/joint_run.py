@@ -11,7 +11,7 @@ from cptquant.core.mixture import check_epochs
 from cptquant.core.sweep import GENERAL
 from cptquant.models.load import load_any, load_model
 from cptquant.stages.joint_plan import PlanRequest, open_finished, planned_texts
-from cptquant.stages.sweep_point import RunChoice, choice_mixture, train_point
+from cptquant.stages.sweep_point import ADAPTED, RunChoice, choice_mixture, train_point
 from cptquant.stages.sweep_task import judge_on, load_windows
 
 _CALIBRATION_WINDOWS = 2048
@@ -22,8 +22,8 @@ class Adapted:
     """A point after its training.
 
     Attributes:
-        folder: of the model. calibration: text of its mixture, for quantizing. seconds: of the training.
-        tokens: that it really read, in whole steps.
+        folder: of this run; the model is in `model`. calibration: text of its mixture, for quantizing.
+        seconds: of the training. tokens: that it really read, in whole steps.
     """
 
     folder: Path
@@ -31,8 +31,13 @@ class Adapted:
     tokens: int
     seconds: float
 
+    @property
+    def model(self) -> Path:
+        """Hugging Face folder of the adapted model."""
+        return self.folder / ADAPTED
 
-def adapt_point(request: PlanRequest, plan: JointPlan, point: JointPoint, folder: Path) -> Adapted:
+
+def adapt_point(request: PlanRequest, plan: JointPlan, point: JointPoint) -> Adapted:
     """Train a point's run as the sweep trains its runs, up to one anneal, and keep the model.
 
     Goes on where a killed call stopped; a finished one is not trained again.
@@ -46,12 +51,12 @@ def adapt_point(request: PlanRequest, plan: JointPlan, point: JointPoint, folder
     flags = {domain: "--domain", GENERAL: "--general"}
     check_epochs(mixture.counts(), (request.max_epochs or sweep.record.plan.max_epochs) * 1.01, flags)
     began = time.perf_counter()
-    record = train_point(sweep, choice, folder)
+    record, folder = train_point(sweep, choice, request.output, point.label.replace(" ", "-"))
     calibration = folder / "calibration.jsonl"
-    tokenizer = load_model(folder / "adapted").require_tokenizer()
+    tokenizer = load_model(folder / ADAPTED).require_tokenizer()
     rows = [tokenizer.decode(mixture[index].input_ids) for index in range(min(len(mixture), _CALIBRATION_WINDOWS))]
     write_whole(calibration, "".join(json.dumps({"text": row}) + "\n" for row in rows).encode())
-    return Adapted(folder / "adapted", calibration, record.tokens, time.perf_counter() - began)
+    return Adapted(folder, calibration, record.tokens, time.perf_counter() - began)
 
 
 def judge_point(
@@ -60,8 +65,8 @@ def judge_point(
     """Losses of what was written and of the adapted model, on the sweep's validation windows."""
     sweep, domain = open_finished(request.sweep, plan.domain)
     held = {name: load_windows(sweep.held(name)) for name in (GENERAL, domain)}
-    before = judge_on(load_model(adapted.folder).module.float(), held)
-    after = before if checkpoint == adapted.folder else judge_on(load_any(checkpoint).module.float(), held)
+    before = judge_on(load_model(adapted.model).module.float(), held)
+    after = before if checkpoint == adapted.model else judge_on(load_any(checkpoint).module.float(), held)
     return Measured(
         label=point.label,
         folder=str(checkpoint),

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cptquant.adaptation.mixture import Mixture, TokenSource
+from cptquant.core.artifact import digest_json
 from cptquant.core.errors import ArtifactError
 from cptquant.core.sweep import GENERAL
 from cptquant.core.sweep_record import PointRecord, SweepRecord
@@ -18,6 +19,7 @@ from cptquant.stages.sweep_task import (
     save_source,
 )
 
+ADAPTED = "adapted"
 _SHARE_ROUNDING = 1e-9
 
 
@@ -72,7 +74,7 @@ class RunChoice:
 
     Attributes:
         tokens: D, rounded to whole steps. sources: texts of the run, None for the sweep's own.
-        keep: whether the annealed model is written to `folder`/adapted.
+        keep: whether the annealed model is written too, to `ADAPTED` in the run's folder.
     """
 
     size: str
@@ -101,29 +103,35 @@ def choice_mixture(sweep: SweepFolder, choice: RunChoice) -> Mixture:
     )  # fmt: skip
 
 
-def train_point(sweep: SweepFolder, choice: RunChoice, folder: Path) -> PointRecord:
-    """Train and judge a run as the sweep does its own; a killed one goes on, a finished one is not made again."""
+def train_point(sweep: SweepFolder, choice: RunChoice, parent: Path, label: str) -> tuple[PointRecord, Path]:
+    """Train and judge a run as the sweep does its own; a killed one goes on, a finished one is not made again.
+
+    Returns:
+        What was found, and the run's folder in `parent`, named after the label and everything the run depends on.
+    """
     plan, mixture = sweep.record.plan, choice_mixture(sweep, choice)
     points = fixed_points(plan, round(choice.tokens))
-    # a folder named after the windows: another choice in the same place must not find this one's state
-    own = folder / f"training-{mixture.digest[:12]}"
-    own.mkdir(parents=True, exist_ok=True)
-    files = {source.name: own / f"{source.name}.npz" for source in mixture.sources}
     training = TrainingSpec(
-        sources={name: str(path) for name, path in files.items()}, shares=choice.shares, window=plan.window,
-        batch=plan.batch, tokens=points[-1].tokens, max_epochs=1e9, points=points, peak_rate=plan.learning_rate,
-        warm_up=plan.warm_up, weight_decay=plan.weight_decay, seed=choice.seed,
+        sources={}, shares=choice.shares, window=plan.window, batch=plan.batch, tokens=points[-1].tokens,
+        max_epochs=1e9, points=points, peak_rate=plan.learning_rate, warm_up=plan.warm_up,
+        weight_decay=plan.weight_decay, seed=choice.seed,
     )  # fmt: skip
+    held = {name: sweep.held(name) for name in (GENERAL, choice.domain)}
+    parts = [mixture.digest, sweep.base(choice.size).name, training.model_dump(mode="json")]
+    folder = parent / f"{label}-{digest_json([*parts, *(path.name for path in held.values())])[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {source.name: folder / f"{source.name}.npz" for source in mixture.sources}
     task = SweepTask(
-        kind="run", id=folder.name, folder=str(own), model=str(sweep.base(choice.size)), model_key="",
-        judged={name: str(sweep.held(name)) for name in (GENERAL, choice.domain)}, training=training,
-        keep=str(folder / "adapted") if choice.keep else "", threads=plan.threads, gpus=plan.gpus,
+        kind="run", id=label, folder=str(folder), model=str(sweep.base(choice.size)), model_key="",
+        judged={name: str(path) for name, path in held.items()},
+        training=training.model_copy(update={"sources": {name: str(path) for name, path in files.items()}}),
+        keep=str(folder / ADAPTED) if choice.keep else "", threads=plan.threads, gpus=plan.gpus,
     )  # fmt: skip
-    if not is_done(task) or (choice.keep and not (folder / "adapted/config.json").is_file()):
-        point_path(own, 0).unlink(missing_ok=True)
+    if not is_done(task) or (choice.keep and not (folder / ADAPTED / "config.json").is_file()):
+        point_path(folder, 0).unlink(missing_ok=True)
         for source in mixture.sources:
             save_source(source, files[source.name])
         carry_out(task)
         for path in files.values():
             path.unlink()
-    return PointRecord.load(point_path(own, 0))
+    return PointRecord.load(point_path(folder, 0)), folder

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -221,7 +222,8 @@ def time_step(rung: Rung, plan: SweepPlan, source: TokenSource) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
     try:
-        model = new_model(rung, 0).eval() if rung.path is None else load_trainable(rung.path).module
+        model: Any = new_model(rung, 0).eval() if rung.path is None else load_trainable(rung.path).module
+        model.to("cuda" if plan.gpus and torch.cuda.is_available() else "cpu")
         steps = _UNTIMED_STEPS + _TIMED_STEPS
         mixture = Mixture(
             [source], [1.0], window_tokens=plan.window, total_tokens=steps * plan.step_tokens, seed=0, max_epochs=1e9
