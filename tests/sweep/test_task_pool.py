@@ -4,12 +4,13 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cptquant.core.errors import DataError, UserError
-from cptquant.stages.task_pool import Outcome, Task, Workers, import_ray, run_tasks
+from cptquant.stages.task_pool import Outcome, Task, Workers, _OnRay, import_ray, run_tasks
 
 
 def test_longer_tasks_first_and_needs_before() -> None:
@@ -72,3 +73,20 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         import_ray(Workers(count=2))
     with pytest.raises(UserError, match="--address auto needs Ray"):
         run_tasks([Task("a", "a")], print, Workers(address="auto"))
+
+
+def test_an_interruption_inside_ray_goes_through() -> None:
+    """Compiled code reports an exception of a signal's handler as a SystemError caused by it."""
+
+    def wait(*_: object, **__: object) -> object:
+        raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+
+    submit = SimpleNamespace(remote=lambda function, payload: "reference")
+    fake = SimpleNamespace(
+        cluster_resources=lambda: {"CPU": 1.0}, nodes=lambda: [], __version__="0", put=lambda function: function,
+        remote=lambda **_: lambda function: submit, wait=wait,
+    )  # fmt: skip
+    runner = _OnRay(fake, print, Workers(count=1))
+    runner.begin(Task("a", "a"))
+    with pytest.raises(KeyboardInterrupt):
+        runner.wait()

@@ -7,6 +7,8 @@ disk. Longer tasks begin first, so that no worker waits at the end for one that 
 
 import contextlib
 import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -231,7 +233,8 @@ def start_ray(ray: Any, workers: Workers) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ray.init(**where, **quiet)
+            with _own_signals():
+                ray.init(**where, **quiet)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if workers.address is None:
@@ -240,6 +243,19 @@ def start_ray(ray: Any, workers: Workers) -> None:
             f"--address {workers.address}: no Ray cluster answers there ({first}); start one with: ray start --head, "
             "or give --workers for workers on this machine"
         ) from None
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep what SIGTERM does: Ray puts a handler of its own in its place, which ends the process without a word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _InProcess:
@@ -292,7 +308,12 @@ class _OnRay:
         self._names[self._remote.remote(self._function, task.payload)] = task.id
 
     def wait(self) -> tuple[str, str | None, bool]:
-        done, _ = self._ray.wait(list(self._names), num_returns=1)
+        try:
+            done, _ = self._ray.wait(list(self._names), num_returns=1)
+        except SystemError as error:  # how compiled code tells that a signal's handler raised inside it
+            if error.__cause__ is None or isinstance(error.__cause__, Exception):
+                raise
+            raise error.__cause__ from None
         name = self._names.pop(done[0])
         try:
             return name, self._ray.get(done[0]), False
