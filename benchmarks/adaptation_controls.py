@@ -101,7 +101,7 @@ def main() -> None:
         for seed in args.seeds:
             for name in args.arms or list(known):
                 key = cell_key(args, domain, seed, name)
-                if not args.table and key not in {cell["key"] for cell in finished(args.work)}:
+                if not args.table and key not in [cell["key"] for cell in finished(args.work)]:
                     began = time.process_time()
                     cell = {"key": key, **run_cell(args, domain, seed, known[name])}
                     cell["cell_cpu_seconds"] = time.process_time() - began
@@ -328,9 +328,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     def spell(found: tuple[float, float | None] | None) -> str:
         return "–" if found is None else f"{found[0]:+.4f}" + (f" ± {found[1]:.4f}" if found[1] is not None else "")
 
-    print(
-        "| domain | arm | n | gain | rise | rise at cpt's gain | ratio to cpt | CPU s |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| domain | arm | n | gain | rise | rise at cpt's gain | ratio to cpt | CPU s |\n" + "|---" * 8 + "|")
     for row in rows:
         cells = [spell(row[name]) for name in ("gain", "rise", "rise_at_equal_gain", "ratio")]
         seconds = f"{row['training_cpu_seconds']:.0f}"

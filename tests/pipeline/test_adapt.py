@@ -117,6 +117,31 @@ def test_the_tail_is_held_out_and_overlap_is_dropped(
     assert (domain.documents, domain.dropped) == (30, 6)
 
 
+def test_format_alignment_is_reported(cptquant: Command, folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    given = flags(texts, output, tokens=512, align_instructions=4, align_preferences=4, align_rate=1e-2)
+    done = cptquant("adapt", folder, *given)
+    assert done.code == 0, done.err
+    report = AdaptationReport.load(output / "adaptation.json")
+    assert [(each.kind, each.chosen, each.candidates) for each in report.alignment] == [
+        ("instructions", 4, 32), ("preferences", 4, 32),
+    ]  # fmt: skip
+    for each in report.alignment:
+        lines = (output / each.indices_file).read_text(encoding="utf-8").splitlines()
+        assert len(lines) == 4 and each.score_before == pytest.approx(
+            sum(json.loads(line)["format_score"] for line in lines) / 4
+        )
+        assert each.score_after != each.score_before and each.held_out_count == 4
+    values = {each.subject: each.value for each in report.measurements if each.name == "domain_nll_nats_per_token"}
+    assert list(values) == ["original", "adapted", "aligned"] and values["aligned"] != values["adapted"]
+    assert "Format alignment on preferences: samples 4 of 32" in done.out
+    assert "chat template" in report.options
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    assert "### assistant" in str(tokenizer.chat_template)
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "Format alignment on instructions" in page and "after format alignment" in page
+
+
 def test_embedded_text_stands_in_for_general_text(cptquant: Command, texts: dict[str, Path], tmp_path: Path) -> None:
     done = cptquant(
         "adapt", "embedded:opt-mini",
@@ -192,6 +217,9 @@ REFUSALS: list[tuple[dict[str, object], str]] = [
     ({"teacher_bits": 4}, "--teacher-bits 4 is not offered; give 8, or 16"),
     ({"teacher_cache": 4096}, "--teacher-cache 4096 is more than the 2,048 tokens of the vocabulary"),
     ({"distil_weight": 0, "teacher_cache": 8}, "--teacher-cache has no use without a teacher (--distil-weight is 0)"),
+    ({"chat_template": "x"}, "--chat-template x does not exist"),
+    ({"align_instructions": 4, "instructions": None}, "--align-instructions 4 needs samples; give them with"),
+    ({"align_rate": 0}, "--align-rate 0 is out of range"),
     ({"domain": None}, "no domain text; give it with --domain"),
     ({"domain": "gone.txt"}, "--domain gone.txt does not exist"),
     ({"eval_general": "gone.txt"}, "--eval-general gone.txt does not exist"),

@@ -74,6 +74,16 @@ _Overlap = Annotated[
     typer.Option("--overlap", help="Leave out documents with this share of their 13-word sequences in evaluation "
                  "text."),
 ]  # fmt: skip
+_AlignInstructions = Annotated[
+    int,
+    typer.Option("--align-instructions", min=0, help="Afterwards teach the chat format with so many instructions, "
+                 "chosen by their format score (needs trl)."),
+]  # fmt: skip
+_AlignPreferences = Annotated[
+    int, typer.Option("--align-preferences", min=0, help="The same with preferences, by DPO.")
+]
+_Template = Annotated[str | None, _files("--chat-template", "Jinja file of the format.  [default: the tokenizer's, "
+                      "else a heading for each role]")]  # fmt: skip
 _Tasks = Annotated[
     list[str] | None,
     _files("--tasks", "Questions with given answers (.jsonl: query, choices, gold; or context, continuation), asked "
@@ -119,6 +129,11 @@ def adapt(
     max_epochs: Annotated[float, typer.Option("--max-epochs", help="How often a source may be read.")] = 4.0,
     keep_documents_apart: _Apart = False,
     overlap: _Overlap = 0.2,
+    align_instructions: _AlignInstructions = 0,
+    align_preferences: _AlignPreferences = 0,
+    align_rate: Annotated[float, typer.Option("--align-rate", help="Rate of SFT; DPO takes a tenth.")] = 2e-5,
+    align_epochs: Annotated[float, typer.Option("--align-epochs", help="Passes over the chosen samples.")] = 1.0,
+    chat_template: _Template = None,
     tasks: _Tasks = None,
     task_limit: Annotated[int, typer.Option("--task-limit", min=1, help="Questions of each --tasks file.")] = 500,
     eval_sequences: Annotated[int, typer.Option("--eval-sequences", min=8, help="Held-out windows a text.")] = 64,
@@ -149,7 +164,9 @@ def adapt(
         window=window, batch=batch, micro_batch=micro_batch, max_epochs=max_epochs,
         keep_documents_apart=keep_documents_apart, overlap=overlap, bf16=bf16,
         gradient_checkpointing=gradient_checkpointing, eval_sequences=eval_sequences, looks=looks, seed=seed or 0,
-        tasks=tuple(tasks or ()), task_limit=task_limit,
+        align_instructions=align_instructions,
+        align_preferences=align_preferences, align_rate=align_rate, align_epochs=align_epochs,
+        chat_template=chat_template, tasks=tuple(tasks or ()), task_limit=task_limit,
         trust_remote_code=bool(trust_remote_code),
     )  # fmt: skip
     with watch(quiet=as_json) as progress:

@@ -23,7 +23,8 @@ class AdaptationRequest(Frozen):
         teacher_bits: 8 or 16. teacher_cache: k of a cache of top-k probabilities; 0 for a live teacher.
         learning_rate, schedule, warm_up, anneal, weight_decay: see `adaptation/mix_cpt.py`.
         max_epochs: how often a source may be read. overlap: see `adaptation/overlap.py`.
-        align_instructions, align_preferences: samples of stage 2; 0 for none. chat_template: a file.
+        align_instructions, align_preferences: samples of stage 2; 0 for none. chat_template: a file. align_rate:
+            learning rate of SFT; DPO takes a tenth. align_epochs: over the chosen samples.
         tasks: files of questions; task_limit: how many of each.
         eval_sequences: windows of each held-out text. looks: how often they are read during training.
     """
@@ -60,6 +61,8 @@ class AdaptationRequest(Frozen):
     align_instructions: int = 0
     align_preferences: int = 0
     chat_template: str | None = None
+    align_rate: float = 2e-5
+    align_epochs: float = 1.0
     tasks: tuple[str, ...] = ()
     task_limit: int = 500
     eval_sequences: int = 64

@@ -35,6 +35,7 @@ def write_adaptation_report(path: Path, report: AdaptationReport) -> None:
         "sources": source_rows(report),
         "measurements": measurement_rows(report),
         "tasks": task_rows(report),
+        "columns": _columns(report),
         "drawings": _drawings(report),
         "teacher": [] if report.teacher is None else _teacher_facts(report.teacher),
         "alignment": [(record.kind, _alignment_facts(record)) for record in report.alignment],

@@ -7,9 +7,9 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from cptquant.adaptation.methods import AdaptationMethod
 from cptquant.adaptation.mix_cpt import CausalTraining, Distillation, Looks, TrainingSettings, train_causal
@@ -25,6 +25,7 @@ from cptquant.evaluation.tasks import QuestionSet, read_questions, score_questio
 from cptquant.models.load import LoadedModel, load_any, load_model, quiet_transformers
 from cptquant.models.processes import is_first, tell
 from cptquant.reports.adaptation import write_adaptation_report
+from cptquant.stages.adapt_align import AlignmentJob, align_stage
 from cptquant.stages.adapt_check import check_adaptation, needs_teacher
 from cptquant.stages.adapt_text import AdaptationText, read_adaptation_text
 
@@ -55,6 +56,12 @@ class _Job:
             "mixture": self.text.mixture.digest,
             **{f"held-out {name}": tokens.digest for name, tokens in self.text.held_out.items()},
         }
+
+    @property
+    def alignment(self) -> AlignmentJob:
+        """The part of it that is stage 2."""
+        tokenizer, text = self.model.require_tokenizer(), self.text
+        return AlignmentJob(self.request, tokenizer, text.instructions, text.preferences, self.folder)
 
     @property
     def work(self) -> Path:
@@ -96,10 +103,18 @@ def adapt_stage(
     )  # fmt: skip
     if training.stopped:
         raise UserError(_diverged(training, job))
+    _write_model(job, student)
+    measured = _measure(job, "adapted") if is_first() else []
+    template, alignment = align_stage(job.alignment, student, progress)
+    if alignment:
+        _write_model(job, student)
+        measured += _measure(job, "aligned") if is_first() else []
     if not is_first():
         return None
-    _write_model(job, student)
-    report = _report(job, training, record, watch)
+    options = {**_options(job, training), **({"chat template": template} if alignment else {})}
+    report = _report(job, training, record, watch).model_copy(
+        update={"measurements": tuple(measured), "alignment": alignment, "options": options}
+    )
     report.save(folder / RECORD)
     write_adaptation_report(folder / REPORT, report)
     shutil.rmtree(folder / "work", ignore_errors=True)
@@ -227,14 +242,16 @@ def _diverged(training: CausalTraining, job: _Job) -> str:
     return f"{training.stopped}; {where}; lower --learning-rate {job.request.learning_rate:g} and run again"
 
 
-def _write_model(job: _Job, student: Any) -> None:
-    """model/: the weights in their original dtype, with the tokenizer."""
+def _write_model(job: _Job, student: PreTrainedModel) -> None:
+    """model/: the weights in their original dtype, with the tokenizer; the student stays as it is."""
+    if not is_first():
+        return
     target, partial = job.folder / MODEL, job.folder / f"{MODEL}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    student.requires_grad_(False).eval().to("cpu", getattr(torch, job.model.layout.source_dtype))
+    written = copy.deepcopy(student).requires_grad_(False).eval()
     try:
         with quiet_transformers():
-            student.save_pretrained(partial)
+            written.to(device="cpu", dtype=getattr(torch, job.model.layout.source_dtype)).save_pretrained(partial)
             job.model.require_tokenizer().save_pretrained(str(partial))
         shutil.rmtree(target, ignore_errors=True)
         partial.replace(target)
@@ -250,28 +267,37 @@ def _report(job: _Job, training: CausalTraining, teacher: TeacherRecord | None, 
         spent = training.teacher_seconds if live else teacher.seconds
         teacher = teacher.model_copy(update={"seconds": spent, "share": spent / seconds if seconds else 0.0})
     return AdaptationReport(
-        request=request, options=_options(job, training), sources=job.text.sources, steps=training.done,
-        tokens=training.done * request.batch * request.window, looks=tuple(training.looks),
-        measurements=tuple(_measure(job)), teacher=teacher, notes=job.text.notes, training_seconds=seconds,
-        inputs=job.inputs, provenance=watch.provenance(seed=request.seed, threads=torch.get_num_threads()),
-    )  # fmt: skip
+        request=request,
+        sources=job.text.sources,
+        steps=training.done,
+        tokens=training.done * request.batch * request.window,
+        looks=tuple(training.looks),
+        teacher=teacher,
+        notes=job.text.notes,
+        training_seconds=seconds,
+        inputs=job.inputs,
+        provenance=watch.provenance(seed=request.seed, threads=torch.get_num_threads()),
+    )
 
 
-def _measure(job: _Job) -> list[Measurement]:
-    """Both held-out texts before and after, by the ruler of every other verb; the model is read back from disk."""
-    adapted = load_any(job.folder / MODEL, trust_remote_code=job.request.trust_remote_code)
+def _measure(job: _Job, subject: str) -> list[Measurement]:
+    """Held-out texts and questions, by the ruler of every other verb; the model is read back from disk.
+
+    The original is measured beside it, and told once.
+    """
+    changed = load_any(job.folder / MODEL, trust_remote_code=job.request.trust_remote_code)
     found: list[Measurement] = []
     for name, tokens in job.text.held_out.items():
-        measured = evaluate_models(job.model, adapted, tokens, subject="adapted", progress=job.progress)
+        measured = evaluate_models(job.model, changed, tokens, subject=subject, progress=job.progress)
         kept = [each for each in measured if each.name in _COMPARED]
         found += [each.model_copy(update={"name": f"{name}_{each.name}"}) for each in kept]
     tokenizer = job.model.require_tokenizer()
-    models = {"original": copy.deepcopy(job.model.module).float(), "adapted": adapted.module.float()}
+    models = {"original": copy.deepcopy(job.model.module).float(), subject: changed.module.float()}
     for done, questions in enumerate(job.questions, 1):
-        scores = {subject: score_questions(module, tokenizer, questions) for subject, module in models.items()}
+        scores = {who: score_questions(module, tokenizer, questions) for who, module in models.items()}
         found += task_measurements(questions.name, scores)
         job.progress("tasks", done, len(job.questions))
-    return found
+    return [each for each in found if subject == "adapted" or each.subject == subject]
 
 
 def _options(job: _Job, training: CausalTraining) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from cptquant.adaptation.format_alignment import check_alignment_package
 from cptquant.adaptation.methods import AdaptationMethod, find_method
 from cptquant.core.adaptation import SCHEDULES, AdaptationRequest
 from cptquant.core.errors import DataError, UserError
@@ -22,6 +23,10 @@ def check_adaptation(request: AdaptationRequest) -> AdaptationMethod:
     _check_numbers(request)
     _check_teacher(request, method)
     _check_sources(request, method)
+    if request.align_instructions or request.align_preferences:
+        check_alignment_package()
+    elif request.chat_template is not None:
+        raise UserError("--chat-template has no use without --align-instructions or --align-preferences; leave it out")
     check_seed(request.seed)
     return method
 
@@ -44,7 +49,7 @@ def _check_shares(request: AdaptationRequest, method: AdaptationMethod) -> None:
 def _check_numbers(request: AdaptationRequest) -> None:
     if request.schedule not in SCHEDULES:
         raise UserError(f"--schedule {request.schedule!r} is unknown; choose one of: {', '.join(SCHEDULES)}")
-    for name in ("learning_rate", "weight_decay", "temperature", "max_epochs"):
+    for name in ("learning_rate", "weight_decay", "temperature", "max_epochs", "align_rate", "align_epochs"):
         value = getattr(request, name)
         if not 0 <= value < math.inf or (value == 0 and name != "weight_decay"):
             raise UserError(f"--{name.replace('_', '-')} {value:g} is out of range; give a number above 0")
