@@ -13,6 +13,10 @@ PYTHON=${PYTHON:-.venv/bin/python}
 export OMP_NUM_THREADS=1
 
 mkdir -p "$WORK"
+# general/valid.txt is another style of text (WikiText-2, tokenised) than general/train.txt: every twelfth document of the
+# latter is held out instead, so that the general loss is that of the text which is replayed.
+awk -v RS= -v ORS='\n\n' -v held="$WORK/general-valid.txt" 'NR % 12 == 0 { print > held; next } { print }' \
+    "$SHARED/data/text/general/train.txt" > "$WORK/general-train.txt"
 sed -e "s|TEXT|$SHARED/data/text|g" -e "s|MODEL|$SHARED/models/reference-llama|" runs/dcpt_sweep.yaml > "$WORK/plan.yaml"
 nice -n 10 "$PYTHON" -m cptquant sweep "$WORK/plan.yaml" --output "$WORK/sweep" --workers "${WORKERS:-0}" ${DRY:+--dry-run}
 [ -n "${DRY:-}" ] && exit 0

@@ -158,7 +158,7 @@ def test_dry_run(write_plan: Callable, tmp_path: Path, cptquant: Callable) -> No
         ({"tokens": "900k", "max_epochs": 2}, "and tokens = 900,000 at a share of 1 reads 900,000: "),
         ({"pretrain": {"tokens": "40M"}}, "and pretrain.tokens = 40,000,000 at a share of 1 reads 40,000,000: "),
         (
-            {"window": 4096, "batch": 1, "tokens": "40k"},
+            {"window": 4096, "batch": 1, "tokens": "60k", "evaluations": {"first": "20k"}},
             "window: 4096 tokens are more than the 512 positions of embedded:opt-mini",
         ),
         ({"family": "embedded:bert-mini"}, "family: embedded:bert-mini is for sequence_classification"),

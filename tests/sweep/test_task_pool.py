@@ -83,7 +83,7 @@ def test_an_interruption_inside_ray_goes_through() -> None:
 
     submit = SimpleNamespace(remote=lambda function, payload: "reference")
     fake = SimpleNamespace(
-        cluster_resources=lambda: {"CPU": 1.0}, nodes=lambda: [], __version__="0", put=lambda function: function,
+        cluster_resources=lambda: {"CPU": 1.0}, nodes=list, __version__="0", put=lambda function: function,
         remote=lambda **_: lambda function: submit, wait=wait,
     )  # fmt: skip
     runner = _OnRay(fake, print, Workers(count=1))
