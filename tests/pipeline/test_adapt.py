@@ -270,6 +270,8 @@ def test_refused_models_and_teachers(cptquant: Command, folder: Path, texts: dic
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "smaller")
     done = cptquant("adapt", folder, *flags(texts, tmp_path / "third", teacher=tmp_path / "smaller"))
     assert done.code == 2 and f"knows 2,000 tokens, {folder} 2,048; give a teacher with the same tokenizer" in done.err
+    done = cptquant("adapt", folder, *flags(texts, tmp_path / "apart"), "--keep-documents-apart")
+    assert done.code == 2 and "(OPTForCausalLM) attends across documents whatever its position_ids say" in done.err
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     done = cptquant("adapt", folder, *flags(texts, tmp_path / "fourth"))

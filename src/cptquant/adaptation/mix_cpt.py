@@ -194,6 +194,18 @@ def held_out_loss(model: PreTrainedModel, tokens: TokenSet, batch_windows: int =
     return HeldOutLoss(nll_nats_per_token=found.value, n=found.n, stderr=found.stderr)
 
 
+@torch.no_grad()
+def reads_documents_apart(model: PreTrainedModel) -> bool:
+    """Whether positions that start anew keep a model from attending to the document before: it is tried."""
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] + 1
+    positions = torch.arange(8, device=ids.device)[None] % 4
+    other = torch.where(torch.arange(8, device=ids.device) < 4, ids + 1, ids)
+    first, second = (
+        model(input_ids=each, position_ids=positions, use_cache=False).logits[0, 4:].float() for each in (ids, other)
+    )
+    return bool(torch.allclose(first, second, atol=1e-3 * float(first.abs().max())))
+
+
 class _WindowData(Dataset[dict[str, Tensor]]):
     """Windows of a mixture as the Trainer wants them; `labels` are aligned with the logits."""
 
