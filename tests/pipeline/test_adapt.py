@@ -278,6 +278,14 @@ def test_refused_models_and_teachers(cptquant: Command, folder: Path, texts: dic
     assert done.code == 2 and "has no tokenizer, and text is needed" in done.err
 
 
+def test_a_launcher_that_spreads_the_model_is_refused(
+    cptquant: Command, folder: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    done = cptquant("adapt", folder, *flags(texts, tmp_path / "run"))
+    assert done.code == 2 and "ACCELERATE_USE_FSDP asks for FSDP, which cptquant adapt does not do" in done.err
+
+
 def test_refused_folders(cptquant: Command, folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     done = cptquant("adapt", folder, *flags(texts, tmp_path / "file"))

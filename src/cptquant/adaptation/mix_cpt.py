@@ -28,7 +28,7 @@ from cptquant.core.progress import Progress, ignore_progress
 from cptquant.models.estimates import cluster_by_document, estimate_ratio
 from cptquant.models.load import quiet_transformers
 from cptquant.models.losses import IGNORED, scored_targets, sequence_nll
-from cptquant.models.processes import process_count
+from cptquant.models.processes import is_first, process_count, tell
 from cptquant.models.text import TokenSet
 from cptquant.models.training_checkpoints import (
     Diverged,
@@ -157,7 +157,8 @@ def train_causal(
     if looks.steps is None:
         looks = Looks(looks.texts, [math.ceil(steps * (n + 1) / settings.looks) for n in range(settings.looks)])
     keeper = _Keeper(model, settings, CausalTraining(steps), looks, mixture, progress)
-    resumed = last_whole(folder)
+    found = tell(last_whole(folder) if is_first() else None)  # it removes what is not whole: one process does
+    resumed = cast(Path | None, found)
     with quiet_transformers():
         trainer = _CausalTrainer(
             keeper, distillation, steps, model=model, args=_arguments(settings, steps, folder),

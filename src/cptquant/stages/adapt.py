@@ -89,7 +89,7 @@ def adapt_stage(
         UserError: anything the caller can change, before compute is spent where that can be known; or training that
             ended in a number that is none.
     """
-    watch = Stopwatch()
+    watch, progress = Stopwatch(), progress if is_first() else ignore_progress
     method = check_adaptation(request)
     check_launcher("cptquant adapt", "the model would be spread over processes, and it is read and written whole")
     _open_folder(folder, request)
