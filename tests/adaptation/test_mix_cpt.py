@@ -10,14 +10,13 @@ from adaptation_toys import fresh, held_out, mixture, toy, weights
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from cptquant.adaptation.held_out import held_out_loss, reads_documents_apart
 from cptquant.adaptation.logit_swap import LossShape
 from cptquant.adaptation.mix_cpt import (
     CausalTraining,
     Distillation,
     Looks,
     TrainingSettings,
-    held_out_loss,
-    reads_documents_apart,
     train_causal,
 )
 from cptquant.adaptation.mixture import Mixture

@@ -115,6 +115,14 @@ def test_the_tail_is_held_out_and_overlap_is_dropped(
     assert done.code == 0, done.err
     (domain,) = AdaptationReport.load(output / "adaptation.json").sources
     assert (domain.documents, domain.dropped) == (30, 6)
+    quiz = tmp_path / "quiz.jsonl"  # and questions count as evaluation text
+    quiz.write_text(json.dumps({"context": embedded("calibration", 20, 1)[0], "continuation": "end"}), encoding="utf-8")
+    done = cptquant(
+        "adapt", folder, *flags(texts, tmp_path / "asked", domain=texts["more"], eval_domain=texts["domain"],
+                                method="cpt", ratio=None, instructions=None, preferences=None, tokens=512, tasks=quiz),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert AdaptationReport.load(tmp_path / "asked" / "adaptation.json").sources[0].dropped == 7
 
 
 def test_format_alignment_is_reported(cptquant: Command, folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:

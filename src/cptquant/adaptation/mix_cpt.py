@@ -20,14 +20,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from cptquant.adaptation.held_out import held_out_loss
 from cptquant.adaptation.logit_swap import PLAIN, CountedLoss, LossShape, counted_loss
 from cptquant.adaptation.mixture import Mixture
 from cptquant.adaptation.teacher import Teacher
-from cptquant.core.adaptation import AdaptationLook, HeldOutLoss
+from cptquant.core.adaptation import AdaptationLook
 from cptquant.core.progress import Progress, ignore_progress
-from cptquant.models.estimates import cluster_by_document, estimate_ratio
 from cptquant.models.load import quiet_transformers
-from cptquant.models.losses import IGNORED, scored_targets, sequence_nll
+from cptquant.models.losses import IGNORED
 from cptquant.models.processes import is_first, process_count, tell
 from cptquant.models.text import TokenSet
 from cptquant.models.training_checkpoints import (
@@ -176,35 +176,6 @@ def train_causal(
             keeper.training.stopped = str(error)
             _go_back(model, folder, keeper.training)
     return keeper.training
-
-
-def held_out_loss(model: PreTrainedModel, tokens: TokenSet, batch_windows: int = 8) -> HeldOutLoss:
-    """Mean loss of the next token, each window by itself, with an error clustered by document."""
-    training = model.training
-    model.eval()
-    targets = scored_targets(tokens, "causal_lm")
-    device = next(model.parameters()).device
-    sums: list[Tensor] = []
-    with torch.no_grad():
-        for start in range(0, tokens.sequence_count, batch_windows):
-            rows = slice(start, start + batch_windows)
-            logits = model(input_ids=tokens.input_ids[rows].to(device), use_cache=False).logits
-            sums.append(sequence_nll(logits.cpu(), targets[rows]).sums)
-    model.train(training)
-    found = estimate_ratio(torch.cat(sums), (targets != IGNORED).sum(dim=1), cluster_by_document(tokens.documents))
-    return HeldOutLoss(nll_nats_per_token=found.value, n=found.n, stderr=found.stderr)
-
-
-@torch.no_grad()
-def reads_documents_apart(model: PreTrainedModel) -> bool:
-    """Whether positions that start anew keep a model from attending to the document before: it is tried."""
-    ids = torch.arange(8, device=next(model.parameters()).device)[None] + 1
-    positions = torch.arange(8, device=ids.device)[None] % 4
-    other = torch.where(torch.arange(8, device=ids.device) < 4, ids + 1, ids)
-    first, second = (
-        model(input_ids=each, position_ids=positions, use_cache=False).logits[0, 4:].float() for each in (ids, other)
-    )
-    return bool(torch.allclose(first, second, atol=1e-3 * float(first.abs().max())))
 
 
 class _WindowData(Dataset[dict[str, Tensor]]):

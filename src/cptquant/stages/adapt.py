@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from cptquant.adaptation.held_out import reads_documents_apart
 from cptquant.adaptation.methods import AdaptationMethod
 from cptquant.adaptation.mix_cpt import (
     CausalTraining,
@@ -96,7 +97,9 @@ def adapt_stage(
     model = load_model(request.model, trust_remote_code=request.trust_remote_code)
     _check_model(model, request)
     questions = tuple(read_questions(spec, request.task_limit) for spec in request.tasks)
-    job = _Job(folder, request, method, model, read_adaptation_text(model, request, method), questions, progress)
+    asked = [" ".join(answer) for each in questions for question in each.questions for answer in question.answers]
+    text = read_adaptation_text(model, request, method, asked)
+    job = _Job(folder, request, method, model, text, questions, progress)
     if is_first():
         write_whole(folder / _MARK, json.dumps({"model": request.model}).encode())
     finished = tell(_finished(job) if is_first() else None)
