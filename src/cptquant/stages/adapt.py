@@ -19,7 +19,6 @@ from cptquant.adaptation.mix_cpt import (
     Distillation,
     Looks,
     TrainingSettings,
-    reads_documents_apart,
     train_causal,
 )
 from cptquant.adaptation.teacher import CachedTeacher, LiveTeacher, build_cache, round_to_8_bits_
