@@ -58,7 +58,8 @@ def test_the_table_tells_everything() -> None:
     text = adaptation_table(made())
     for words in (
         "3 of 45", "1.50", "6,000", "before", "after stage 1", "after format alignment",
-        "4.000 ± 0.010", "quiz accuracy", "a note", "cache of the top 64; time 30.0 s, 25% of stage 1; discarded mass 0.123",
+        "4.000 ± 0.010", "quiz accuracy", "a note",
+        "cache of the top 64; time 30.0 s, 25% of stage 1; discarded mass 0.123",
         "samples 8 of 64, 16 left out", "format score 1.100 → 1.050",
     ):  # fmt: skip
         assert words in text, (words, text)
@@ -85,7 +86,7 @@ def test_drawings_have_a_dot_for_every_look() -> None:
     assert drawn is not None
     titles = [element.text for element in ElementTree.fromstring(drawn).iter() if element.tag.endswith("title")]
     assert [title for title in titles if title and "tokens:" in title] == [
-        "0 tokens: 4 nats per token", "5,000 tokens: 3.5 nats per token", "10,000 tokens: 3.25 nats per token",
+        "0 tokens: 4 nats per token", "5,000 tokens: 3.500 nats per token", "10,000 tokens: 3.250 nats per token",
     ]  # fmt: skip
     assert draw_losses(LOOKS, "general", "label") is None and draw_losses(LOOKS[:1], "domain", "label") is None
     assert draw_training(LOOKS, "label") is not None and draw_training(LOOKS[:2], "label") is None
