@@ -115,6 +115,14 @@ def test_the_tail_is_held_out_and_overlap_is_dropped(
     assert done.code == 0, done.err
     (domain,) = AdaptationReport.load(output / "adaptation.json").sources
     assert (domain.documents, domain.dropped) == (30, 6)
+    quiz = tmp_path / "quiz.jsonl"  # and questions count as evaluation text
+    quiz.write_text(json.dumps({"context": embedded("calibration", 20, 1)[0], "continuation": "end"}), encoding="utf-8")
+    done = cptquant(
+        "adapt", folder, *flags(texts, tmp_path / "asked", domain=texts["more"], eval_domain=texts["domain"],
+                                method="cpt", ratio=None, instructions=None, preferences=None, tokens=512, tasks=quiz),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert AdaptationReport.load(tmp_path / "asked" / "adaptation.json").sources[0].dropped == 7
 
 
 def test_format_alignment_is_reported(cptquant: Command, folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
@@ -270,10 +278,20 @@ def test_refused_models_and_teachers(cptquant: Command, folder: Path, texts: dic
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "smaller")
     done = cptquant("adapt", folder, *flags(texts, tmp_path / "third", teacher=tmp_path / "smaller"))
     assert done.code == 2 and f"knows 2,000 tokens, {folder} 2,048; give a teacher with the same tokenizer" in done.err
+    done = cptquant("adapt", folder, *flags(texts, tmp_path / "apart"), "--keep-documents-apart")
+    assert done.code == 2 and "(OPTForCausalLM) attends across documents whatever its position_ids say" in done.err
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     done = cptquant("adapt", folder, *flags(texts, tmp_path / "fourth"))
     assert done.code == 2 and "has no tokenizer, and text is needed" in done.err
+
+
+def test_a_launcher_that_spreads_the_model_is_refused(
+    cptquant: Command, folder: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    done = cptquant("adapt", folder, *flags(texts, tmp_path / "run"))
+    assert done.code == 2 and "ACCELERATE_USE_FSDP asks for FSDP, which cptquant adapt does not do" in done.err
 
 
 def test_refused_folders(cptquant: Command, folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:

@@ -20,15 +20,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from cptquant.adaptation.held_out import held_out_loss
 from cptquant.adaptation.logit_swap import PLAIN, CountedLoss, LossShape, counted_loss
 from cptquant.adaptation.mixture import Mixture
 from cptquant.adaptation.teacher import Teacher
-from cptquant.core.adaptation import AdaptationLook, HeldOutLoss
+from cptquant.core.adaptation import AdaptationLook
 from cptquant.core.progress import Progress, ignore_progress
-from cptquant.models.estimates import cluster_by_document, estimate_ratio
 from cptquant.models.load import quiet_transformers
-from cptquant.models.losses import IGNORED, scored_targets, sequence_nll
-from cptquant.models.processes import process_count
+from cptquant.models.losses import IGNORED
+from cptquant.models.processes import is_first, process_count, tell
 from cptquant.models.text import TokenSet
 from cptquant.models.training_checkpoints import (
     Diverged,
@@ -157,7 +157,8 @@ def train_causal(
     if looks.steps is None:
         looks = Looks(looks.texts, [math.ceil(steps * (n + 1) / settings.looks) for n in range(settings.looks)])
     keeper = _Keeper(model, settings, CausalTraining(steps), looks, mixture, progress)
-    resumed = last_whole(folder)
+    found = tell(last_whole(folder) if is_first() else None)  # it removes what is not whole: one process does
+    resumed = cast(Path | None, found)
     with quiet_transformers():
         trainer = _CausalTrainer(
             keeper, distillation, steps, model=model, args=_arguments(settings, steps, folder),
@@ -175,23 +176,6 @@ def train_causal(
             keeper.training.stopped = str(error)
             _go_back(model, folder, keeper.training)
     return keeper.training
-
-
-def held_out_loss(model: PreTrainedModel, tokens: TokenSet, batch_windows: int = 8) -> HeldOutLoss:
-    """Mean loss of the next token, each window by itself, with an error clustered by document."""
-    training = model.training
-    model.eval()
-    targets = scored_targets(tokens, "causal_lm")
-    device = next(model.parameters()).device
-    sums: list[Tensor] = []
-    with torch.no_grad():
-        for start in range(0, tokens.sequence_count, batch_windows):
-            rows = slice(start, start + batch_windows)
-            logits = model(input_ids=tokens.input_ids[rows].to(device), use_cache=False).logits
-            sums.append(sequence_nll(logits.cpu(), targets[rows]).sums)
-    model.train(training)
-    found = estimate_ratio(torch.cat(sums), (targets != IGNORED).sum(dim=1), cluster_by_document(tokens.documents))
-    return HeldOutLoss(nll_nats_per_token=found.value, n=found.n, stderr=found.stderr)
 
 
 class _WindowData(Dataset[dict[str, Tensor]]):

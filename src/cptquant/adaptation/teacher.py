@@ -11,10 +11,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def round_to_8_bits_(model: PreTrainedModel, layout: ModelLayout) -> int:
     for site in layout.sites:
         if site.kind != "linear" or site.block_index is None:
             continue
-        old = model.get_submodule(site.name)
+        old: Any = model.get_submodule(site.name)
         weight = old.weight.detach().T if site.transposed else old.weight.detach()
         stored = Rtn(clip_search=False)(weight, _EIGHT_BITS, torch.float16)
         assert isinstance(stored, QuantizedWeight)
@@ -112,7 +113,7 @@ class LiveTeacher:
         """The teacher's logits."""
         device = ids["input_ids"].device
         if next(self.model.parameters()).device != device:
-            self.model.to(device)  # once: the Trainer decides where the student is
+            cast(nn.Module, self.model).to(device)  # once: the Trainer decides where the student is
         return FullTargets(self.model(**ids, use_cache=False).logits)
 
 
@@ -243,7 +244,8 @@ def _write_shard(
         windows = [mixture[index] for index in indices[start : start + _BATCH]]
         ids = {"input_ids": torch.from_numpy(np.stack([window.input_ids for window in windows])).to(device)}
         if windows[0].position_ids is not None:
-            ids["position_ids"] = torch.from_numpy(np.stack([window.position_ids for window in windows])).to(device)
+            positions = [cast(NDArray[np.int64], window.position_ids) for window in windows]
+            ids["position_ids"] = torch.from_numpy(np.stack(positions)).to(device)
         logits = model(**ids, use_cache=False).logits
         gold = torch.from_numpy(np.stack([window.labels[1:] for window in windows])).to(device)
         places = (gold != IGNORED).nonzero()

@@ -7,12 +7,20 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from cptquant.adaptation.held_out import reads_documents_apart
 from cptquant.adaptation.methods import AdaptationMethod
-from cptquant.adaptation.mix_cpt import CausalTraining, Distillation, Looks, TrainingSettings, train_causal
+from cptquant.adaptation.mix_cpt import (
+    CausalTraining,
+    Distillation,
+    Looks,
+    TrainingSettings,
+    train_causal,
+)
 from cptquant.adaptation.teacher import CachedTeacher, LiveTeacher, build_cache, round_to_8_bits_
 from cptquant.core.adaptation import AdaptationReport, AdaptationRequest, TeacherRecord
 from cptquant.core.artifact import digest_json, output_error, write_whole
@@ -23,7 +31,7 @@ from cptquant.core.provenance import Stopwatch
 from cptquant.evaluation.evaluate import evaluate_models
 from cptquant.evaluation.tasks import QuestionSet, read_questions, score_questions, task_measurements
 from cptquant.models.load import LoadedModel, load_any, load_model, quiet_transformers
-from cptquant.models.processes import is_first, tell
+from cptquant.models.processes import check_launcher, is_first, tell
 from cptquant.reports.adaptation import write_adaptation_report
 from cptquant.stages.adapt_align import AlignmentJob, align_stage
 from cptquant.stages.adapt_check import check_adaptation, needs_teacher
@@ -81,13 +89,16 @@ def adapt_stage(
         UserError: anything the caller can change, before compute is spent where that can be known; or training that
             ended in a number that is none.
     """
-    watch = Stopwatch()
+    watch, progress = Stopwatch(), progress if is_first() else ignore_progress
     method = check_adaptation(request)
+    check_launcher("cptquant adapt", "the model would be spread over processes, and it is read and written whole")
     _open_folder(folder, request)
     model = load_model(request.model, trust_remote_code=request.trust_remote_code)
     _check_model(model, request)
     questions = tuple(read_questions(spec, request.task_limit) for spec in request.tasks)
-    job = _Job(folder, request, method, model, read_adaptation_text(model, request, method), questions, progress)
+    asked = [" ".join(answer) for each in questions for question in each.questions for answer in question.answers]
+    text = read_adaptation_text(model, request, method, asked)
+    job = _Job(folder, request, method, model, text, questions, progress)
     if is_first():
         write_whole(folder / _MARK, json.dumps({"model": request.model}).encode())
     finished = tell(_finished(job) if is_first() else None)
@@ -169,6 +180,11 @@ def _check_model(model: LoadedModel, request: AdaptationRequest) -> None:
             f"--teacher-cache {request.teacher_cache} is more than the {layout.vocabulary_size:,} tokens of the "
             "vocabulary; give e.g. 64"
         )
+    if request.keep_documents_apart and not reads_documents_apart(model.module):
+        raise ModelError(
+            f"{request.model} ({layout.architecture}) attends across documents whatever its position_ids say; leave "
+            "out --keep-documents-apart"
+        )
 
 
 def _finished(job: _Job) -> AdaptationReport | None:
@@ -248,7 +264,7 @@ def _write_model(job: _Job, student: PreTrainedModel) -> None:
         return
     target, partial = job.folder / MODEL, job.folder / f"{MODEL}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    written = copy.deepcopy(student).requires_grad_(False).eval()
+    written: Any = copy.deepcopy(student).requires_grad_(False).eval()
     try:
         with quiet_transformers():
             written.to(device="cpu", dtype=getattr(torch, job.model.layout.source_dtype)).save_pretrained(partial)

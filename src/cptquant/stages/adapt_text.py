@@ -51,8 +51,13 @@ class _Reading:
         self.read = len(self.documents)
 
 
-def read_adaptation_text(model: LoadedModel, request: AdaptationRequest, method: AdaptationMethod) -> AdaptationText:
+def read_adaptation_text(
+    model: LoadedModel, request: AdaptationRequest, method: AdaptationMethod, asked: Sequence[str] = ()
+) -> AdaptationText:
     """Read, hold out, clean, tokenise and mix.
+
+    Args:
+        asked: text of questions, which training documents must not hold either.
 
     Raises:
         DataError: unusable text, too little of it, or too much asked of it.
@@ -64,7 +69,7 @@ def read_adaptation_text(model: LoadedModel, request: AdaptationRequest, method:
     preferences = read_records(request.preferences, "--preferences", preferences=True) if request.preferences else ()
     readings = _read_sources(request, method, instructions, preferences, notes)
     held_out = {name: text for name in ("domain", "general") if (text := _held_out(name, model, request, readings))}
-    evaluation = [document.text for texts in held_out.values() for document in texts[1]]
+    evaluation = [*asked, *(document.text for texts in held_out.values() for document in texts[1])]
     cleaner = OverlapFilter(evaluation, share=request.overlap)
     for reading in readings.values():
         cleaned = cleaner.clean(reading.documents)

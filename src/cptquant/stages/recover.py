@@ -85,7 +85,7 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
     """
     if request.method in BLOCK_BY_BLOCK:
         return recover_blocks_stage(run, parent, request, training_text(run, request))
-    check_launcher()
+    check_launcher("cptquant recover", "latent weights would be spread over processes")
     material = _material(run, parent, request)
     method = end_to_end(request)
     inputs = {
@@ -143,7 +143,7 @@ def guard_measure(request: RecoveryRequest, task: Task) -> str | None:
 
 def follow_training(run: Run, parent: Parent, request: RecoveryRequest) -> None:
     """What processes beside the first do: train along where the first one says so; they write nothing."""
-    check_launcher()
+    check_launcher("cptquant recover", "latent weights would be spread over processes")
     tell(None)
     task = tell(None)
     if task is not None:
