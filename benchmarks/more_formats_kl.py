@@ -42,11 +42,11 @@ from cptquant.core.artifact import digest_json
 from cptquant.core.budget import Budget
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import Site
-from cptquant.evaluation.estimates import cluster_by_document, estimate_ratio
 from cptquant.evaluation.lockstep import run_blocks
 from cptquant.evaluation.scored_text import prepare_text
 from cptquant.evaluation.scores import collect_scores
 from cptquant.models.arithmetic import coarse_products
+from cptquant.models.estimates import cluster_by_document, estimate_ratio
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, site_modules, write_weight_
 from cptquant.models.text import TokenSet

@@ -24,7 +24,7 @@ from cptquant.allocation.choices import build_problem
 from cptquant.allocation.swaps import SwapSearch
 from cptquant.core.formats import QuantFormat
 from cptquant.core.plan import Plan
-from cptquant.evaluation.estimates import cluster_by_document, estimate_ratio
+from cptquant.models.estimates import cluster_by_document, estimate_ratio
 from cptquant.quantizers.methods import find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
 from cptquant.sensitivity.plan_loss import PlanLoss

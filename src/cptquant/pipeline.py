@@ -15,6 +15,7 @@ from cptquant.core.engine_memory import find_context
 from cptquant.core.errors import ArtifactError
 from cptquant.core.evaluation import EvaluationReport
 from cptquant.core.forecast import PtqForecast
+from cptquant.core.joint import FLOAT_BITS, JointPlan, JointPoint
 from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.core.progress import Progress, ignore_progress
@@ -22,13 +23,15 @@ from cptquant.core.recovery import RecoveryRequest
 from cptquant.core.settings import RunSettings
 from cptquant.core.targets import find_target
 from cptquant.exporters.export import find_exporter
-from cptquant.recovery.processes import is_first
+from cptquant.models.processes import is_first
 from cptquant.reports.html import render_report
 from cptquant.stages.allocate import baseline_plans, check_plan, needs_table, unrefined_plan
 from cptquant.stages.check import check_choices, check_target
 from cptquant.stages.evaluate import evaluate_any, evaluate_stage, guard_stage
 from cptquant.stages.export import ENGINE_TARGETS, export_stage, retarget
 from cptquant.stages.inspect import inspect_stage
+from cptquant.stages.joint_plan import PlanRequest, save_plan
+from cptquant.stages.joint_run import adapt_point, judge_point, validation_text
 from cptquant.stages.measure import measure_stage
 from cptquant.stages.own_text import settle_own_text
 from cptquant.stages.predict import forecast_stage
@@ -242,3 +245,37 @@ def evaluate_folder(
     """
     settings = RunSettings.model_validate({"model": folder, **choices})
     return evaluate_any(settings, original, progress)
+
+
+def run_plan(
+    request: PlanRequest, plan: JointPlan, neighbours: int, progress: Progress = ignore_progress
+) -> JointPlan:  # fmt: skip
+    """Carry out the recommended point of a joint plan and some of its neighbours: adapt, quantize, measure.
+
+    Each gets a folder in the plan's, with the adapted model and a run of `quantize_model`; joint_plan.json and its page
+    then hold what was measured beside what was predicted. Finished points are not made again.
+
+    Raises:
+        UserError: as `quantize_model`; a text that would be repeated too often.
+    """
+    allowed = [point for point in plan.neighbours if point.tokens >= 1]
+    for point in (plan.best, *allowed[:neighbours]):
+        adapted = adapt_point(request, plan, point)
+        progress(f"{point.label}: adapted", 1, 1)
+        checkpoint, size_bytes = adapted.model, point.size_bytes
+        if point.bits < FLOAT_BITS:
+            result = quantize_model(
+                str(adapted.model), _point_budget(point), adapted.folder / "quantized", progress, allocator="uniform",
+                formats=(point.format,), target=plan.target, calibration=str(adapted.calibration),
+                eval_text=validation_text(request, plan), baselines=(), predict=False, seed=request.seed,
+            )  # fmt: skip
+            checkpoint, size_bytes = result.checkpoint, result.plan.size_bytes
+        measured = judge_point(request, plan, point, adapted, checkpoint, size_bytes)
+        others = tuple(found for found in plan.measured if found.label != point.label)
+        plan = plan.model_copy(update={"measured": (*others, measured)})
+        save_plan(plan, request.output)
+    return plan
+
+
+def _point_budget(point: JointPoint) -> str:
+    return f"{point.size_bytes}B"

@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +49,25 @@ def test_law_tutorial_runs(cptquant: Callable, tmp_path: Path, monkeypatch: pyte
         assert outcome.code == 0, (command, outcome.err)
     for page in ("laws/code/report.html", "laws/code/optimum.html", "scarce.html", "compute.html"):
         assert "<svg" in (tmp_path / page).read_text(), page
+
+
+def test_adaptation_tutorial_runs(cptquant: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents by the shell, the plan from its block, then every command."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(REPOSITORY / "docs")
+    page = (REPOSITORY / "docs/adaptation-tutorial.md").read_text()
+    shell, plan = (re.findall(rf"```{kind}\n(.*?)```", page, re.S) for kind in ("sh", "yaml"))
+    subprocess.run(["sh", "-ec", shell[0]], check=True)
+    (tmp_path / "plan.yaml").write_text(plan[0])
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines() if line]
+    assert len(commands) == 6
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "cptquant"
+        outcome = cptquant(*arguments)
+        assert outcome.code == 0, (command, outcome.err)
+    assert outcome.out.startswith("The plan is")
+    assert "<svg" in (tmp_path / "decision/joint_plan.html").read_text()
 
 
 def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@ import torch
 
 from cptquant.core.evaluation import Measurement
 from cptquant.evaluation.classification import classification_measurements, mcnemar
-from cptquant.evaluation.estimates import Clusters
+from cptquant.models.estimates import Clusters
 
 
 def outcomes(both: int, original_only: int, subject_only: int, neither: int) -> tuple[torch.Tensor, torch.Tensor]:

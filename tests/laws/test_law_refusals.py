@@ -9,7 +9,7 @@ from cptquant.core.errors import UserError
 from cptquant.core.laws import Interval, LawFit, OptimumStatus
 from cptquant.laws.fit_law import FitOptions, fit_law
 from cptquant.laws.methods import FORMS
-from cptquant.laws.observations import Observations
+from cptquant.laws.observations import Observations, read_observations
 from cptquant.laws.optimum import best_ratio_for_domain_tokens, best_ratio_under_limit, best_size_for_flops
 from cptquant.laws.simulate import to_csv
 from laws.outcomes import refused
@@ -81,7 +81,7 @@ def test_general_base(cptquant: Callable, laws: Path, base: str) -> None:
     [
         ("dcpt", ("--flops", "1e21", "--r", "0"),
          ("--flops 1e+21: the lowest loss of law dcpt at domain share 0 lies at N = ", "which no run can have",
-          "(N 1e4 to 1e14, D 1e5 to 1e17)", "give --flops and --r nearer")),
+          "(N 1e4 to 1e14, D 1e4 to 1e17)", "give --flops and --r nearer")),
         ("chinchilla", USE_1, ("--max-general-increase needs a law with the mixture ratio r; law chinchilla",
                                "has none: fit one that does, e.g. cptquant law fit dcpt RUNS.csv")),
         ("chinchilla", USE_2, ("--domain-tokens needs a law with the mixture ratio r",)),
@@ -103,7 +103,7 @@ def test_optimum(cptquant: Callable, laws: Path, law_name: str, flags: tuple, fr
 @pytest.mark.parametrize(
     ("law_name", "flags", "fragments"),
     [
-        ("dcpt", ("--r", "0.5", "--U", "-5"), ("--U -5 cannot be a number of distinct tokens (1e5 to 1e17)",)),
+        ("dcpt", ("--r", "0.5", "--U", "-5"), ("--U -5 cannot be a number of distinct tokens (1e4 to 1e17)",)),
         ("dcpt", ("--r", "0.5", "--U", "nan"), ("--U nan cannot be a number of distinct tokens",)),
         ("dcpt", ("--r", "0.5", "--U", "1e9"), ("law dcpt has no distinct tokens; leave --U out",)),
         ("chinchilla", ("--r", "0.5"), ("law chinchilla has no mixture ratio; leave --r out",)),
@@ -232,3 +232,13 @@ def test_negative_seeds(cptquant: Callable, runs: Path, command: tuple) -> None:
 def test_a_penalty_without_end(cptquant: Callable, runs: Path) -> None:
     outcome = cptquant("law", "fit", "dcpt", runs, "--penalty", "inf", "--output", runs.parent / "x")
     assert outcome.code == 2 and "'--penalty'" in outcome.err and "less than or equal to 1000000000" in outcome.err
+
+
+def test_distinct_tokens_are_zero_before_training_only(tmp_path: Path) -> None:
+    rows = "N,D,U,nll\n1e6,0,0,5\n1e6,1e6,{},4\n1e6,2e6,1e6,3.5\n"
+    path = tmp_path / "runs.csv"
+    path.write_text(rows.format("1e6"))
+    assert len(read_observations(path)) == 2
+    path.write_text(rows.format("0"))
+    with pytest.raises(UserError, match=r"runs\.csv line 3: U = 0; U must be above zero"):
+        read_observations(path)

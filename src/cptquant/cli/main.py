@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from cptquant.cli import (
+    adapt,
     allocate,
     bench,
     diff,
@@ -23,10 +24,12 @@ from cptquant.cli import (
     inspect,
     law,
     measure,
+    plan,
     predict,
     quantize,
     recover,
     report,
+    sweep,
     targets,
     what_if,
 )
@@ -59,8 +62,9 @@ def _root(
 ) -> None: ...
 
 
-for command in (quantize.quantize, recover.recover, inspect.inspect, measure.measure, allocate.allocate,
-                predict.predict, frontier.frontier, explain.explain, what_if.what_if, diff.diff,
+for command in (quantize.quantize, recover.recover, adapt.adapt, sweep.sweep, plan.plan, inspect.inspect,
+                measure.measure, allocate.allocate, predict.predict, frontier.frontier, explain.explain,
+                what_if.what_if, diff.diff,
                 evaluate.evaluate, report.report, targets.targets, export.export, bench.bench,
                 generate.generate):  # fmt: skip
     app.command()(command)

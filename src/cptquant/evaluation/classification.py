@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from cptquant.core.evaluation import Measurement
-from cptquant.evaluation.estimates import Clusters, estimate_mean
+from cptquant.models.estimates import Clusters, estimate_mean
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from cptquant.core.evaluation import Measurement
-from cptquant.evaluation.estimates import Clusters, estimate_ratio
+from cptquant.models.estimates import Clusters, estimate_ratio
 
 
 def divergence_measurements(

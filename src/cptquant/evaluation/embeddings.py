@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cptquant.core.evaluation import Measurement
-from cptquant.evaluation.estimates import Clusters, estimate_mean
+from cptquant.models.estimates import Clusters, estimate_mean
 
 LOW_QUANTILE = 0.01
 """Reported beside the mean and the minimum: a mean hides the few sentences that break."""

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from cptquant.core.engine_export import KL_BOUND_NATS, EngineComparison
 from cptquant.core.layout import ModelLayout
-from cptquant.evaluation.estimates import estimate_ratio
 from cptquant.evaluation.lockstep import LANGUAGE_TASKS, Piece, pieces, run_blocks
 from cptquant.evaluation.scored_text import ScoredText
+from cptquant.models.estimates import estimate_ratio
 from cptquant.models.load import LoadedModel
 from cptquant.models.losses import cosine_distance, pooled_embedding, sequence_kl
 from cptquant.models.stream import ModelStream, WeightSource

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cptquant.core.evaluation import Measurement
-from cptquant.evaluation.estimates import Clusters, Estimate, estimate_ratio
+from cptquant.models.estimates import Clusters, Estimate, estimate_ratio
 
 
 def perplexity_measurements(

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cptquant.core.errors import DataError, ModelError
 from cptquant.core.layout import ModelLayout, Task
-from cptquant.evaluation.estimates import Clusters, cluster_by_document
 from cptquant.evaluation.perplexity import token_bytes
+from cptquant.models.estimates import Clusters, cluster_by_document
 from cptquant.models.load import LoadedModel
 from cptquant.models.losses import IGNORED, mask_tokens, scored_targets
 from cptquant.models.text import TokenSet

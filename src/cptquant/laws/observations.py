@@ -31,7 +31,7 @@ UNITS: dict[str, dict[str, float]] = {
 QUANTITIES = ("N", "D", "r", "U", *LOSSES, *(f"{name}_stderr" for name in LOSSES), "run", "domain")
 """Everything that is read from a CSV, by its default column name."""
 _COUNTS = {"N": "parameters", "D": "tokens", "U": "tokens"}
-_PLAUSIBLE = {"N": (1e4, 1e14), "D": (1e5, 1e17), "U": (1e5, 1e17)}
+_PLAUSIBLE = {"N": (1e4, 1e14), "D": (1e4, 1e17), "U": (1e4, 1e17)}
 LARGEST_NLL = 14.0
 """Nats per token: a little above ln 1,000,000, a uniform guess over the largest vocabularies."""
 
@@ -175,7 +175,7 @@ class _Table:
         ratio = self._ratios() if self._column("r") in self.header else None
         if ratio is None and "nll" not in losses:
             raise self._missing("r")
-        unique = self._counts("U", zero_allowed=False) if self._find_count("U") else None
+        unique = self._unique(tokens) if self._find_count("U") else None
         domain = self._domains()
         runs = self._runs(size, ratio, domain)
         trained = tokens > 0
@@ -249,6 +249,15 @@ class _Table:
             if not low <= value * factor <= high:
                 raise self._implausible(quantity, column, unit, line, float(value))
         return values * factor
+
+    def _unique(self, tokens: Array) -> Array:
+        """Distinct tokens; 0 only before training."""
+        values = self._counts("U", zero_allowed=True)
+        column, unit = self._find_count("U") or ("U", "")
+        for (line, _), value, trained in zip(self.rows, values, tokens, strict=True):
+            if value == 0 and trained > 0:
+                raise self._implausible("U", column, unit, line, 0.0)
+        return values
 
     def _implausible(self, quantity: str, column: str, unit: str, line: int, value: float) -> DataError:
         low, high = _PLAUSIBLE[quantity]

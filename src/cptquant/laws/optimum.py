@@ -48,15 +48,20 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class _Stack:
-    """Fit and draws of one loss: row 0 is the fit."""
+class FitStack:
+    """Fit and draws of one loss: row 0 is the fit.
+
+    Attributes:
+        theta: (1 + B, P), internal.
+    """
 
     fit: LossFit
     form: Form
-    theta: Array  # (1 + B, P)
+    theta: Array
 
     @classmethod
-    def of(cls, fit: LossFit) -> "_Stack":
+    def of(cls, fit: LossFit) -> "FitStack":
+        """The stack of a stored fit."""
         form, theta, draws = fitted_theta(fit)
         return cls(fit, form, np.concatenate([theta[None], draws]))
 
@@ -136,7 +141,7 @@ def best_ratio_for_domain_tokens(
         UserError: the law has no domain loss, no ratio or no tokens.
     """
     _require(law, ("r", "D"), "--domain-tokens")
-    domain = _Stack.of(_fit(law, "domain_nll"))
+    domain = FitStack.of(_fit(law, "domain_nll"))
     low, high = _ratio_range(domain.fit)
     low = max(low, 1e-3)
 
@@ -148,7 +153,7 @@ def best_ratio_for_domain_tokens(
     at = best[:, None]
     tokens = domain_tokens / best
     general = law.fits.get("general_nll")
-    general_loss = None if general is None else _Stack.of(general).loss(size, tokens[:, None], at)[:, 0]
+    general_loss = None if general is None else FitStack.of(general).loss(size, tokens[:, None], at)[:, 0]
     step = 1e-4 * (high - low)
     if _outside(law, size, float(tokens[0])):
         status = OptimumStatus.OUTSIDE_DATA
@@ -173,7 +178,7 @@ def best_size_for_flops(
         UserError: the law has no size or no tokens, or its optimum is no size or number of tokens a run can have.
     """
     _require(law, ("N", "D"), "--flops")
-    target = _Stack.of(_fit(law, minimise if minimise in law.fits else next(iter(law.fits))))
+    target = FitStack.of(_fit(law, minimise if minimise in law.fits else next(iter(law.fits))))
     budget = flops / FLOPS_PER_PARAMETER_TOKEN
     share = share_of(target.fit, np.array([ratio]))[0]
     at_edge = False
@@ -187,7 +192,7 @@ def best_size_for_flops(
     tokens = budget / sizes
     losses: dict[str, Interval] = {}
     for name, fit in law.fits.items():
-        values = _Stack.of(fit).loss(sizes[:, None], tokens[:, None], np.full((len(sizes), 1), ratio))[:, 0]
+        values = FitStack.of(fit).loss(sizes[:, None], tokens[:, None], np.full((len(sizes), 1), ratio))[:, 0]
         losses[name] = _spread_positive(values, fit)
     outside = _outside(law, float(sizes[0]), float(tokens[0]))
     status = OptimumStatus.OUTSIDE_DATA if outside else OptimumStatus.INTERIOR
@@ -216,7 +221,7 @@ def closed_form_size(
     return BILLION * factor * (budget / BILLION**2) ** (beta / (alpha + beta))
 
 
-def reference_loss(general: _Stack, size: float, tokens: float, base_loss: float | None) -> Reference:
+def reference_loss(general: FitStack, size: float, tokens: float, base_loss: float | None) -> Reference:
     """The loss an increase is measured against: given, or observed before training, or of a run on general text."""
     count = len(general.theta)
     if base_loss is not None:
@@ -228,8 +233,8 @@ def reference_loss(general: _Stack, size: float, tokens: float, base_loss: float
     return Reference(loss, f"the law's general loss after the same run on general text alone, {loss[0]:.4f}")
 
 
-def _both(law: LawFit) -> tuple[_Stack, _Stack]:
-    return _Stack.of(_fit(law, "domain_nll")), _Stack.of(_fit(law, "general_nll"))
+def _both(law: LawFit) -> tuple[FitStack, FitStack]:
+    return FitStack.of(_fit(law, "domain_nll")), FitStack.of(_fit(law, "general_nll"))
 
 
 def _fit(law: LawFit, name: str) -> LossFit:
@@ -254,7 +259,7 @@ def _require(law: LawFit, letters: tuple[str, ...], use: str) -> None:
                 )
 
 
-def _check_run(target: _Stack, flops: float, ratio: float, size: float, tokens: float) -> None:
+def _check_run(target: FitStack, flops: float, ratio: float, size: float, tokens: float) -> None:
     if LEAST["N"] <= size <= LARGEST["N"] and LEAST["D"] <= tokens <= LARGEST["D"]:
         return
     share = f" at domain share {ratio:g}" if target.form.ratios else ""
@@ -294,7 +299,7 @@ def _choose(excess: Array, loss: Array) -> NDArray[np.intp]:
     return np.where(np.any(feasible, axis=1), best, nearest)
 
 
-def _search_size(target: _Stack, budget: float, ratio: float) -> tuple[Array, bool]:
+def _search_size(target: FitStack, budget: float, ratio: float) -> tuple[Array, bool]:
     """Minimum over ln N by the same refined grid, within a factor of 1,000 of where N = D / 20.
 
     Returns:

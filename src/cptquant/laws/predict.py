@@ -10,7 +10,7 @@ from cptquant.laws.bootstrap import Scatter, interval, new_run_losses
 from cptquant.laws.forms import BILLION, Array, Form, Points
 from cptquant.laws.methods import find_form
 
-LEAST = {"N": 1e4, "D": 1e5, "U": 1e5}
+LEAST = {"N": 1e4, "D": 1e4, "U": 1e4}
 LARGEST = {"N": 1e14, "D": 1e17, "U": 1e17}
 """What can be a number of parameters, of tokens of a run, and of distinct tokens."""
 _NOUNS = {"N": ("parameters", "1.8 billion is --N 1.8e9"), "D": ("tokens", "10 billion is --D 10e9"),

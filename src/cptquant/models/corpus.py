@@ -5,9 +5,7 @@ Accepted: a `.txt` file (one stream of text; for bare encoders one example a lin
 folder written by `datasets.save_to_disk` with the same columns.
 """
 
-import gzip
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,6 +13,7 @@ from typing import Any, Literal, cast
 from cptquant.core.errors import DataError
 from cptquant.core.layout import Task
 from cptquant.models.embedded import embedded_text_path
+from cptquant.models.rows import Row, is_dataset_folder, json_rows
 
 Split = Literal["calibration", "training", "validation", "test"]
 
@@ -62,17 +61,19 @@ class Texts:
 
     Attributes:
         source: file, folder or "embedded text". description: source and part, for reports.
+        spelled: the flag that gives this text, where it is not the split's own.
     """
 
     documents: tuple[Document, ...]
     split: Split
     source: str
     description: str
+    spelled: str = ""
 
     @property
     def flag(self) -> str:
         """The flag that names this text on the command line."""
-        return _FLAGS[self.split]
+        return self.spelled or _FLAGS[self.split]
 
 
 def read_texts(spec: str | Path | None, split: Split, task: Task) -> Texts:
@@ -149,18 +150,8 @@ def _line_end(text: str, position: int) -> int:
 
 
 def _read_lines(path: Path, flag: str) -> Iterator[Document]:
-    opener = gzip.open if path.suffix == ".gz" else open
     rows = _Rows()
-    row = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for row, line in enumerate(file, 1):
-                if line.strip():
-                    yield rows.document(json.loads(line.rstrip()), row, f"{flag} {path}, line {row}")
-    except json.JSONDecodeError as error:
-        raise DataError(f"{flag} {path}, line {row}: not valid JSON ({error.msg} at column {error.colno})") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{flag} {path} cannot be read after line {row} ({error}); {_ACCEPTED}") from None
+    return (rows.document(row) for row in json_rows(path, flag, _ACCEPTED))
 
 
 class _Rows:
@@ -169,10 +160,8 @@ class _Rows:
     def __init__(self) -> None:
         self._clusters: dict[str, int] = {}
 
-    def document(self, value: Any, row: int, where: str) -> Document:
-        if not isinstance(value, Mapping):
-            raise DataError(f'{where}: a JSON {type(value).__name__}, expected an object with "text"')
-        fields = cast(Mapping[str, Any], value)
+    def document(self, row: Row) -> Document:
+        fields, where = row.mapping('"text"'), row.place
         text, label = fields.get("text"), fields.get("label")
         if not isinstance(text, str):
             found = f"text is {text!r}" if "text" in fields else f'no "text" among {sorted(map(str, fields))}'
@@ -180,14 +169,14 @@ class _Rows:
         if label is not None and (isinstance(label, bool) or not isinstance(label, str | int)):
             raise DataError(f"{where}: label is {label!r}, expected a class name or its number")
         name = fields.get("document", fields.get("module"))
-        key = f"row {row}" if name is None else f"document {name}"
-        return Document(text, self._clusters.setdefault(key, len(self._clusters)), row, label)
+        key = f"row {row.number}" if name is None else f"document {name}"
+        return Document(text, self._clusters.setdefault(key, len(self._clusters)), row.number, label)
 
 
 def _read_dataset(path: Path, split: Split) -> tuple[tuple[Document, ...], bool]:
     """Rows of a `datasets` folder, and whether it had a split of this name."""
     flag = _FLAGS[split]
-    if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+    if not is_dataset_folder(path):
         raise DataError(f"{flag} {path} is a folder, but not one that datasets.save_to_disk wrote; {_ACCEPTED}")
     try:
         import datasets  # optional
@@ -216,7 +205,7 @@ def _dataset_rows(table: Iterable[dict[str, Any]], names: list[str] | None, wher
     for row, fields in enumerate(table, 1):
         if names is not None and fields.get("label") is not None:
             fields = {**fields, "label": names[fields["label"]]}
-        yield rows.document(fields, row, f"{where}, row {row}")
+        yield rows.document(Row(fields, row, f"{where}, row {row}"))
 
 
 def _check_labels(documents: tuple[Document, ...], task: Task, flag: str, spec: str) -> None:

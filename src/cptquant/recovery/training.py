@@ -5,33 +5,34 @@ parameter, looks at held-out text that choose the iterate, checkpoints that hold
 loss is no number. Weight decay is zero: it would pull latent weights and steps to where no grid is.
 """
 
-import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from cptquant.core.artifact import output_error
-from cptquant.core.written_files import digest_folder, list_damage
 from cptquant.models.load import quiet_transformers
+from cptquant.models.processes import process_count
+from cptquant.models.training_checkpoints import (
+    Diverged,
+    check_finite_step,
+    disk_errors,
+    last_whole,
+    mark_whole,
+    read_mark,
+)
 from cptquant.recovery.grid_optimizer import GridAdam
 from cptquant.recovery.lesson import Lesson
-from cptquant.recovery.processes import process_count
 from cptquant.recovery.student import Student
 
 _MOVED = "moved.safetensors"
 _BEST = "best.safetensors"
-_PROGRESS = "progress.json"
-"""Written last into a checkpoint: without it, it is not whole."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,6 @@ class TrainingText:
     held_out: SequenceData
 
 
-class Diverged(Exception):
-    """The loss or a gradient is no number any more."""
-
-
 def train_student(
     student: Student,
     lesson: Lesson,
@@ -148,17 +145,12 @@ def train_student(
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(keeper)
-        resumed = _last_whole(folder)
+        resumed = last_whole(folder)
         try:
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+            with disk_errors(folder):
+                trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         except Diverged as error:
             keeper.training.stopped = str(error)
-        except (OSError, SafetensorError) as error:
-            raise output_error(folder, error) from None
-        except RuntimeError as error:
-            if "PytorchStreamWriter" not in str(error):  # how torch.save says that the disk is full
-                raise
-            raise output_error(folder, OSError(str(error))) from None
     student.restore_(keeper.training.best)
     student.round_others_()
     return keeper.training
@@ -267,14 +259,7 @@ class _Keeper(TrainerCallback):
         Raises:
             Diverged: with the step.
         """
-        what = "" if bool(torch.isfinite(loss)) else f"the loss is {float(loss)}"
-        if not what:
-            for name, parameter in self._student.trainable():
-                if parameter.grad is not None and not bool(torch.isfinite(parameter.grad.sum())):
-                    what = f"the gradient of {name} is not finite"
-                    break
-        if what:
-            raise Diverged(f"training stopped at step {step} of {self.schedule.steps}: {what}")
+        check_finite_step(loss, self._student.trainable(), step, self.schedule.steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The start is the first iterate."""
@@ -301,16 +286,12 @@ class _Keeper(TrainerCallback):
             "looks": [asdict(look) for look in self.training.looks],
             "best_step": self.training.best_step,
             "losses": [float(loss) for loss in self.losses],
-            # other processes write their generators' states when they get there
-            "files": {k: v for k, v in digest_folder(folder).items() if not k.startswith("rng_state_")},
         }
-        partial = folder / (_PROGRESS + ".partial")
-        partial.write_text(json.dumps(state), encoding="utf-8")
-        partial.replace(folder / _PROGRESS)
+        mark_whole(folder, state)
 
     def resume(self, folder: Path) -> None:
         """Go on from what `save` left."""
-        state = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+        state = read_mark(folder)
         self.training.looks = [Look(**look) for look in state["looks"]]
         self.training.best_step = state["best_step"]
         self.training.best = load_file(folder / _BEST)
@@ -342,22 +323,3 @@ def mean_loss(lesson: Lesson, data: SequenceData, batch_sequences: int) -> float
         rows = len(batch["input_ids"])
         total += rows * float(lesson(**{name: column.to(device) for name, column in batch.items()})["loss"])
     return total / len(data)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether every recorded file is what was written, by its digest."""
-    try:
-        wanted = dict(json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))["files"])
-        return not list_damage(folder, wanted, {})
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _last_whole(folder: Path) -> Path | None:
-    """The latest checkpoint that is whole; later ones, cut short or changed, are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
-        if _is_whole(path):
-            return path
-        shutil.rmtree(path)
-    return None

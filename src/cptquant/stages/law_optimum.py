@@ -99,7 +99,7 @@ def _under_limit(law: LawFit, request: OptimumRequest) -> tuple[Optimum, Optimum
 def _for_domain_tokens(law: LawFit, request: OptimumRequest) -> tuple[Optimum, OptimumPicture]:
     use = "--domain-tokens"
     size, domain_tokens = _need(request.size, "--N", use), _need(request.domain_tokens, use, use)
-    if not 1e5 <= domain_tokens <= 1e17:
+    if not 1e4 <= domain_tokens <= 1e17:
         raise UserError(f"--domain-tokens {domain_tokens:g} cannot be a number of tokens; 5 billion is 5e9")
     answer = best_ratio_for_domain_tokens(law, size, domain_tokens)
     ratios = _ratio_axis(law)

@@ -12,11 +12,11 @@ from cptquant.core.layout import ModelLayout, Task
 from cptquant.core.recovery import LOSSES, RecoveryLook, RecoveryRecord, RecoveryRequest
 from cptquant.models.arithmetic import describe_arithmetic
 from cptquant.models.load import LoadedModel, load_model
+from cptquant.models.processes import check_launcher, process_count, tell
 from cptquant.models.text import TokenSet, load_tokens
 from cptquant.packing.shards import ShardFolder
 from cptquant.recovery.end_to_end import EndToEnd, Material, Recovered, fit_steps, run_end_to_end, split_text
 from cptquant.recovery.methods import BLOCK_BY_BLOCK, END_TO_END, METHODS, block_by_block, end_to_end
-from cptquant.recovery.processes import check_launcher, process_count, tell
 from cptquant.recovery.student import frozen_sites
 from cptquant.stages.check import check_seed
 from cptquant.stages.own_text import with_own_text
@@ -85,7 +85,7 @@ def recover_stage(run: Run, parent: Parent, request: RecoveryRequest) -> Variant
     """
     if request.method in BLOCK_BY_BLOCK:
         return recover_blocks_stage(run, parent, request, training_text(run, request))
-    check_launcher()
+    check_launcher("cptquant recover", "latent weights would be spread over processes")
     material = _material(run, parent, request)
     method = end_to_end(request)
     inputs = {
@@ -143,7 +143,7 @@ def guard_measure(request: RecoveryRequest, task: Task) -> str | None:
 
 def follow_training(run: Run, parent: Parent, request: RecoveryRequest) -> None:
     """What processes beside the first do: train along where the first one says so; they write nothing."""
-    check_launcher()
+    check_launcher("cptquant recover", "latent weights would be spread over processes")
     tell(None)
     task = tell(None)
     if task is not None:

@@ -16,8 +16,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def check_launcher() -> None:
+def check_launcher(command: str, reason: str) -> None:
     """Refuse kinds of training that the launcher asks for and that are not done here.
+
+    Args:
+        command: which does not do them. reason: why not.
 
     Raises:
         UserError: with the variable that asks.
@@ -29,8 +32,8 @@ def check_launcher() -> None:
     ):
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
             raise UserError(
-                f"{variable} asks for {what}, which cptquant recover does not do: latent weights would be spread over "
-                "processes; launch it data parallel (torchrun, or accelerate launch with --multi_gpu or --multi_cpu)"
+                f"{variable} asks for {what}, which {command} does not do: {reason}; launch it data parallel "
+                "(torchrun, or accelerate launch with --multi_gpu or --multi_cpu)"
             )
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cptquant.evaluation.estimates import Clusters, cluster_by_document, estimate_mean, estimate_ratio
+from cptquant.models.estimates import Clusters, cluster_by_document, estimate_mean, estimate_ratio
 
 
 def ten_documents(sequences: int = 60, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

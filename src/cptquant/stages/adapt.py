@@ -1,0 +1,333 @@
+"""A model and texts -> a model adapted to a domain, with what it cost the rest (adaptation.json, model/)."""
+
+import copy
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from cptquant.adaptation.held_out import reads_documents_apart
+from cptquant.adaptation.methods import AdaptationMethod
+from cptquant.adaptation.mix_cpt import (
+    CausalTraining,
+    Distillation,
+    Looks,
+    TrainingSettings,
+    train_causal,
+)
+from cptquant.adaptation.teacher import CachedTeacher, LiveTeacher, build_cache, round_to_8_bits_
+from cptquant.core.adaptation import AdaptationReport, AdaptationRequest, TeacherRecord
+from cptquant.core.artifact import digest_json, output_error, write_whole
+from cptquant.core.errors import DataError, ModelError, OutputError, UserError
+from cptquant.core.evaluation import Measurement
+from cptquant.core.progress import Progress, ignore_progress
+from cptquant.core.provenance import Stopwatch
+from cptquant.evaluation.evaluate import evaluate_models
+from cptquant.evaluation.tasks import QuestionSet, read_questions, score_questions, task_measurements
+from cptquant.models.load import LoadedModel, load_any, load_model, quiet_transformers
+from cptquant.models.processes import check_launcher, is_first, tell
+from cptquant.reports.adaptation import write_adaptation_report
+from cptquant.stages.adapt_align import AlignmentJob, align_stage
+from cptquant.stages.adapt_check import check_adaptation, needs_teacher
+from cptquant.stages.adapt_text import AdaptationText, read_adaptation_text
+
+RECORD, MODEL, REPORT = "adaptation.json", "model", "report.html"
+_MARK = "adaptation-of.json"
+"""Which model's run the folder holds, from its beginning on."""
+_COMPARED = ("nll_nats_per_token", "nll_increase_nats_per_token", "perplexity", "bits_per_byte", "kl_nats_per_token")
+
+
+@dataclass
+class _Job:
+    """An adaptation on its way."""
+
+    folder: Path
+    request: AdaptationRequest
+    method: AdaptationMethod
+    model: LoadedModel
+    text: AdaptationText
+    questions: tuple[QuestionSet, ...]
+    progress: Progress
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """Everything the result depends on."""
+        return {
+            "request": self.request.model_dump_json(),
+            "model": self.model.layout.source_digest,
+            "mixture": self.text.mixture.digest,
+            **{f"held-out {name}": tokens.digest for name, tokens in self.text.held_out.items()},
+        }
+
+    @property
+    def alignment(self) -> AlignmentJob:
+        """The part of it that is stage 2."""
+        tokenizer, text = self.model.require_tokenizer(), self.text
+        return AlignmentJob(self.request, tokenizer, text.instructions, text.preferences, self.folder)
+
+    @property
+    def work(self) -> Path:
+        """Checkpoints of this request."""
+        return self.folder / "work" / digest_json(self.inputs)[:16]
+
+
+def adapt_stage(
+    request: AdaptationRequest, folder: Path, progress: Progress = ignore_progress
+) -> AdaptationReport | None:
+    """Adapt a causal language model; goes on where a killed call of the same request stopped.
+
+    Returns:
+        None in every process but the first, where several train together.
+
+    Raises:
+        UserError: anything the caller can change, before compute is spent where that can be known; or training that
+            ended in a number that is none.
+    """
+    watch, progress = Stopwatch(), progress if is_first() else ignore_progress
+    method = check_adaptation(request)
+    check_launcher("cptquant adapt", "the model would be spread over processes, and it is read and written whole")
+    _open_folder(folder, request)
+    model = load_model(request.model, trust_remote_code=request.trust_remote_code)
+    _check_model(model, request)
+    questions = tuple(read_questions(spec, request.task_limit) for spec in request.tasks)
+    asked = [" ".join(answer) for each in questions for question in each.questions for answer in question.answers]
+    text = read_adaptation_text(model, request, method, asked)
+    job = _Job(folder, request, method, model, text, questions, progress)
+    if is_first():
+        write_whole(folder / _MARK, json.dumps({"model": request.model}).encode())
+    finished = tell(_finished(job) if is_first() else None)
+    if finished is not None:
+        return finished if is_first() else None
+    for note in job.text.notes:
+        progress(note, 1, 1)
+    distillation, record = _teacher(job)
+    student = load_model(request.model, trust_remote_code=request.trust_remote_code).module
+    training = train_causal(
+        student.float().requires_grad_(True), job.text.mixture, job.work / "training", training_settings(request),
+        distillation=distillation, looks=Looks(job.text.held_out), progress=progress,
+    )  # fmt: skip
+    if training.stopped:
+        raise UserError(_diverged(training, job))
+    _write_model(job, student)
+    measured = _measure(job, "adapted") if is_first() else []
+    template, alignment = align_stage(job.alignment, student, progress)
+    if alignment:
+        _write_model(job, student)
+        measured += _measure(job, "aligned") if is_first() else []
+    if not is_first():
+        return None
+    options = {**_options(job, training), **({"chat template": template} if alignment else {})}
+    report = _report(job, training, record, watch).model_copy(
+        update={"measurements": tuple(measured), "alignment": alignment, "options": options}
+    )
+    report.save(folder / RECORD)
+    write_adaptation_report(folder / REPORT, report)
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    return report
+
+
+def training_settings(request: AdaptationRequest) -> TrainingSettings:
+    """The part of a request that stage 1 needs."""
+    return TrainingSettings(
+        batch_windows=request.batch, learning_rate=request.learning_rate, schedule=request.schedule,
+        warm_up=request.warm_up, anneal=request.anneal, weight_decay=request.weight_decay,
+        micro_batch=request.micro_batch, looks=request.looks, bf16=request.bf16,
+        gradient_checkpointing=request.gradient_checkpointing, seed=request.seed,
+    )  # fmt: skip
+
+
+def _open_folder(folder: Path, request: AdaptationRequest) -> None:
+    mark = folder / _MARK
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"--output {folder} is a file; choose a folder")
+    if mark.is_file():
+        try:
+            before = json.loads(mark.read_text(encoding="utf-8"))["model"]
+        except (OSError, ValueError, KeyError, TypeError):
+            before = request.model
+        if before != request.model:
+            raise OutputError(
+                f"--output {folder} holds an adaptation of {before!r}, not of {request.model!r}; choose another folder "
+                "or remove it"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise OutputError(f"--output {folder} is not empty and holds no adaptation; choose an empty folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(folder, error) from None
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"--output {folder} is not writable; choose another folder")
+
+
+def _check_model(model: LoadedModel, request: AdaptationRequest) -> None:
+    layout = model.layout
+    if layout.task != "causal_lm":
+        raise ModelError(f"{request.model} is for {layout.task}; cptquant adapt trains causal language models")
+    if layout.max_positions is not None and request.window > layout.max_positions:
+        raise DataError(
+            f"--window {request.window} is longer than the {layout.max_positions} positions of {request.model}; give "
+            "at most as many"
+        )
+    if request.teacher_cache > layout.vocabulary_size:
+        raise UserError(
+            f"--teacher-cache {request.teacher_cache} is more than the {layout.vocabulary_size:,} tokens of the "
+            "vocabulary; give e.g. 64"
+        )
+    if request.keep_documents_apart and not reads_documents_apart(model.module):
+        raise ModelError(
+            f"{request.model} ({layout.architecture}) attends across documents whatever its position_ids say; leave "
+            "out --keep-documents-apart"
+        )
+
+
+def _finished(job: _Job) -> AdaptationReport | None:
+    """What stands already, if it was made from the same inputs and its model is whole."""
+    path = job.folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        found = AdaptationReport.load(path)
+    except UserError:
+        return None
+    whole = found.inputs == job.inputs and (job.folder / MODEL / "config.json").is_file()
+    return found if whole else None
+
+
+def _teacher(job: _Job) -> tuple[Distillation | None, TeacherRecord | None]:
+    request = job.request
+    if not needs_teacher(request, job.method):
+        return None, None
+    shape = job.method.shape(request.distil_weight, request.temperature)
+    if not request.teacher_cache:
+        teacher = LiveTeacher(_teacher_model(job).module, "live, 8 bits" if request.teacher_bits == 8 else "live")
+        return Distillation(teacher, shape), TeacherRecord(kind=teacher.kind, seconds=0, share=0)
+    folder = job.folder / "teacher"
+    if is_first():
+        loaded = _teacher_model(job)
+        build_cache(
+            loaded.module, job.text.mixture, shape, request.teacher_cache, folder, progress=job.progress,
+            teacher_digest=f"{loaded.layout.source_digest} {request.teacher_bits} bits",
+        )  # fmt: skip
+        del loaded  # the cache replaces it
+    tell(True)
+    cache = CachedTeacher(folder, job.text.mixture)
+    record = TeacherRecord(
+        kind=cache.kind,
+        seconds=cache.seconds,
+        share=0,
+        discarded_mass=cache.discarded_mass,
+        cache_bytes=cache.size_bytes,
+    )
+    return Distillation(cache, shape), record
+
+
+def _teacher_model(job: _Job) -> LoadedModel:
+    request, layout = job.request, job.model.layout
+    source = request.teacher or request.model
+    teacher = load_model(source, trust_remote_code=request.trust_remote_code)
+    if teacher.layout.task != layout.task:
+        raise ModelError(f"--teacher {source} is for {teacher.layout.task}, {request.model} is for {layout.task}")
+    if teacher.layout.vocabulary_size != layout.vocabulary_size:
+        raise ModelError(
+            f"--teacher {source} knows {teacher.layout.vocabulary_size:,} tokens, {request.model} "
+            f"{layout.vocabulary_size:,}; give a teacher with the same tokenizer"
+        )
+    own, others = job.model.require_tokenizer().get_vocab(), teacher.require_tokenizer().get_vocab()
+    if own != others:
+        raise ModelError(
+            f"--teacher {source} numbers its tokens in another way than {request.model}; give a teacher with the same "
+            "tokenizer"
+        )
+    if not torch.cuda.is_available():
+        teacher.module.float()
+    if request.teacher_bits == 8:
+        round_to_8_bits_(teacher.module, teacher.layout)
+    return teacher
+
+
+def _diverged(training: CausalTraining, job: _Job) -> str:
+    kept = job.work / "training" / f"checkpoint-{training.done}"
+    where = f"the weights of step {training.done} are kept in {kept}" if training.done else "no checkpoint was reached"
+    return f"{training.stopped}; {where}; lower --learning-rate {job.request.learning_rate:g} and run again"
+
+
+def _write_model(job: _Job, student: PreTrainedModel) -> None:
+    """model/: the weights in their original dtype, with the tokenizer; the student stays as it is."""
+    if not is_first():
+        return
+    target, partial = job.folder / MODEL, job.folder / f"{MODEL}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    written: Any = copy.deepcopy(student).requires_grad_(False).eval()
+    try:
+        with quiet_transformers():
+            written.to(device="cpu", dtype=getattr(torch, job.model.layout.source_dtype)).save_pretrained(partial)
+            job.model.require_tokenizer().save_pretrained(str(partial))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.replace(target)
+    except OSError as error:
+        raise output_error(target, error) from None
+
+
+def _report(job: _Job, training: CausalTraining, teacher: TeacherRecord | None, watch: Stopwatch) -> AdaptationReport:
+    request, seconds = job.request, training.seconds
+    if teacher is not None:
+        live = teacher.discarded_mass is None
+        seconds += 0 if live else teacher.seconds
+        spent = training.teacher_seconds if live else teacher.seconds
+        teacher = teacher.model_copy(update={"seconds": spent, "share": spent / seconds if seconds else 0.0})
+    return AdaptationReport(
+        request=request,
+        sources=job.text.sources,
+        steps=training.done,
+        tokens=training.done * request.batch * request.window,
+        looks=tuple(training.looks),
+        teacher=teacher,
+        notes=job.text.notes,
+        training_seconds=seconds,
+        inputs=job.inputs,
+        provenance=watch.provenance(seed=request.seed, threads=torch.get_num_threads()),
+    )
+
+
+def _measure(job: _Job, subject: str) -> list[Measurement]:
+    """Held-out texts and questions, by the ruler of every other verb; the model is read back from disk.
+
+    The original is measured beside it, and told once.
+    """
+    changed = load_any(job.folder / MODEL, trust_remote_code=job.request.trust_remote_code)
+    found: list[Measurement] = []
+    for name, tokens in job.text.held_out.items():
+        measured = evaluate_models(job.model, changed, tokens, subject=subject, progress=job.progress)
+        kept = [each for each in measured if each.name in _COMPARED]
+        found += [each.model_copy(update={"name": f"{name}_{each.name}"}) for each in kept]
+    tokenizer = job.model.require_tokenizer()
+    models = {"original": copy.deepcopy(job.model.module).float(), subject: changed.module.float()}
+    for done, questions in enumerate(job.questions, 1):
+        scores = {who: score_questions(module, tokenizer, questions) for who, module in models.items()}
+        found += task_measurements(questions.name, scores)
+        job.progress("tasks", done, len(job.questions))
+    return [each for each in found if subject == "adapted" or each.subject == subject]
+
+
+def _options(job: _Job, training: CausalTraining) -> dict[str, str]:
+    request, shape = job.request, job.method.shape(job.request.distil_weight, job.request.temperature)
+    anneal = f", then a line to a tenth over the last {request.anneal:.0%}" if request.schedule == "constant" else ""
+    teacher = "none" if not shape.weight else (request.teacher or "the model itself, frozen")
+    return {
+        "method": f"{request.method}: {job.method.sentence}",
+        "loss": f"{1 - shape.weight:g} cross entropy"
+        + (f" + {shape.weight:g} T² KL, T = {shape.temperature:g}" if shape.weight else ""),
+        "target": "none" if not shape.weight else "teacher's, gold and maximum swapped" if shape.swap else "teacher's",
+        "teacher": teacher,
+        "steps": f"{training.steps} of {request.batch} windows of {request.window} tokens",
+        "rate": f"{request.learning_rate:g}, {request.schedule}{anneal}; warm-up {request.warm_up:.0%}",
+        "documents": "kept apart" if request.keep_documents_apart else "follow each other in a window",
+        "overlap": f"documents with {request.overlap:.0%} of their 13-word sequences in evaluation text left out",
+    }
