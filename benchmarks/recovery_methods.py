@@ -7,7 +7,7 @@ A start is a format for all linear layers of the blocks or a budget for the knap
 embedding and head stay in 16 bits. Training text: 512 windows of 256 tokens of the model's calibration text and 1,024
 that the model writes itself; of block-wise methods 128 of these windows. --data FILE is other text. Figures on test
 text, standard errors by document; CPU seconds of training without writing own text, which are beside them.
-Writes results/recovery.json and, of mixed plans from GPTQ's start, docs/recovery.png; --draw only draws.
+Writes results/recovery.json and, of mixed plans from GPTQ's start, docs/recovery.png; --draw only draws and prints.
 """
 
 import argparse
@@ -47,6 +47,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     if args.draw:
         draw(rows)
+        print_table(rows)
         return
     texts_of: dict[str, Any] = {}
     for start in (Start(m, plan, quantizer) for m in models for plan in args.plans for quantizer in args.starts):
@@ -121,6 +122,28 @@ def draw(rows: list[dict[str, Any]]) -> None:
     figure.legend(named.values(), named.keys(), ncols=len(named), loc="lower center", fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(REPOSITORY / "docs" / "recovery.png", dpi=110)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """NLL's rise and KL of every method, and as parts of GPTQ's, in Markdown."""
+    print("| model, bits of the layers | method | CPU s | perplexity | NLL + | of GPTQ's | KL | of GPTQ's |")
+    print("|---|---|---|---|---|---|---|---|")
+    starts = {(row["model"], row["plan"]): row for row in rows if row["request"].get("method") == "none"}
+    for row in rows:
+        if "bpw" not in row["plan"] or row["start"] != "gptq":
+            continue
+        rise, kl = (row["test"][name] for name in ("nll_increase_nats_per_token", "kl_nats_per_token"))
+        start = starts[row["model"], row["plan"]]["test"]
+        first, first_kl = (start[name]["value"] for name in ("nll_increase_nats_per_token", "kl_nats_per_token"))
+        asked = dict(row["request"])
+        name = " ".join([asked.pop("method", "qat"), *(f"{k} {v}" for k, v in asked.items() if k != "steps")])
+        print(
+            f"| {row['model'].removeprefix('embedded:')}, {row['bits_per_weight_sites']:.2f} "
+            if name == "none" else "| ",
+            f"| {name} | {row.get('training_cpu_seconds', 0):.0f} | {row['test']['perplexity']['value']:.2f} "
+            f"| {rise['value']:.4f} ± {rise['stderr']:.4f} | {rise['value'] / first:.2f} "
+            f"| {kl['value']:.4f} ± {kl['stderr']:.4f} | {kl['value'] / first_kl:.2f} |",
+        )  # fmt: skip
 
 
 def plain(row: dict[str, Any]) -> bool:
