@@ -13,8 +13,8 @@ from cptquant.core.targets import find_target
 BASELINES = ("uniform", "random", "preset")
 _SMALL_MODEL_PARAMETERS = 50_000_000
 OWN_TEXT = {"gptq": 256, "kl-rounding": 768}
-"""Sequences the model writes for its calibration where nothing was asked for (decision 0009): learning then sees each about
-once; of `gptq` as many as the PTQ law and the frontier's prior were fitted with."""
+"""Sequences the model writes for its calibration where nothing was asked for (decision 0009): learning then sees each
+about once; of `gptq` as many as the PTQ law and the frontier's prior were fitted with."""
 
 
 class OwnTextDefault(Frozen):
