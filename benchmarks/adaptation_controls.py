@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=49_152)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--teacher-cache", type=int, default=128, help="0: live")
     parser.add_argument("--looks", type=int, default=4)
     parser.add_argument("--eval-sequences", type=int, default=32)
