@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 from cptquant.core.errors import DataError
 from cptquant.core.layout import Task
 from cptquant.models.embedded import embedded_text_path
-from cptquant.models.rows import Row, is_dataset_folder, json_rows
+from cptquant.models.rows import Row, is_dataset_folder, json_rows, open_dataset
 
 Split = Literal["calibration", "training", "validation", "test"]
 
@@ -178,25 +178,15 @@ def _read_dataset(path: Path, split: Split) -> tuple[tuple[Document, ...], bool]
     flag = _FLAGS[split]
     if not is_dataset_folder(path):
         raise DataError(f"{flag} {path} is a folder, but not one that datasets.save_to_disk wrote; {_ACCEPTED}")
-    try:
-        import datasets  # optional
-    except ImportError:
-        raise DataError(
-            f'{flag} {path} needs the package datasets; install it with: pip install "cptquant[datasets]", or give a '
-            ".txt or .jsonl file"
-        ) from None
-    try:
-        table = datasets.load_from_disk(str(path))
-    except Exception as error:  # noqa: BLE001 - pyarrow and datasets raise many kinds for a damaged folder
-        raise DataError(f"{flag} {path} cannot be read by datasets ({error}); write it again") from None
-    own_split = isinstance(table, datasets.DatasetDict)
-    if isinstance(table, datasets.DatasetDict):
+    table = open_dataset(path, flag)
+    own_split = isinstance(table, dict)
+    if isinstance(table, dict):
         wanted = _DATASET_SPLITS[split]
         if wanted not in table:
             raise DataError(f"{flag} {path} has the splits {', '.join(map(str, table))}, but no {wanted}")
         table = table[wanted]
     label = table.features.get("label")
-    names = label.names if isinstance(label, datasets.ClassLabel) else None
+    names = getattr(label, "names", None)  # of a ClassLabel
     return tuple(_dataset_rows(cast(Iterable[dict[str, Any]], table), names, f"{flag} {path}")), own_split
 
 

@@ -87,14 +87,11 @@ def is_dataset_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
 
 
-def dataset_rows(path: Path, flag: str, split: str) -> Iterator[Row]:
-    """Rows of a folder that `datasets.save_to_disk` wrote.
-
-    Args:
-        split: which one, where the folder has several.
+def open_dataset(path: Path, flag: str) -> Any:
+    """The table that `datasets.save_to_disk` wrote, or a dict of tables by split.
 
     Raises:
-        DataError: datasets is not installed, the folder is damaged or lacks the split.
+        DataError: datasets is not installed, or the folder is damaged.
     """
     try:
         import datasets  # optional
@@ -104,10 +101,22 @@ def dataset_rows(path: Path, flag: str, split: str) -> Iterator[Row]:
             ".txt or .jsonl file"
         ) from None
     try:
-        table = datasets.load_from_disk(str(path))
+        return datasets.load_from_disk(str(path))
     except Exception as error:  # noqa: BLE001 - pyarrow and datasets raise many kinds for a damaged folder
         raise DataError(f"{flag} {path} cannot be read by datasets ({error}); write it again") from None
-    if isinstance(table, datasets.DatasetDict):
+
+
+def dataset_rows(path: Path, flag: str, split: str) -> Iterator[Row]:
+    """Rows of a folder that `datasets.save_to_disk` wrote.
+
+    Args:
+        split: which one, where the folder has several.
+
+    Raises:
+        DataError: datasets is not installed, the folder is damaged or lacks the split.
+    """
+    table = open_dataset(path, flag)
+    if isinstance(table, dict):
         if split not in table:
             raise DataError(f"{flag} {path} has the splits {', '.join(map(str, table))}, but no {split}")
         table = table[split]
