@@ -40,7 +40,9 @@ def test_what_a_sweep_leaves(finished: Path) -> None:
     assert learned["1"] < learned["0.5"] < learned["0"]  # domain text teaches the domain
     features = read_features(finished / "features.csv")
     assert list(features) == ["code"]
-    assert len(rows(finished / "ptq_runs.csv")) == 6 * 2
+    quantized = rows(finished / "ptq_runs.csv")
+    assert len(quantized) == 6 * 2 * 2, "runs, widths, first and last point"
+    assert {row["D"] for row in quantized} == {row["D"] for row in rows(finished / "runs.csv")} - {"0"}
     page = (finished / "report.html").read_text()
     assert "General loss over the share, last point" in page and page.count("<svg") == 6
 
@@ -217,7 +219,8 @@ def test_a_plan_and_its_execution(finished: Path, tmp_path: Path, cptquant: Call
     assert Path(measured["folder"], "config.json").is_file()
     assert "Carried out" in (output / "joint_plan.html").read_text()
     assert JointPlan.load(output / "joint_plan.json").measured[0].folder == measured["folder"]
-    assert plan["damages"][0]["decided"][0] == "tokens: left out, one value in all rows"
+    decided = plan["damages"][0]["decided"][0]
+    assert decided.startswith("tokens: ") and "squared error of ln KL on left-out runs" in decided
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class SweepPlan(Frozen):
         family: model whose architecture and tokenizer the rungs share. ratios: shares of domain tokens.
         tokens: D of the last evaluation point. window, batch: tokens of a window, windows of a step.
         warm_up: steps. anneal: share of D in which the rate falls to zero. max_epochs: passes over a source.
-        quantize: code bits at which each run's last model is quantized too, `group` columns sharing a scale.
+        quantize: code bits at which each run's first and last annealed models are quantized too, `group` columns sharing a scale.
         threads, gpus: of one task. attempts: how often a task is begun whose worker dies.
     """
 
@@ -133,6 +133,11 @@ class EvaluationPoint(Frozen):
     tokens: int
     branch_step: int
     last_step: int
+
+    @property
+    def annealed(self) -> bool:
+        """Whether the rate falls before it; early looks are taken on the trunk itself."""
+        return self.last_step > self.branch_step
 
 
 def make_grid(plan: SweepPlan) -> tuple[SweepRun, ...]:

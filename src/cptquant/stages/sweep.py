@@ -3,7 +3,7 @@
 SWEEP/sweep.json        plan, sizes with N and seconds of a step, what became of every task
       runs.csv          one row an evaluation, all domains; runs-DOMAIN.csv of one, where there are several
       features.csv      early losses of each domain, for `cptquant law fit cross-domain --features`
-      ptq_runs.csv      what quantizing each run's last model cost, where the plan asks for it
+      ptq_runs.csv      what quantizing each run's first and last models cost, where the plan asks for it
       models/           base models, one a size and seed
       work/             texts in tokens; a folder a task with its evaluations. What a killed sweep goes on from
 """

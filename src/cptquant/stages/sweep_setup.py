@@ -325,7 +325,8 @@ class _Layout:
         tokens = 0 if spec is None else trained_tokens(plan, spec.points)
         per_token = step_seconds / plan.step_tokens
         seconds = per_token * (tokens + _JUDGED_STEP * judged * points)
-        seconds += per_token * len(task.quantize) * (judged + 64 * plan.window)  # GPTQ's passes and one more judgement
+        quantized = len(task.quantize) * min(2, sum(point.annealed for point in spec.points)) if spec else 0
+        seconds += per_token * quantized * (judged + 64 * plan.window)  # GPTQ's passes and one more judgement
         return Cost(tokens, _FLOPS * rung.parameters * float(tokens), seconds)
 
     def _texts(self, training: TrainingSpec) -> list[str]:

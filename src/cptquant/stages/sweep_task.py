@@ -64,7 +64,7 @@ class SweepTask(Frozen):
         judged: corpus -> file of its held-out windows (`save_windows`).
         rung: JSON of a `Rung`, of base tasks. family: whose tokenizer a base model gets.
         training: None for a base task whose model exists already.
-        quantize, group: code bits and columns a scale, after the last point.
+        quantize, group: code bits and columns a scale, after the first annealed point and the last.
         keep: folder that gets the model of the last point; "" where it is thrown away.
     """
 
@@ -199,6 +199,8 @@ def _make_run(task: SweepTask) -> None:
     held = {name: load_windows(Path(path)) for name, path in task.judged.items()}
     trunk = _trunk(_moved(loaded.module, _device(task)), spec)
     clock, last = _Clock(), len(spec.points) - 1
+    annealed = [index for index, point in enumerate(spec.points) if point.annealed]
+    rounded = {*annealed[:1], *annealed[-1:]}  # two D a run: whether more training makes bits dearer
 
     def judge(index: int, model: PreTrainedModel) -> None:
         if not is_first():
@@ -207,7 +209,7 @@ def _make_run(task: SweepTask) -> None:
         counts = trunk.mixture.counts(point.last_step * spec.batch)
         model.requires_grad_(False)
         quantized = ()
-        if task.quantize and index == last:
+        if task.quantize and index in rounded:
             text = calibration_windows(trunk.mixture)
             quantized = quantize_and_judge(
                 replace(loaded, module=_moved(model, torch.device("cpu"))), task.quantize, task.group, text, held
