@@ -70,7 +70,8 @@ class SweepPlan(Frozen):
         family: model whose architecture and tokenizer the rungs share. ratios: shares of domain tokens.
         tokens: D of the last evaluation point. window, batch: tokens of a window, windows of a step.
         warm_up: steps. anneal: share of D in which the rate falls to zero. max_epochs: passes over a source.
-        quantize: code bits at which each run's first and last annealed models are quantized too, `group` columns sharing a scale.
+        quantize: code bits at which each run's first and last annealed models are quantized too, `group` columns
+            sharing a scale.
         threads, gpus: of one task. attempts: how often a task is begun whose worker dies.
     """
 
