@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--own-text", type=int, default=OWN_TEXT)
     parser.add_argument("--draw", action="store_true")
     args = parser.parse_args()
+    flags = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(args.flags).items()}
     models = args.models or [name for name in MODELS if name.startswith("embedded:") or model_folder(name).is_dir()]
     path = FOLDER / "recovery.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -53,7 +54,7 @@ def main() -> None:
     for start in (Start(m, plan, quantizer) for m in models for plan in args.plans for quantizer in args.starts):
         keep(rows, start, RecoveryRequest(method="none"), lambda start=start: start_row(start))
         wanted = [
-            RecoveryRequest(method=method, steps=steps, **json.loads(args.flags))
+            RecoveryRequest(method=method, steps=steps, **flags)
             for method in args.methods
             for steps in ([None] if method in BLOCK_BY_BLOCK else args.steps)
         ]
@@ -69,7 +70,7 @@ def main() -> None:
 
 def find(rows: list[dict[str, Any]], start: Start, request: RecoveryRequest, text: str) -> dict[str, Any] | None:
     """The row of that training, if it was run."""
-    wanted = (start.model, start.plan, start.quantizer, request.model_dump(exclude_defaults=True), text)
+    wanted = (start.model, start.plan, start.quantizer, request.model_dump(exclude_defaults=True, mode="json"), text)
     for row in rows:
         if (row["model"], row["plan"], row["start"], row["request"], row["text"]) == wanted:
             return row
@@ -80,7 +81,7 @@ def keep(rows: list[dict[str, Any]], start: Start, request: RecoveryRequest, mak
     """Run what is not there yet."""
     if find(rows, start, request, text) is not None:
         return
-    row = {**make(), "request": request.model_dump(exclude_defaults=True), "text": text}
+    row = {**make(), "request": request.model_dump(exclude_defaults=True, mode="json"), "text": text}
     rows.append(row)
     write_results("recovery", {"machine": describe_machine(), "rows": rows})
     test = {name: found["value"] for name, found in row["test"].items() if isinstance(found, dict)}
