@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cptquant.core.adaptation import AdaptationReport
+from cptquant.core.written_files import digest_folder
 from cptquant.models.embedded import embedded_text_path
 from cptquant.models.rows import json_rows
 
@@ -90,6 +91,14 @@ def test_a_domain_is_learned_and_the_model_works_everywhere(
     again = cptquant("adapt", folder, *flags(texts, output), *more, "--json")
     assert again.code == 0 and json.loads(again.out)["steps"] == report.steps
     assert AdaptationReport.load(output / "adaptation.json") == report  # nothing was done again
+    weights = output / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert cptquant("adapt", folder, *flags(texts, output), *more).code == 0
+    assert digest_folder(output / "model") == report.files, "a damaged model is made again, with the same bits"
+    quiz.write_text('{"query": "import", "choices": ["os", "return"], "gold": 1}\n' * 4, encoding="utf-8")
+    assert cptquant("adapt", folder, *flags(texts, output), *more).code == 0
+    asked = {each.name: each.n for each in AdaptationReport.load(output / "adaptation.json").measurements}
+    assert asked["quiz_accuracy"] == 4, "questions are known by what is in them, not by their file's name"
 
 
 def test_the_tail_is_held_out_and_overlap_is_dropped(

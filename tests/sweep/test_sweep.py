@@ -17,7 +17,7 @@ from cptquant.laws.observations import read_observations
 from cptquant.laws.transfer import read_features
 from cptquant.stages import sweep as sweep_stages
 from cptquant.stages.sweep import open_sweep, sweep_stage
-from cptquant.stages.sweep_task import SweepTask, carry_out, torchrun_command
+from cptquant.stages.sweep_task import SweepTask, carry_out, is_done, torchrun_command
 from cptquant.stages.task_pool import Workers
 
 
@@ -75,6 +75,19 @@ def test_a_killed_sweep_goes_on_with_the_same_table(finished: Path, tmp_path: Pa
     assert sum(task.attempts for task in again.tasks) == sum(task.attempts for task in record.tasks)
     assert PointRecord.load(run / "point-1.json").losses == before.losses
     assert (output / "runs.csv").read_bytes() == (finished / "runs.csv").read_bytes()
+
+
+def test_a_damaged_base_model_is_made_again(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    record = SweepRecord.load(output / "sweep.json")
+    weights = output / record.bases["32x1-s0"] / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-7])
+    setup = open_sweep(record.plan, output)
+    assert [task.id for task in setup.tasks if not is_done(task.payload)] == ["base 32x1 seed 0"]
+    sweep_stage(setup, output, Workers())
+    assert weights.read_bytes() == whole and (output / "runs.csv").read_bytes() == (finished / "runs.csv").read_bytes()
 
 
 def test_a_failed_run_is_named_and_the_others_finish(

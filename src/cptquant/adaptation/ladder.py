@@ -22,12 +22,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from cptquant.core.errors import ModelError, UserError
 from cptquant.core.sweep import SizeSpec
+from cptquant.core.written_files import digest_folder, list_damage
 from cptquant.models.load import LoadedModel, load_model, quiet_transformers
 from cptquant.models.source import ModelFolder, find_model
 
 _INNER_MULTIPLE = 64
 _INNER_FIELDS = ("intermediate_size", "ffn_dim", "n_inner")
 _MOST_LAYERS = 512
+_FACTS = "training.json"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model",
     "added_tokens.json",
@@ -242,9 +244,18 @@ def save_rung(model: PreTrainedModel, family: str, folder: Path, facts: dict[str
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, partial / name)
-    (partial / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    facts = {**facts, "files": digest_folder(partial)}
+    (partial / _FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `save_rung` wrote this folder and every file still is what it wrote."""
+    try:
+        return not list_damage(folder, dict(json.loads((folder / _FACTS).read_text(encoding="utf-8"))["files"]), {})
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def load_trainable(folder: str | Path) -> LoadedModel:

@@ -163,6 +163,7 @@ class AdaptationReport(Artifact):
         teacher: None where there was none. alignment: of stage 2.
         notes: what a person should know: defaults that stepped in, text that was left out.
         training_seconds: of stage 1 on the clock, the teacher's cache included.
+        files: sha256 of every file of model/, as they were written.
     """
 
     SCHEMA: ClassVar[str] = "cptquant.adaptation"
@@ -179,3 +180,4 @@ class AdaptationReport(Artifact):
     alignment: tuple[AlignmentRecord, ...] = ()
     notes: tuple[str, ...] = ()
     training_seconds: float = 0.0
+    files: dict[str, str] = {}

@@ -4,12 +4,13 @@ import copy
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from cptquant.adaptation.held_out import reads_documents_apart
@@ -23,14 +24,15 @@ from cptquant.adaptation.mix_cpt import (
 )
 from cptquant.adaptation.teacher import CachedTeacher, LiveTeacher, build_cache, round_to_8_bits_
 from cptquant.core.adaptation import AdaptationReport, AdaptationRequest, TeacherRecord
-from cptquant.core.artifact import digest_json, output_error, write_whole
+from cptquant.core.artifact import digest_file, digest_json, output_error, write_whole
 from cptquant.core.errors import DataError, ModelError, OutputError, UserError
 from cptquant.core.evaluation import Measurement
 from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.provenance import Stopwatch
+from cptquant.core.written_files import digest_folder, list_damage
 from cptquant.evaluation.evaluate import evaluate_models
 from cptquant.evaluation.tasks import QuestionSet, read_questions, score_questions, task_measurements
-from cptquant.models.load import LoadedModel, load_any, load_model, quiet_transformers
+from cptquant.models.load import LoadedModel, load_any, load_model, quiet_transformers, read_layout
 from cptquant.models.processes import check_launcher, is_first, tell
 from cptquant.reports.adaptation import write_adaptation_report
 from cptquant.stages.adapt_align import AlignmentJob, align_stage
@@ -57,9 +59,22 @@ class _Job:
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """Everything the result depends on."""
+        """Everything the result depends on: files by what is in them, not by their names alone."""
+        request, text = self.request, self.text
+        template = None if request.chat_template is None else Path(request.chat_template).expanduser()
+        teacher = (
+            ""
+            if request.teacher is None
+            else read_layout(request.teacher, trust_remote_code=request.trust_remote_code).source_digest
+        )
+        aligned = (text.instructions if request.align_instructions else (),
+                   text.preferences if request.align_preferences else ())  # fmt: skip
         return {
-            "request": self.request.model_dump_json(),
+            "request": request.model_dump_json(),
+            "teacher": teacher,
+            "chat template": digest_file(template) if template is not None and template.is_file() else "",
+            "questions": digest_json([asdict(each) for each in self.questions]),
+            "samples": digest_json([[asdict(record) for record in records] for records in aligned]),
             "model": self.model.layout.source_digest,
             "mixture": self.text.mixture.digest,
             **{f"held-out {name}": tokens.digest for name, tokens in self.text.held_out.items()},
@@ -124,7 +139,12 @@ def adapt_stage(
         return None
     options = {**_options(job, training), **({"chat template": template} if alignment else {})}
     report = _report(job, training, record, watch).model_copy(
-        update={"measurements": tuple(measured), "alignment": alignment, "options": options}
+        update={
+            "measurements": tuple(measured),
+            "alignment": alignment,
+            "options": options,
+            "files": digest_folder(folder / MODEL),
+        }
     )
     report.save(folder / RECORD)
     write_adaptation_report(folder / REPORT, report)
@@ -196,8 +216,8 @@ def _finished(job: _Job) -> AdaptationReport | None:
         found = AdaptationReport.load(path)
     except UserError:
         return None
-    whole = found.inputs == job.inputs and (job.folder / MODEL / "config.json").is_file()
-    return found if whole else None
+    whole = found.files and not list_damage(job.folder / MODEL, found.files, {})
+    return found if whole and found.inputs == job.inputs else None
 
 
 def _teacher(job: _Job) -> tuple[Distillation | None, TeacherRecord | None]:
@@ -271,7 +291,7 @@ def _write_model(job: _Job, student: PreTrainedModel) -> None:
             job.model.require_tokenizer().save_pretrained(str(partial))
         shutil.rmtree(target, ignore_errors=True)
         partial.replace(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise output_error(target, error) from None
 
 

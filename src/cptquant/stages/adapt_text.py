@@ -100,10 +100,6 @@ def read_adaptation_text(
     return AdaptationText(mixture, tokens, records, instructions, preferences, tuple(notes))
 
 
-def _records(specs: tuple[str, ...], flag: str) -> tuple[Record, ...]:
-    return read_records(specs, flag, preferences=flag == "--preferences") if specs else ()
-
-
 def _ratio(request: AdaptationRequest, method: AdaptationMethod) -> float:
     return method.ratio if request.ratio is None else request.ratio
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cptquant.adaptation.ladder import is_whole
 from cptquant.adaptation.mixture import Mixture, TokenSource
 from cptquant.core.artifact import digest_json
 from cptquant.core.errors import ArtifactError
@@ -127,7 +128,7 @@ def train_point(sweep: SweepFolder, choice: RunChoice, parent: Path, label: str)
         training=training.model_copy(update={"sources": {name: str(path) for name, path in files.items()}}),
         keep=str(folder / ADAPTED) if choice.keep else "", threads=plan.threads, gpus=plan.gpus,
     )  # fmt: skip
-    if not is_done(task) or (choice.keep and not (folder / ADAPTED / "config.json").is_file()):
+    if not is_done(task) or (choice.keep and not is_whole(folder / ADAPTED)):
         point_path(folder, 0).unlink(missing_ok=True)
         for source in mixture.sources:
             save_source(source, files[source.name])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cptquant.adaptation.ladder import Rung, load_trainable, new_model, save_rung
+from cptquant.adaptation.ladder import Rung, is_whole, load_trainable, new_model, save_rung
 from cptquant.adaptation.mixture import Mixture, TokenSource
 from cptquant.adaptation.trunk import Trunk, TrunkSettings, run_trunk
 from cptquant.core.artifact import Frozen
@@ -108,9 +108,14 @@ def is_done(task: SweepTask) -> bool:
     """Whether nothing is left to do."""
     folder = Path(task.folder)
     if task.kind == "base":
-        return (Path(task.model) / "config.json").is_file() and _stands(folder, 0)
+        return _has_model(task) and _stands(folder, 0)
     assert task.training is not None
     return all(_stands(folder, index) for index in range(len(task.training.points)))
+
+
+def _has_model(task: SweepTask) -> bool:
+    """Whether a base model stands: a person's own, or one that was written here and is whole."""
+    return task.training is None or is_whole(Path(task.model))
 
 
 def point_path(folder: Path, index: int) -> Path:
@@ -169,10 +174,10 @@ def _make_base(task: SweepTask) -> None:
         record.save(point_path(folder, 0))
 
     folder.mkdir(parents=True, exist_ok=True)
-    if task.training is None or (Path(task.model) / "config.json").is_file():
+    if _has_model(task):
         judge(_moved(load_trainable(task.model).module, _device(task)), None)
         return
-    assert task.rung is not None
+    assert task.rung is not None and task.training is not None
     rung = Rung(**task.rung)  # type: ignore[arg-type]
     model = _moved(new_model(rung, task.training.seed), _device(task)).eval()
     clock = _Clock()
