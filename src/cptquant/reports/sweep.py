@@ -26,7 +26,7 @@ def write_sweep_report(path: Path, record: SweepRecord, data: SweepData) -> None
     context = {
         "title": f"Sweep: {len(plan.sizes)} sizes, {len(plan.ratios)} shares, {', '.join(plan.domains)}",
         "record": record,
-        "lead": f"{finished} of {len(record.tasks)} tasks finished {record.where}; "
+        "lead": f"{finished} of {len(record.tasks)} tasks finished, {record.where}; "
         f"{spell_number(record.flops)} training FLOPs (6 N D, anneals and base models included)",
         "domains": [(name, _domain_drawings(data, name)) for name in plan.domains],
         "sizes": [
