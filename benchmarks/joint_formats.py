@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/joint_formats.py
     ... --target onnx --models reference-llama reference-opt
+    ... --target "onnx, halves"
 
 TDMPQ scores the longest list once (its CPU seconds, and those of the first list alone, are in the results); the
 knapsack chooses from each list under the same budget; GPTQ carries the plans out. Budgets count the blocks' linear
@@ -57,14 +58,24 @@ LISTS: dict[str, dict[str, tuple[str, ...]]] = {
             _KERNELS, *[group + zeros for group in ("g32", "g64", "g128") for zeros in ("", "-asym")]
         ),
     },
+    "onnx, halves": {
+        "g64": _names(_KERNELS, "g64"),
+        "g64, halves": (*_names(_KERNELS, "g64"), "slim3-g64-halves"),
+        "g64, halves, sorted": (*_names(_KERNELS, "g64"), "slim3-g64-halves", "slim3-g64-sorted-halves"),
+    },
 }
+"""By target; what follows a comma only tells two of one target apart."""
 
 
 class Bench:
     """One model under one target."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.name, self.model, self.target = name, load_model(str(model_folder(name))), find_target(args.target)
+        self.name, self.model, self.target = (
+            name,
+            load_model(str(model_folder(name))),
+            find_target(args.target.split(",")[0]),
+        )
         own = name.startswith("embedded:")
         general = SHARED / "data" / "text" / "general"
 
@@ -74,7 +85,7 @@ class Bench:
 
         self.calibration = tokens("train.txt", "calibration", 128)
         self.texts = {split: tokens("test.txt", split, args.windows) for split in ("validation", "test")}
-        self.folder: Path = args.work / f"{name.replace(':', '-')}-{args.target}"
+        self.folder: Path = args.work / f"{name.replace(':', '-')}-{args.target.replace(', ', '-')}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def table(self, formats: tuple[str, ...]) -> SensitivityTable:

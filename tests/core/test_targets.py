@@ -100,6 +100,9 @@ def test_an_unknown_target_is_refused_with_the_known_ones():
         ("gguf", "slim3-g64", "Q4_K"),
         ("gguf", "slim7-g64", "Q8_0"),
         ("onnx", "slim2-g64", "int4-g64"),
+        ("onnx", "slim3-g64", "int4-g64"),
+        ("onnx", "slim2-g64-halves", "int4-g64"),
+        ("vllm", "slim3-g64-halves", "int4-g64"),
         ("torch", "slim2-g64", "slim2-g64"),
         ("torch", "slim2-g96", "int3-channel"),  # neither 96 nor 48 columns divide the row
     ],
@@ -110,6 +113,24 @@ def test_groups_of_mixed_width_are_promoted_to_one_that_holds_each(target, asked
     assert fitted.name == held and TARGETS[target].refusal(site, fitted) is None
     if target != "torch":
         assert TARGETS[target].refusal(site, QuantFormat.parse(asked)) is not None
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("slim3-g64-halves", 4), ("slim3-g32-sorted-halves", 256)])
+def test_onnx_prices_two_widths_in_a_matrix(name, numbers):
+    onnx, fmt = TARGETS["onnx"], QuantFormat.parse(name)
+    site = Site(name="block.0.q", out_features=8, in_features=256, block_index=0)
+    assert onnx.refusal(site, fmt) is None and onnx.fit(site, fmt) == fmt
+    scales = 2 * 8 * 256 // fmt.granularity
+    assert onnx.site_bytes(make_layout([[(8, 256)]]), site, fmt) == 8 * 256 * 3 // 8 + scales + 2 * numbers
+    odd = Site(name="block.0.q", out_features=8, in_features=64 * 3, block_index=0)
+    if fmt.granularity == 64:
+        assert onnx.refusal(odd, fmt) == f"{name} needs an even number of groups: a row of 192 has 3"
+    assert onnx.refusal(site, QuantFormat.parse("slim3-g64")) == (
+        "slim3-g64 has widths that ONNX Runtime has no product for; write slim3-g64-halves (half of the groups in "
+        "2 bits, half in 4) or use --target torch"
+    )
+    embedding = Site(name="embedding", out_features=20, in_features=256, kind="embedding", role="embedding")
+    assert onnx.refusal(embedding, fmt) == f"{name} is for linear layers: SliM-LLM needs their inputs"
 
 
 def test_torch_refuses_what_it_cannot_run():

@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.engines
 
 MIXED = ["int4-g32", "int8-g32", "int2-g16", "int8-channel", "int4-g32-asym"]
+HALVES = ("slim3-g32-halves", "slim3-g32-sorted-halves")
 
 
 def make_tokens(count: int = 3, length: int = 24) -> TokenSet:
@@ -72,6 +73,30 @@ def test_float_activations_give_our_outputs(name, exported):
     ours, theirs = our_outputs(model, weights, tokens), run(twin, tokens)
     assert theirs.shape == ours.shape
     assert (theirs - ours).abs().max() < 2e-4 * ours.abs().max()
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_two_widths_in_a_matrix(name, exported):
+    """Groups of 2 and of 4 bits are two products; the file has the bytes of the plan and reads back."""
+    from cptquant.core.targets import find_target
+    from cptquant.exporters.onnx.read_back import read_sites
+
+    model, formats, weights, written, file, twin = exported(name, HALVES)
+    tokens = make_tokens()
+    ours, theirs = our_outputs(model, weights, tokens), run(twin, tokens)
+    assert (theirs - ours).abs().max() < 2e-4 * ours.abs().max()
+    target, mixed = find_target("onnx"), [site for site, fmt in formats.items() if fmt.storage == "segments"]
+    assert len(mixed) >= 7 and all(
+        target.refusal(model.layout.site_by_name[site], formats[site]) is None for site in mixed
+    )
+    assert written.tensor_bytes == target.plan_bytes(model.layout, formats)
+    for site, matrix in read_sites(file, model.layout, formats):
+        assert torch.equal(matrix, weights.weight(site)), site
+    widths = [
+        attribute.i for node in onnx.load_model(file, load_external_data=False).graph.node
+        for attribute in node.attribute if node.op_type == "MatMulNBits" and attribute.name == "bits"
+    ]  # fmt: skip
+    assert widths.count(2) == len(mixed)
 
 
 @pytest.mark.parametrize("name", ["bert-encoder", "bert-classifier"])

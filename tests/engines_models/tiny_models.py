@@ -9,7 +9,7 @@ import transformers
 from cptquant.core.formats import QuantFormat
 from cptquant.models.checkpoint_weights import MemoryWeights
 from cptquant.models.load import LoadedModel
-from cptquant.quantizers.grid import round_to_grid
+from cptquant.quantizers.rtn import Rtn
 
 EMBEDDED = Path(__file__).parents[2] / "src/cptquant/models/embedded_data"
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -72,7 +72,9 @@ def quantize(model: LoadedModel, names: list[str]) -> tuple[dict[str, QuantForma
         if layout.shared_head is not None and site.name == layout.shared_head[1]:
             formats[site.name], weights[site.name] = (found[layout.shared_head[0]] for found in (formats, weights))
             continue
+        if fmt.storage == "segments" and (site.kind != "linear" or fmt.segments_refusal(site.in_features)):
+            fmt = QuantFormat.parse("int4-g32")
         weight = state[site.parameter_name].float()
-        codes = round_to_grid(weight.t() if site.transposed else weight, fmt, scale_dtype, clip_search=index % 2 == 0)
+        codes = Rtn(clip_search=index % 2 == 0)(weight.t() if site.transposed else weight, fmt, scale_dtype)
         formats[site.name], weights[site.name] = fmt, codes
     return formats, MemoryWeights(weights)

@@ -62,6 +62,21 @@ def test_widths_average_exactly_n(weight: SegmentedWeight) -> None:
         SegmentedWeight(weight.format, wrong, weight.codes, weight.scales, weight.means, weight.order)
 
 
+def test_halves_have_no_group_of_n_bits() -> None:
+    fmt = QuantFormat.parse("slim3-g32-halves")
+    assert fmt.halves and fmt.name == "slim3-g32-halves"
+    assert QuantFormat.parse("slim3-g32-sorted-halves").name == "slim3-g32-sorted-halves"
+    codes, scales = torch.zeros(2, 64, dtype=torch.int8), torch.ones(2, 2, dtype=torch.float16)
+    weight = SegmentedWeight(fmt, torch.tensor([4, 2], dtype=torch.uint8), codes, scales)
+    tensors = encode(weight)
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == fmt.stored_bytes(2, 64)
+    with pytest.raises(ValueError, match=r"^half of the groups of slim3-g32-halves have 2 bits, half 4$"):
+        SegmentedWeight(fmt, torch.tensor([3, 3], dtype=torch.uint8), codes, scales)
+    assert fmt.segments_refusal(96) == "slim3-g32-halves needs an even number of groups: a row of 96 has 3"
+    with pytest.raises(ValueError, match="needs an even number of groups"):
+        fmt.stored_bytes(2, 96)
+
+
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**-14, 1e-3, 0.013, 0.9999, 1.0, 7.77, 3e4, 65000.0, 1e6])
 def test_one_bit_scales_keep_five_bits_of_mantissa(scale: float) -> None:
     stored = float(round_one_bit_scale(torch.tensor([scale])))

@@ -21,7 +21,7 @@ _WEIGHT_SHAPE_BYTES = 16  # compressed-tensors stores (rows, columns) as two int
 _NAME = re.compile(
     r"int(?P<bits>[2-8])-(?P<granularity>g\d+|channel|tensor)(?P<asym>-asym)?(?P<plain>-plain)?", re.ASCII
 )
-_SLIM_NAME = re.compile(r"slim(?P<bits>[2-7])-g(?P<group>\d+)(?P<sorted>-sorted)?", re.ASCII)
+_SLIM_NAME = re.compile(r"slim(?P<bits>[2-7])-g(?P<group>\d+)(?P<sorted>-sorted)?(?P<halves>-halves)?", re.ASCII)
 SEGMENT_GROUP_MULTIPLE = 32
 """Columns of a group of mixed width are a multiple of this: a group of any width then fills whole 32-bit words."""
 _COLUMN_INDEX_BYTES = 2
@@ -43,6 +43,8 @@ class QuantFormat(BaseModel):
             pack), "blocks" (GGUF), "segments" (groups of mixed width), or the name of a 16-bit float.
         block: GGUF's name of a block format, which fixes all other fields; None for every other storage.
         sorted_columns: "segments" only: columns are put into groups by salience, and their numbers are stored.
+        halves: "segments" only: half of the groups have N-1 bits, half N+1, none N; 2 and 4 bits for N = 3, which ONNX
+            Runtime multiplies.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -53,6 +55,7 @@ class QuantFormat(BaseModel):
     storage: Literal["packed", "plain", "blocks", "segments", "float16", "bfloat16"] = "packed"
     block: GgufType | None = None
     sorted_columns: bool = False
+    halves: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> "QuantFormat":
@@ -77,8 +80,8 @@ class QuantFormat(BaseModel):
 
     def _check_segments(self) -> None:
         if self.storage != "segments":
-            if self.sorted_columns:
-                raise ValueError(f"only segments have sorted columns, not {self.storage} storage")
+            if self.sorted_columns or self.halves:
+                raise ValueError(f"only segments have sorted columns or halves, not {self.storage} storage")
             return
         if self.code_bits > 7:
             raise ValueError(f"groups of mixed width average 2 to 7 bits, got {self.code_bits}")
@@ -107,7 +110,8 @@ class QuantFormat(BaseModel):
         if self.block is not None:
             return self.block
         if self.storage == "segments":
-            return f"slim{self.code_bits}-g{self.granularity}{'-sorted' if self.sorted_columns else ''}"
+            order, split = "-sorted" if self.sorted_columns else "", "-halves" if self.halves else ""
+            return f"slim{self.code_bits}-g{self.granularity}{order}{split}"
         granularity = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
         asym = "" if self.symmetric else "-asym"
         return f"int{self.code_bits}-{granularity}{asym}{'-plain' if self.storage == 'plain' else ''}"
@@ -162,6 +166,9 @@ class QuantFormat(BaseModel):
         """Why a row of this length cannot have groups of mixed width, or None if it can."""
         if isinstance(self.granularity, int) and in_features % self.granularity:
             return f"{self.name} needs whole groups: {self.granularity} columns do not divide a row of {in_features}"
+        if self.halves and self.group_count(in_features) % 2:
+            count = self.group_count(in_features)
+            return f"{self.name} needs an even number of groups: a row of {in_features} has {count}"
         if self.sorted_columns and in_features > _LARGEST_COLUMN_COUNT:
             return f"{self.name} numbers columns in 16 bits: a row of {in_features} is too long"
         return None
@@ -201,6 +208,7 @@ class QuantFormat(BaseModel):
                     "granularity": int(slim["group"]),
                     "storage": "segments",
                     "sorted_columns": slim["sorted"] is not None,
+                    "halves": slim["halves"] is not None,
                 },
             )
         if match is None:

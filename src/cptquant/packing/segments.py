@@ -67,6 +67,10 @@ class SegmentedWeight:
             raise ValueError(
                 f"widths of {fmt.name} are {groups} numbers within 1 of {fmt.code_bits} that average to it"
             )
+        if fmt.halves and int((change == 0).sum()):
+            raise ValueError(
+                f"half of the groups of {fmt.name} have {fmt.code_bits - 1} bits, half {fmt.code_bits + 1}"
+            )
         if (self.means is None) != (fmt.code_bits > 2) or (self.order is None) == fmt.sorted_columns:
             raise ValueError(f"{fmt.name}: means go with one-bit groups, an order with sorted columns")
 

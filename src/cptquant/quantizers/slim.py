@@ -16,8 +16,9 @@ p by the KL of plain rounding is wrong where GPTQ and descent follow: they make 
 but not of one. So by default p is what leaves the least output error tr(E H E') of the finished matrix: p = 0, 1, ...
 are carried out until the error rises (objective "finished"). Never worse than uniform bits by that measure.
 
-Ours besides: `-sorted` formats put columns into groups by salience before anything else, most salient first, so that
-groups differ as much as columns do. It costs 16 bits a column (packing/segments.py).
+Ours besides: `-halves` formats have p = groups / 2, and `-sorted` formats put columns into groups by salience before
+anything else, most salient first, so that groups differ as much as columns do. That costs 16 bits a column
+(packing/segments.py).
 """
 
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ class Slim:
         columns = ordered.t().contiguous()
         moments = hessian if order is None else hessian[order][:, order]
         ranking = self._rank(ordered, factor, fmt)
-        if self.objective == "finished" and self.fixed_pairs is None:
+        if self.objective == "finished" and self.fixed_pairs is None and not fmt.halves:
             candidates = range(len(ranking) // 2 + 1)
         else:
             candidates = [self._pairs(ordered, factor, fmt, ranking, moved, bias)]
@@ -122,6 +123,8 @@ class Slim:
         bias: Tensor | None,
     ) -> int:
         """p, fixed or by SBA."""
+        if fmt.halves:
+            return len(ranking) // 2
         if self.fixed_pairs is not None or self.objective == "finished":
             return min(self.fixed_pairs or 0, len(ranking) // 2)
         return allocate_bits(

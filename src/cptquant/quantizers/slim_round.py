@@ -1,7 +1,7 @@
 """Groups of mixed width by rounding to nearest: what SliM-LLM becomes where no text is read.
 
 Groups are ranked by mean h w^2 (h = 1 where no importance is given) and the number of pairs is the one of least
-sum h (Q(w) - w)^2, found from each group's own error at its three widths.
+sum h (Q(w) - w)^2, found from each group's own error at its three widths; half of the groups where the format says so.
 """
 
 import torch
@@ -41,11 +41,12 @@ def round_to_segments(
     errors = torch.stack([((found[0] - values).square() * counts).sum(dim=0) for found in rounded])
     per_group = errors.view(3, groups, size).sum(dim=2, dtype=torch.float64)
     ranking = torch.argsort(columns.view(groups, size).mean(dim=1), stable=True).tolist()
+    allowed = [groups // 2] if fmt.halves else range(groups // 2 + 1)
+    choices = [widths_for(ranking, pairs, bits) for pairs in allowed]
     totals = [
-        sum(float(per_group[width - bits + 1, group]) for group, width in enumerate(widths_for(ranking, pairs, bits)))
-        for pairs in range(groups // 2 + 1)
+        sum(float(per_group[width - bits + 1, group]) for group, width in enumerate(choice)) for choice in choices
     ]
-    widths = torch.tensor(widths_for(ranking, totals.index(min(totals)), bits))
+    widths = torch.tensor(choices[totals.index(min(totals))])
     level = widths - bits + 1
     of_group, of_column = torch.arange(groups), torch.arange(groups * size)
     codes = torch.stack([found[1] for found in rounded])[level.repeat_interleave(size), :, of_column].t()

@@ -3,7 +3,8 @@
 Rules: MatMulNBits has kernels for 2, 4 and 8 bits (3, 5, 6 and 7 are rejected when the model is loaded), symmetric or
 not, in blocks of powers of two from 16. A scale per row or per matrix is written once and spread when the engine loads
 the file. A prompt of many tokens, all that an encoder sees, runs 3 to 4 times faster with one 8-bit scale a row than in
-blocks (decision 0006): that is what encoders are offered at 8 bits. Everything else stays in 16 bits in the file and is
+blocks (decision 0006): that is what encoders are offered at 8 bits. SliM-LLM's groups of mixed width are two products
+where half of them have 2 bits and half 4 (`slim3-g64-halves`). Everything else stays in 16 bits in the file and is
 float32 in memory. An embedding that is also the head is one tensor. Other matrices of one input are joined only where
 the plan gives them one format.
 """
@@ -16,6 +17,9 @@ from cptquant.core.targets.base import Target
 
 _WIDTHS = (2, 4, 8)
 _SMALLEST_BLOCK = 16
+_HALVES_BITS = 3
+"""The average whose neighbours, 2 and 4, both have kernels."""
+_NUMBER_BYTES = 2
 _UNUSED_POOLER = "pooler.dense"
 """The pooler of a bare BertModel (a classifier's is bert.pooler.dense)."""
 ONNX_MODEL_TYPES = ("opt", "llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "bert")
@@ -34,7 +38,7 @@ class Onnx(Target):
         if fmt.storage == "blocks":
             return f"{fmt.name} is a block format of GGUF, which ONNX Runtime does not have"
         if fmt.storage == "segments":
-            return f"{fmt.name} mixes widths in one matrix, which the graph has no product for; --target torch can"
+            return self._refuse_segments(site, fmt)
         if fmt.code_bits not in _WIDTHS:
             return f"ONNX Runtime has kernels for 2, 4 and 8 bits, not {fmt.code_bits}"
         group = fmt.granularity if isinstance(fmt.granularity, int) else site.in_features
@@ -44,9 +48,19 @@ class Onnx(Target):
             return f"ONNX Runtime needs {_SMALLEST_BLOCK} columns or a multiple to share a scale, here {group} do"
         return None
 
+    def _refuse_segments(self, site: Site, fmt: QuantFormat) -> str | None:
+        if site.kind != "linear":
+            return f"{fmt.name} is for linear layers: SliM-LLM needs their inputs"
+        if not fmt.halves or fmt.code_bits != _HALVES_BITS:
+            return (
+                f"{fmt.name} has widths that ONNX Runtime has no product for; write slim3-g64-halves (half of the "
+                "groups in 2 bits, half in 4) or use --target torch"
+            )
+        return fmt.segments_refusal(site.in_features)
+
     def fit(self, site: Site, fmt: QuantFormat) -> QuantFormat:
         """The next wider width that has a kernel, in groups that divide the row."""
-        if fmt.is_float:
+        if fmt.is_float or self.refusal(site, fmt) is None:
             return fmt
         fmt = fmt.promoted()
         if fmt.storage == "blocks":
@@ -80,6 +94,9 @@ class Onnx(Target):
             return 0
         if fmt.is_float:
             return 2 * rows * columns
+        if fmt.storage == "segments":  # numbers of the groups, or of sorted columns, say which half they are in
+            numbers = columns if fmt.sorted_columns else fmt.group_count(columns)
+            return rows * columns * fmt.code_bits // 8 + 2 * fmt.scale_count(rows, columns) + _NUMBER_BYTES * numbers
         codes, scales = rows * (columns * fmt.code_bits // 8), 2 * fmt.scale_count(rows, columns)
         if fmt.symmetric:
             return codes + scales

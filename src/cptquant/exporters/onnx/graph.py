@@ -31,6 +31,7 @@ _ONNX_DTYPES = {
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.int8: TensorProto.INT8,
     torch.uint8: TensorProto.UINT8,
+    torch.uint16: TensorProto.UINT16,
 }
 
 

@@ -12,8 +12,10 @@ from cptquant.core.errors import ModelError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
 from cptquant.exporters.onnx.graph import CONTRIB, GraphBuilder
+from cptquant.exporters.onnx.segments import segment_product
 from cptquant.models.stream import QuantizedSource
 from cptquant.packing.quantized_weight import QuantizedWeight, join_quantized
+from cptquant.packing.segments import SegmentedWeight
 
 _APART = {"q": 8, "k": 8, "v": 8, "up": 8, "down": 8}
 """Columns of an input that stay floats beside an 8-bit product with one scale for all activations, by role: a few are
@@ -73,8 +75,8 @@ class Parts:
         if self._format(site) is None:
             return self._dense(x, site, bias)
         if self._is_shared(site):
-            return self.graph.block_product(x, self._shared_embedding(site), self._require(site), bias)
-        return self._quantized(x, site, self._require(site), bias)
+            return self.graph.block_product(x, self._shared_embedding(site), self._one_width(site), bias)
+        return self._quantized(x, site, self._stored(site), bias)
 
     def joined(self, x: str, sites: Sequence[str], order: Tensor | None = None) -> str | None:
         """Several sites with the same input as one product, outputs side by side; None if their formats differ.
@@ -86,7 +88,9 @@ class Parts:
         fmt = formats[0]
         if any(other != fmt for other in formats) or fmt is None or fmt.granularity == "tensor":
             return None
-        weight = join_quantized([self._require(site) for site in sites])
+        if fmt.storage == "segments":
+            return None  # each has columns of its own in either half
+        weight = join_quantized([self._one_width(site) for site in sites])
         biases = [self._state[f"{site}.bias"] for site in sites if self.has(f"{site}.bias")]
         if len(biases) not in (0, len(sites)):
             return None
@@ -106,11 +110,11 @@ class Parts:
             return joined
         name = f"{site}.reordered"
         quantized = self._format(site) is not None
-        dense = self._require(site).rows(order) if quantized else self._float_matrix(site)[order]
+        dense = self._stored(site).rows(order) if quantized else self._float_matrix(site)[order]
         bias = ""
         if self.has(f"{site}.bias"):
             bias = self.graph.float_tensor(f"{name}.bias", self._state[f"{site}.bias"][order])
-        if isinstance(dense, QuantizedWeight):
+        if not isinstance(dense, Tensor):
             return self._quantized(x, name, dense, bias)
         product = self.graph.node("MatMul", x, self.graph.float_tensor(f"{name}.weight", dense, transpose=True))
         return self.graph.node("Add", product, bias) if bias else product
@@ -122,7 +126,7 @@ class Parts:
             name = f"{site}.weight"
             rows = self.graph.node("Gather", self.graph.stored_float(name, self._state[name]), ids)
             return self.graph.node("Cast", rows, to=TensorProto.FLOAT)
-        weight = self._require(site)
+        weight = self._one_width(site)
         by_rows = fmt.granularity == "channel" and fmt.code_bits == 8 and fmt.symmetric
         if by_rows and not self._is_shared(site):
             return self.graph.gather_rows(ids, site, weight)
@@ -187,7 +191,7 @@ class Parts:
         """
         assert self.layout.shared_head is not None
         embedding = self.layout.shared_head[0]
-        first, second = self._require(embedding), self._require(head)
+        first, second = self._one_width(embedding), self._one_width(head)
         if not torch.equal(first.codes, second.codes) or not torch.equal(first.scales, second.scales):
             raise ModelError(
                 f"{embedding} and {head} are one tensor in a file for ONNX Runtime, but this run quantized them apart; "
@@ -195,13 +199,23 @@ class Parts:
             )
         return embedding
 
-    def _require(self, site: str) -> QuantizedWeight:
+    def _stored(self, site: str) -> QuantizedWeight | SegmentedWeight:
         weight = self._source.quantized(site)
-        if not isinstance(weight, QuantizedWeight):
+        if not isinstance(weight, QuantizedWeight | SegmentedWeight):
             raise ModelError(f"the plan quantizes {site}, but no codes of it stand; run: cptquant quantize RUN")
         return weight
 
-    def _quantized(self, x: str, name: str, weight: QuantizedWeight, bias: str) -> str:
+    def _one_width(self, site: str) -> QuantizedWeight:
+        weight = self._stored(site)
+        if not isinstance(weight, QuantizedWeight):
+            raise ModelError(
+                f"{site} has groups of mixed width here, which only products with a matrix of its own can have"
+            )
+        return weight
+
+    def _quantized(self, x: str, name: str, weight: QuantizedWeight | SegmentedWeight, bias: str) -> str:
+        if isinstance(weight, SegmentedWeight):
+            return segment_product(self.graph, x, name, weight, bias)
         fmt = weight.format
         if self.layout.task != "causal_lm" and fmt.code_bits == 8 and fmt.granularity == "channel" and fmt.symmetric:
             site = self.layout.site_by_name.get(name)

@@ -13,6 +13,7 @@ from cptquant.core.errors import ArtifactError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout, Site
 from cptquant.exporters.onnx.decoders import gpt_neox_row_order
+from cptquant.exporters.onnx.segments import half_formats, half_name, join_halves
 from cptquant.packing.nbits import NBitsWeight, block_size_of, unpack_nbits
 from cptquant.packing.quantized_weight import QuantizedWeight
 
@@ -21,6 +22,7 @@ _DTYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.BFLOAT16: torch.bfloat16,
     onnx.TensorProto.UINT8: torch.uint8,
     onnx.TensorProto.INT8: torch.int8,
+    onnx.TensorProto.UINT16: torch.uint16,
 }
 
 
@@ -56,14 +58,27 @@ def read_sites(
         fmt = formats[site.name]
         if fmt.is_float:
             continue
-        holder, rows = _locate(file, site, layout)
-        weight = _weight(file, holder, fmt, site.in_features)
-        dequantized = weight.dequantize()[rows]
+        dequantized = _dequantized(file, site, fmt, layout)
         if layout.model_type == "gpt_neox" and site.role == "qkv":
             restored = torch.empty_like(dequantized)
             restored[gpt_neox_row_order(layout.hidden_size, _heads(file))] = dequantized
             dequantized = restored
         yield site.name, dequantized
+
+
+def _dequantized(file: "_TensorFile", site: Site, fmt: QuantFormat, layout: ModelLayout) -> Tensor:
+    """A site's rows as they stand in the file, float32 (out_features, in_features)."""
+    if fmt.storage == "segments":
+        holder = next(
+            (name for name in (site.name, f"{site.name}.reordered") if f"{name}.numbers" in file.tensors), site.name
+        )
+        numbers = file.read(f"{holder}.numbers")
+        narrow, wide = (
+            _weight(file, half_name(holder, half.code_bits), half, site.in_features // 2) for half in half_formats(fmt)
+        )
+        return join_halves(narrow, wide, numbers, fmt).dequantize()
+    holder, rows = _locate(file, site, layout)
+    return _weight(file, holder, fmt, site.in_features).dequantize()[rows]
 
 
 def _locate(file: "_TensorFile", site: Site, layout: ModelLayout) -> tuple[str, slice]:
