@@ -130,7 +130,7 @@ def test_onnx_prices_two_widths_in_a_matrix(name, numbers):
         "2 bits, half in 4) or use --target torch"
     )
     embedding = Site(name="embedding", out_features=20, in_features=256, kind="embedding", role="embedding")
-    assert onnx.refusal(embedding, fmt) == f"{name} is for linear layers: SliM-LLM needs their inputs"
+    assert onnx.refusal(embedding, fmt) == f"{name} is for linear layers inside the blocks here"
 
 
 def test_torch_refuses_what_it_cannot_run():

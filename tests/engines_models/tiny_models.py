@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from cptquant.core.formats import QuantFormat
+from cptquant.core.targets import find_target
 from cptquant.models.checkpoint_weights import MemoryWeights
 from cptquant.models.load import LoadedModel
 from cptquant.quantizers.rtn import Rtn
@@ -72,8 +73,8 @@ def quantize(model: LoadedModel, names: list[str]) -> tuple[dict[str, QuantForma
         if layout.shared_head is not None and site.name == layout.shared_head[1]:
             formats[site.name], weights[site.name] = (found[layout.shared_head[0]] for found in (formats, weights))
             continue
-        if fmt.storage == "segments" and (site.kind != "linear" or fmt.segments_refusal(site.in_features)):
-            fmt = QuantFormat.parse("int4-g32")
+        if fmt.storage == "segments":
+            fmt = find_target("onnx").fit(site, fmt)
         weight = state[site.parameter_name].float()
         codes = Rtn(clip_search=index % 2 == 0)(weight.t() if site.transposed else weight, fmt, scale_dtype)
         formats[site.name], weights[site.name] = fmt, codes

@@ -49,8 +49,8 @@ class Onnx(Target):
         return None
 
     def _refuse_segments(self, site: Site, fmt: QuantFormat) -> str | None:
-        if site.kind != "linear":
-            return f"{fmt.name} is for linear layers: SliM-LLM needs their inputs"
+        if site.kind != "linear" or site.block_index is None:
+            return f"{fmt.name} is for linear layers inside the blocks here"
         if not fmt.halves or fmt.code_bits != _HALVES_BITS:
             return (
                 f"{fmt.name} has widths that ONNX Runtime has no product for; write slim3-g64-halves (half of the "

@@ -73,22 +73,24 @@ def stored_numbers(weight: SegmentedWeight) -> Tensor:
     return torch.argsort(weight.widths, stable=True).to(torch.uint16)
 
 
+def numbers_count(weight: SegmentedWeight) -> int:
+    """Length of `stored_numbers`."""
+    return len(weight.widths) if weight.order is None else weight.shape[1]
+
+
 def segment_product(graph: GraphBuilder, x: str, name: str, weight: SegmentedWeight, bias: str = "") -> str:
-    """x times the transpose of a matrix in two halves."""
+    """x (batch, tokens, in_features) times the transpose of a matrix in two halves."""
     numbers = graph.node("Cast", graph.store(f"{name}.numbers", stored_numbers(weight)), to=TensorProto.INT64)
-    if weight.order is None:
-        size = group_size(weight.format)
-        first = graph.node("Mul", numbers, graph.constant(np.array(size, np.int64)))
-        column = graph.node("Unsqueeze", first, graph.constant(np.array([1], np.int64)))
-        columns = graph.node("Add", column, graph.constant(np.arange(size, dtype=np.int64)))
-        numbers = graph.node("Reshape", columns, graph.constant(np.array([-1], np.int64)))
-    half = graph.constant(np.array([weight.shape[1] // 2] * 2, np.int64))
-    indices = graph.nodes("Split", [numbers, half], 2, axis=0)
-    narrow, wide = split_halves(weight)
-    first = graph.block_product(
-        graph.node("Gather", x, indices[0], axis=-1), half_name(name, narrow.format.code_bits), narrow, bias
-    )
-    second = graph.block_product(
-        graph.node("Gather", x, indices[1], axis=-1), half_name(name, wide.format.code_bits), wide
-    )
-    return graph.node("Add", first, second)
+    lengths = graph.constant(np.array([numbers_count(weight) // 2] * 2, np.int64))
+    indices = graph.nodes("Split", [numbers, lengths], 2, axis=0)
+    if weight.order is None:  # whole groups are copied, ten times as fast as column by column
+        shape = [0, 0, len(weight.widths), group_size(weight.format)]
+        x = graph.node("Reshape", x, graph.constant(np.array(shape, np.int64)))
+    products: list[str] = []
+    for half, index in zip(split_halves(weight), indices, strict=True):
+        taken = graph.node("Gather", x, index, axis=2)
+        if weight.order is None:
+            taken = graph.node("Reshape", taken, graph.constant(np.array([0, 0, half.codes.shape[1]], np.int64)))
+        label = half_name(name, half.format.code_bits)
+        products.append(graph.block_product(taken, label, half, "" if products else bias))
+    return graph.node("Add", *products)
