@@ -99,6 +99,43 @@ def test_two_widths_in_a_matrix(name, exported):
     assert widths.count(2) == len(mixed)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_matrices_of_one_input_with_the_same_halves_are_one_product(name, tmp_path):
+    from cptquant.core.formats import QuantFormat
+    from cptquant.exporters.onnx.export import export_onnx, write_float_twin
+    from cptquant.exporters.onnx.read_back import read_sites
+    from cptquant.models.checkpoint_weights import MemoryWeights
+    from cptquant.quantizers.rtn import Rtn
+
+    model = load_model(save_model(name, tmp_path / "model"))
+    formats, weights = quantize(model, ["int4-g32"])
+    fmt, state, found = QuantFormat.parse("slim3-g32-sorted-halves"), model.module.state_dict(), {}
+    for block in range(model.layout.block_count):
+        sites = [site for site in model.layout.sites if site.block_index == block]
+        for roles in (("q", "k", "v"), ("qkv",), ("gate", "up")):
+            together = [site for site in sites if site.role in roles]
+            if together:
+                whole = Rtn()(torch.cat([state[site.parameter_name].float() for site in together]), fmt, torch.bfloat16)
+                start = 0
+                for site in together:
+                    formats[site.name], found[site.name] = fmt, whole.rows(slice(start, start + site.out_features))
+                    start += site.out_features
+    weights = MemoryWeights({**{s.name: weights.quantized(s.name) for s in model.layout.sites if
+                                weights.quantized(s.name) is not None}, **found})  # fmt: skip
+    file = export_onnx(model, formats, weights, tmp_path / "files").files[0]
+    tokens = make_tokens()
+    ours, theirs = our_outputs(model, weights, tokens), run(write_float_twin(file), tokens)
+    assert (theirs - ours).abs().max() < 2e-4 * ours.abs().max()
+    for site, matrix in read_sites(file, model.layout, formats):
+        assert torch.equal(matrix, weights.weight(site)), site
+    graph = onnx.load_model(file, load_external_data=False).graph
+    names = sorted(tensor.name for tensor in graph.initializer if tensor.name.endswith(".numbers"))
+    assert len(names) == 2 * 2
+    if name == "llama":
+        path = "model.layers.0.self_attn."
+        assert f"{path}q_proj+{path}k_proj+{path}v_proj.numbers" in names
+
+
 @pytest.mark.parametrize("name", ["bert-encoder", "bert-classifier"])
 def test_one_scale_a_row_in_encoders(name, exported):
     """DynamicQuantizeMatMul, with a few columns apart where activations have outliers."""

@@ -296,3 +296,25 @@ def test_wrong_formats_are_refused() -> None:
         Slim()(weight, hessian, QuantFormat.parse("int2-g32"), torch.float16, inputs=inputs)
     with pytest.raises(ValueError, match="slim2-g96 needs whole groups: 96 columns do not divide a row of 64"):
         Slim()(weight, hessian, QuantFormat.parse("slim2-g96"), torch.float16, inputs=inputs)
+
+
+# Halves
+
+
+@pytest.mark.parametrize("name", ["slim3-g32-halves", "slim3-g32-sorted-halves"])
+def test_halves_give_four_bits_to_the_salient_columns_of_all_matrices_of_an_input(name: str) -> None:
+    weight, hessian, _ = layer(12, 6, seed=3)
+    fmt, parts = QuantFormat.parse(name), [weight[:5], weight[5:]]
+    found = Slim().quantize_together(parts, hessian, fmt, torch.float16)
+    whole = Slim()(weight, hessian, fmt, torch.float16)
+    assert torch.equal(torch.cat([part.weight.dequantize() for part in found]), whole.weight.dequantize())
+    first = found[0].weight
+    assert isinstance(first, SegmentedWeight) and torch.equal(first.stored_order(), found[1].weight.stored_order())
+    assert sorted(first.widths.tolist()) == [2] * 3 + [4] * 3
+    for part, result in zip(parts, found, strict=True):
+        expected = output_error(part, result.weight.dequantize(), hessian)
+        assert result.relative_output_error == pytest.approx(expected, rel=1e-3)
+    wide = first.stored_order()[len(hessian) // 2 :]
+    assert hessian.diagonal()[wide].mean() > 3 * hessian.diagonal().mean() / 2  # the large inputs
+    narrow = Gptq()(weight, hessian, QuantFormat.parse("int2-g32"), torch.float16).weight.dequantize()
+    assert output_error(weight, whole.weight.dequantize(), hessian) < output_error(weight, narrow, hessian) / 2

@@ -252,6 +252,8 @@ class SiteTask:
         """SliM-LLM on sites that read the same input, one after the other: their widths differ."""
         results = Results()
         hessian, inputs = hessians.hessian(leader), hessians.kept_inputs(leader)
+        if self.format_of(group[0]).halves:
+            return self._apply_halves_to(group, hessian)
         for site in group:
             weight, bias = self._original(site), self._model.module.get_submodule(site.name).bias
             bias = None if not isinstance(bias, Tensor) else bias.detach().float()
@@ -260,6 +262,18 @@ class SiteTask:
             except UserError as error:
                 raise type(error)(f"{site.name}: {error}") from None
             self._keep(site, weight, found, results)
+        return results
+
+    def _apply_halves_to(self, group: Sequence[Site], hessian: Tensor) -> Results:
+        """Sites that read the same input, with the same columns in either half."""
+        results = Results()
+        weights = [self._original(site) for site in group]
+        try:
+            found = self.slim.quantize_together(weights, hessian, self.format_of(group[0]), self._scale_dtype)
+        except UserError as error:
+            raise type(error)(f"{', '.join(site.name for site in group)}: {error}") from None
+        for site, weight, result in zip(group, weights, found, strict=True):
+            self._keep(site, weight, result, results)
         return results
 
     def _apply_gptq_to(self, group: Sequence[Site], hessian: Tensor) -> Results:

@@ -16,13 +16,13 @@ p by the KL of plain rounding is wrong where GPTQ and descent follow: they make 
 but not of one. So by default p is what leaves the least output error tr(E H E') of the finished matrix: p = 0, 1, ...
 are carried out until the error rises (objective "finished"). Never worse than uniform bits by that measure.
 
-Ours besides: `-halves` formats have p = groups / 2, and `-sorted` formats put columns into groups by salience before
-anything else, most salient first, so that groups differ as much as columns do. That costs 16 bits a column
-(packing/segments.py).
+Ours besides: `-halves` formats have p = groups / 2, the same groups in all matrices that read one input, and `-sorted`
+formats put columns into groups by salience before anything else, most salient first, so that groups differ as much as
+columns do. That costs 16 bits a column (packing/segments.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -112,6 +112,30 @@ class Slim:
             best = (error, assemble(rounded, fmt, widths, scale_dtype, order))
         assert best is not None
         return GptqResult(best[1], factor.outcome, factor.damping, best[0])
+
+    def quantize_together(
+        self,
+        weights: Sequence[Tensor],  # (out_features, in_features) each
+        hessian: Tensor,  # (in_features, in_features) float32
+        fmt: QuantFormat,  # with halves
+        scale_dtype: torch.dtype,
+    ) -> list[GptqResult]:
+        """Matrices that read the same input, with one choice of columns, so that an engine takes each half once.
+
+        Raises:
+            As a call.
+        """
+        joined = self(torch.cat(list(weights)), hessian, fmt, scale_dtype)
+        assert isinstance(joined.weight, SegmentedWeight)
+        found: list[GptqResult] = []
+        start = 0
+        for weight in weights:
+            own = joined.weight.rows(slice(start, start + len(weight)))
+            start += len(weight)
+            columns = weight.float().t()
+            error = relative_output_error(own.dequantize().t() - columns, columns, hessian)
+            found.append(replace(joined, weight=own, relative_output_error=error))
+        return found
 
     def _pairs(
         self,

@@ -15,7 +15,7 @@ from cptquant.exporters.onnx.graph import CONTRIB, GraphBuilder
 from cptquant.exporters.onnx.segments import segment_product
 from cptquant.models.stream import QuantizedSource
 from cptquant.packing.quantized_weight import QuantizedWeight, join_quantized
-from cptquant.packing.segments import SegmentedWeight
+from cptquant.packing.segments import SegmentedWeight, join_segmented_rows
 
 _APART = {"q": 8, "k": 8, "v": 8, "up": 8, "down": 8}
 """Columns of an input that stay floats beside an 8-bit product with one scale for all activations, by role: a few are
@@ -79,7 +79,8 @@ class Parts:
         return self._quantized(x, site, self._stored(site), bias)
 
     def joined(self, x: str, sites: Sequence[str], order: Tensor | None = None) -> str | None:
-        """Several sites with the same input as one product, outputs side by side; None if their formats differ.
+        """Several sites with the same input as one product, outputs side by side; None if their formats, or their
+        columns of either width, differ.
 
         Args:
             order: rows of the joined matrix in the order wanted.
@@ -88,9 +89,9 @@ class Parts:
         fmt = formats[0]
         if any(other != fmt for other in formats) or fmt is None or fmt.granularity == "tensor":
             return None
-        if fmt.storage == "segments":
-            return None  # each has columns of its own in either half
-        weight = join_quantized([self._one_width(site) for site in sites])
+        weight = _join([self._stored(site) for site in sites])
+        if weight is None:
+            return None
         biases = [self._state[f"{site}.bias"] for site in sites if self.has(f"{site}.bias")]
         if len(biases) not in (0, len(sites)):
             return None
@@ -239,3 +240,15 @@ class Parts:
     def _float_matrix(self, site: str) -> Tensor:
         weight = self._state[f"{site}.weight"]
         return weight.t() if self.layout.site_by_name[site].transposed else weight
+
+
+def _join(weights: Sequence[QuantizedWeight | SegmentedWeight]) -> QuantizedWeight | SegmentedWeight | None:
+    """Matrices of one input and format below each other; None where their columns stand in different halves."""
+    plain = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    if len(plain) == len(weights):
+        return join_quantized(plain)
+    mixed = [weight for weight in weights if isinstance(weight, SegmentedWeight)]
+    first = mixed[0]
+    if len(mixed) < len(weights) or any(not torch.equal(first.stored_order(), other.stored_order()) for other in mixed):
+        return None
+    return join_segmented_rows(mixed)

@@ -69,26 +69,23 @@ def read_sites(
 def _dequantized(file: "_TensorFile", site: Site, fmt: QuantFormat, layout: ModelLayout) -> Tensor:
     """A site's rows as they stand in the file, float32 (out_features, in_features)."""
     if fmt.storage == "segments":
-        holder = next(
-            (name for name in (site.name, f"{site.name}.reordered") if f"{name}.numbers" in file.tensors), site.name
-        )
-        numbers = file.read(f"{holder}.numbers")
+        holder, rows = _locate(file, site, layout, ".numbers")
         narrow, wide = (
             _weight(file, half_name(holder, half.code_bits), half, site.in_features // 2) for half in half_formats(fmt)
         )
-        return join_halves(narrow, wide, numbers, fmt).dequantize()
+        return join_halves(narrow, wide, file.read(f"{holder}.numbers"), fmt).dequantize()[rows]
     holder, rows = _locate(file, site, layout)
     return _weight(file, holder, fmt, site.in_features).dequantize()[rows]
 
 
-def _locate(file: "_TensorFile", site: Site, layout: ModelLayout) -> tuple[str, slice]:
-    """Name under which a site's codes are stored, and its rows there (several sites may be one matrix)."""
+def _locate(file: "_TensorFile", site: Site, layout: ModelLayout, part: str = ".codes") -> tuple[str, slice]:
+    """Name under which a site's tensors are stored, and its rows there (several sites may be one matrix)."""
     if layout.shared_head is not None and site.name == layout.shared_head[1]:
         site = layout.site_by_name[layout.shared_head[0]]
-    if f"{site.name}.codes" in file.tensors:
+    if f"{site.name}{part}" in file.tensors:
         return site.name, slice(None)
     for name in file.tensors:
-        holder = name.removesuffix(".codes")
+        holder = name.removesuffix(part)
         if holder == name:
             continue
         members = holder.split("+")
