@@ -20,6 +20,7 @@ from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.hessian import InputHessians, collect_block_hessians
 from cptquant.quantizers.rtn import Rtn
+from cptquant.quantizers.slim import Slim
 
 Alternatives = dict[str, dict[str, StoredWeight]]
 """Site name -> format name -> weight."""
@@ -45,12 +46,15 @@ def quantize_alternatives(
         progress: called with (blocks done, blocks in all).
 
     Raises:
-        UserError: groups of mixed width, which are not made here. DataError, ModelError: as `quantize_sites`.
+        UserError: groups of mixed width other than halves, which are not made here. DataError, ModelError: as
+        `quantize_sites`.
     """
     wanted = {name: [fmt for fmt in row if not fmt.is_float] for name, row in formats.items()}
     for name, row in wanted.items():
-        if any(fmt.storage == "segments" for fmt in row):
-            raise UserError(f"--refine-swaps cannot judge groups of mixed width (at {name}); leave slim formats out")
+        if any(fmt.storage == "segments" and not fmt.halves for fmt in row):
+            raise UserError(
+                f"--refine-swaps cannot judge groups of mixed width (at {name}), but for halves; leave slim formats out"
+            )
     layout = model.layout
     dtype = torch.float16 if layout.storage_dtype == "float16" else torch.bfloat16
     coarse = isinstance(quantizer, Gptq) and quantizer.coarse_products
@@ -98,7 +102,8 @@ def _apply_gptq(
     for (leader, fmt), group in together.items():
         assert isinstance(quantizer, Gptq)
         weights = [_weight(model, site) for site in group]
-        results = quantizer.quantize_together(weights, hessians.hessian(leader), fmt, dtype)
+        together_by = Slim.like(quantizer) if fmt.halves else quantizer
+        results = together_by.quantize_together(weights, hessians.hessian(leader), fmt, dtype)
         for site, result in zip(group, results, strict=True):
             found[site.name][fmt.name] = result.weight
     return found
