@@ -21,5 +21,5 @@ sed -e "s|TEXT|$SHARED/data/text|g" -e "s|MODEL|$SHARED/models/reference-llama|"
 nice -n 10 "$PYTHON" -m cptquant sweep "$WORK/plan.yaml" --output "$WORK/sweep" --workers "${WORKERS:-0}" ${DRY:+--dry-run}
 [ -n "${DRY:-}" ] && exit 0
 nice -n 10 "$PYTHON" benchmarks/dcpt_on_own_runs.py "$WORK/sweep" --work "$WORK"
-nice -n 10 "$PYTHON" -m cptquant plan "$WORK/sweep" --law-domain law --max-size 2MB --compute 4min \
+nice -n 10 "$PYTHON" -m cptquant plan "$WORK/sweep" --law-domain law --max-size 2MB --compute 40s \
     --max-general-increase 3% --output "$WORK/plan-law" --run --neighbours 3
