@@ -61,6 +61,7 @@ LISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "onnx, halves": {
         "g64": _names(_KERNELS, "g64"),
         "g64, halves": (*_names(_KERNELS, "g64"), "slim3-g64-halves"),
+        "g64, sorted": (*_names(_KERNELS, "g64"), "slim3-g64-sorted-halves"),
         "g64, halves, sorted": (*_names(_KERNELS, "g64"), "slim3-g64-halves", "slim3-g64-sorted-halves"),
     },
 }
