@@ -74,6 +74,8 @@ def quantize(model: LoadedModel, names: list[str]) -> tuple[dict[str, QuantForma
             continue
         if fmt.storage == "segments" and (site.kind != "linear" or fmt.segments_refusal(site.in_features)):
             fmt = QuantFormat.parse("int4-g32")
+        if fmt.storage == "columns" and (site.kind != "linear" or site.in_features % 32):
+            fmt = QuantFormat.parse("int4-g32")
         weight = state[site.parameter_name].float()
         codes = Rtn(clip_search=index % 2 == 0)(weight.t() if site.transposed else weight, fmt, scale_dtype)
         formats[site.name], weights[site.name] = fmt, codes

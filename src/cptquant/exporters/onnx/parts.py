@@ -11,12 +11,15 @@ from torch import Tensor
 from cptquant.core.errors import ModelError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
+from cptquant.exporters.onnx.columns import corrected_product
 from cptquant.exporters.onnx.graph import CONTRIB, GraphBuilder
 from cptquant.exporters.onnx.segments import segment_product
 from cptquant.models.stream import QuantizedSource
-from cptquant.packing.quantized_weight import QuantizedWeight, join_quantized
+from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight, join_quantized
 from cptquant.packing.segments import SegmentedWeight
 
+_Product = QuantizedWeight | SegmentedWeight | ColumnsWeight
+"""What a product can be made with."""
 _APART = {"q": 8, "k": 8, "v": 8, "up": 8, "down": 8}
 """Columns of an input that stay floats beside an 8-bit product with one scale for all activations, by role: a few are
 so large that the others would lose their digits (decision 0006)."""
@@ -88,8 +91,8 @@ class Parts:
         fmt = formats[0]
         if any(other != fmt for other in formats) or fmt is None or fmt.granularity == "tensor":
             return None
-        if fmt.storage == "segments":
-            return None  # each has columns of its own in either half
+        if fmt.storage in ("segments", "columns"):
+            return None  # each has columns of its own in either half, or corrects columns of its own
         weight = join_quantized([self._one_width(site) for site in sites])
         biases = [self._state[f"{site}.bias"] for site in sites if self.has(f"{site}.bias")]
         if len(biases) not in (0, len(sites)):
@@ -199,9 +202,9 @@ class Parts:
             )
         return embedding
 
-    def _stored(self, site: str) -> QuantizedWeight | SegmentedWeight:
+    def _stored(self, site: str) -> _Product:
         weight = self._source.quantized(site)
-        if not isinstance(weight, QuantizedWeight | SegmentedWeight):
+        if not isinstance(weight, QuantizedWeight | SegmentedWeight | ColumnsWeight):
             raise ModelError(f"the plan quantizes {site}, but no codes of it stand; run: cptquant quantize RUN")
         return weight
 
@@ -209,11 +212,14 @@ class Parts:
         weight = self._stored(site)
         if not isinstance(weight, QuantizedWeight):
             raise ModelError(
-                f"{site} has groups of mixed width here, which only products with a matrix of its own can have"
+                f"{site} has {self._formats[site].name} here, groups of mixed width or corrected columns, which only "
+                "products with a matrix of its own can have"
             )
         return weight
 
-    def _quantized(self, x: str, name: str, weight: QuantizedWeight | SegmentedWeight, bias: str) -> str:
+    def _quantized(self, x: str, name: str, weight: _Product, bias: str) -> str:
+        if isinstance(weight, ColumnsWeight):
+            return corrected_product(self.graph, x, name, weight, bias)
         if isinstance(weight, SegmentedWeight):
             return segment_product(self.graph, x, name, weight, bias)
         fmt = weight.format
