@@ -76,7 +76,7 @@ def test_damaged_tensors_are_refused() -> None:
     weight = example()
     tensors = encode(weight)
     for name in tensors:
-        with pytest.raises(ArtifactError, match=rf"tensor {name} of a int3-g16(-c10)? matrix \(2, 32\) is missing; qua"):
+        with pytest.raises(ArtifactError, match=rf"tensor {name} of a int3-g16(-c10)? matrix \(2, 32\) is missing"):
             decode({key: value for key, value in tensors.items() if key != name}, weight.format, (2, 32))
     for changed, message in (
         ({"weight_correction": torch.ones(2, 4, dtype=torch.int8)}, r"must be torch.int8 \(2, 3\), found torch.int8"),
@@ -95,7 +95,7 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^the codes of int3-g16-c10 are int3-g16, got int3-channel$"):
         channel = QuantFormat.parse("int3-channel")
         ColumnsWeight(fmt, QuantizedWeight(channel, base.codes, base.scales[:, :1]), weight.correction)
-    with pytest.raises(ValueError, match=r"corrects 3 columns of a 2 x 32 matrix, got codes \(2, 2\) for columns up to 7"):
+    with pytest.raises(ValueError, match=r"corrects 3 columns of a 2 x 32 matrix, got codes \(2, 2\) for columns up"):
         ColumnsWeight(fmt, base, Correction(columns[:2], codes[:, :2], scales[:2]))
     with pytest.raises(ValueError, match="columns are int64 numbers, at least one, ascending"):
         Correction(columns.flip(0), codes, scales)

@@ -1,7 +1,7 @@
 """An 8-bit correction of a few input columns of a matrix, and its exact codec.
 
-A matrix of format `int3-g64-c2` is codes as of `int3-g64` plus, on 2 % of its input columns, a correction in 8 bits with
-one scale a column (docs/columns.md describes the tensors):
+A matrix of format `int3-g64-c2` is codes as of `int3-g64` plus, on 2 % of its input columns, a correction in 8 bits
+with one scale a column (docs/columns.md describes the tensors):
 
     value = (code - zero) * scale,  and on the chosen columns  + correction code * the column's scale
 """

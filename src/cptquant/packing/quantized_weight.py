@@ -43,7 +43,8 @@ class QuantizedWeight:
         if self.format.is_float:
             raise ValueError(f"{self.format.name} holds floats, not codes: keep the weight and cast it")
         if self.format.storage not in ("packed", "plain"):
-            raise ValueError(f"{self.format.name} is of storage {self.format.storage}: it needs more than codes and scales")
+            storage = self.format.storage
+            raise ValueError(f"{self.format.name} is of storage {storage}: it needs more than codes and scales")
         if self.codes.ndim != 2 or self.codes.dtype is not torch.int8:
             raise ValueError(f"codes are int8 (out, in), got {self.codes.dtype} {tuple(self.codes.shape)}")
         expected = scale_shape(self.format, *self.codes.shape)
@@ -129,8 +130,8 @@ class ColumnsWeight:
 
 
 StoredWeight = QuantizedWeight | BlockWeight | SegmentedWeight | ColumnsWeight
-"""A matrix after quantization, in the form of compressed-tensors, of GGUF, with groups of mixed width, or with corrected
-columns."""
+"""A matrix after quantization, in the form of compressed-tensors, of GGUF, with groups of mixed width, or with
+corrected columns."""
 
 
 def join_rows(parts: Sequence[StoredWeight]) -> StoredWeight:

@@ -1,19 +1,20 @@
 """Codes of all columns, and a correction in 8 bits of the few columns that need it most (formats like `int3-g64-c2`).
 
-OWQ (arXiv 2306.02272) keeps the "weak" columns of a layer in 16 bits: those whose inputs are so large that rounding them
-costs most. Here they are kept in 8 bits, and they also make up for what the other columns lose. With E = W - Q, H the
-damped Hessian, C the chosen columns and R the others, the correction that leaves least of tr(E H E') is
+OWQ (arXiv 2306.02272) keeps the "weak" columns of a layer in 16 bits: those whose inputs are so large that rounding
+them costs most. Here they are kept in 8 bits, and they also make up for what the other columns lose. With E = W - Q, H
+the damped Hessian, C the chosen columns and R the others, the correction that leaves least of tr(E H E') is
 
     O = E_C + E_R H_RC H_CC^-1,     and it leaves  tr(E_R S E_R'),   S = H_RR - H_RC H_CC^-1 H_CR.
 
-So C is chosen first, the codes of R are then made by GPTQ under S, and O comes last. The codes of C are 0: their weights
-stretch no group's scale. To correct the codes of an ordinary GPTQ instead costs 9 to 13 % more error in the mean
-(docs/columns.md).
+So C is chosen first, the codes of R are then made by GPTQ under S, and O comes last. The codes of C are 0: their
+weights stretch no group's scale. To correct the codes of an ordinary GPTQ instead is worse than no correction at equal
+bits (docs/columns.md).
 
-C is found by trial. Of the error of rounding to nearest, each further column is the one whose correction lowers tr(E H E')
-most, given those before; or the same with the weights themselves in the place of their error, which finds columns of
-outliers: these stretch the scales of their groups, so that all columns but they are rounded badly; or half of C in one
-way and half in the other. The codes are rounded to nearest with each C, and the one with the least tr(E_R S E_R') is taken.
+C is found by trial. Of the error of rounding to nearest, each further column is the one whose correction lowers
+tr(E H E') most, given those before; or the same with the weights themselves in the place of their error, which finds
+columns of outliers: these stretch the scales of their groups, so that all columns but they are rounded badly; or half
+of C in one way and half in the other. The codes are rounded to nearest with each C, and the one with the least
+tr(E_R S E_R') is taken.
 """
 
 from collections.abc import Callable, Sequence
@@ -127,9 +128,7 @@ def find_columns(
     """
 
     def error_of(values: Tensor) -> Tensor:
-        rounded = round_to_grid(
-            values, fmt.base, scale_dtype, importance=damped.diagonal(), clip_search=clip_search
-        )
+        rounded = round_to_grid(values, fmt.base, scale_dtype, importance=damped.diagonal(), clip_search=clip_search)
         return rounded.dequantize().sub_(values)
 
     error, count = error_of(weight), fmt.column_count(weight.shape[1])

@@ -46,9 +46,7 @@ class Rtn:
         if fmt.storage == "segments":
             return round_to_segments(weight, fmt, scale_dtype, importance=importance, clip=self.clip_search)
         if fmt.storage == "columns":
-            return round_with_columns(
-                weight, fmt, scale_dtype, importance=importance, clip_search=self.clip_search
-            )
+            return round_with_columns(weight, fmt, scale_dtype, importance=importance, clip_search=self.clip_search)
         if fmt.block_layout is not None:
             return round_to_blocks(weight, fmt, importance=importance, search=self.clip_search)
         return round_to_grid(weight, fmt, scale_dtype, importance=importance, clip_search=self.clip_search)

@@ -2,8 +2,8 @@
 
     x W' + b  =  x W_codes' + b  +  x[corrected columns] O'
 
-The correction is stored in 8 bits and made float32 when the engine loads the file. A MatMulNBits of 8 bits in its place
-would round the activations of these very columns, the largest there are, to 8 bits, and was not faster (docs/columns.md).
+The correction is stored in 8 bits and made float32 when the engine loads the file. A MatMulNBits of 8 bits in its
+place would round the activations of these very columns, the largest there are, to 8 bits (docs/columns.md).
 """
 
 import numpy as np
