@@ -80,7 +80,8 @@ LISTS: dict[str, dict[str, tuple[str, ...]]] = {
         "g64, g128": _names(_WIDE, "g64", "g128"),
         "g64, g128, columns": (
             *_names(_WIDE, "g64", "g128"),
-            *_corrected(*_names((2, 3, 4), "g64", "g128")),
+            *_corrected(*_names((2, 3, 4), "g64")),
+            *(f"int{bits}-g128-c2" for bits in (2, 3, 4)),
         ),
     },
 }

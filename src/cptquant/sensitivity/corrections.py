@@ -31,6 +31,8 @@ from cptquant.sensitivity.scores import Scores, SiteFormats
 
 _SEQUENCES = 32
 """Calibration sequences, evenly spread, whose inputs say which columns are corrected; fewer if fewer are given."""
+_ROWS = 128
+"""Rows of a matrix, evenly spread, that are looked at; all rows of a matrix read the same inputs."""
 RULE_TEXT = "damage of the codes alone x root of what correcting columns leaves of the output error of rounding"
 
 
@@ -51,7 +53,7 @@ def add_corrections(
     """The scores of `without_corrections(formats)`, with damages of corrected columns beside them.
 
     Costs a forward pass on `_SEQUENCES` sequences with the second moments of every such site's inputs, and five
-    roundings a site and format.
+    roundings of `_ROWS` rows a site and format.
     """
     corrected = corrected_formats(formats)
     ratios = correction_ratios(model, tokens, corrected, progress)
@@ -91,7 +93,8 @@ def correction_ratios(
                         hessians.hessian(leader), Gptq().damping, by_activation=False
                     ).damped  # fmt: skip
                 moment = damped[leader]
-            weight = original_weight(model, site).float()
+            rows = torch.linspace(0, site.out_features - 1, min(_ROWS, site.out_features)).round().long()
+            weight = original_weight(model, site)[rows].float()
             found[name] = {fmt.name: find_columns(weight, moment, fmt, dtype).ratio ** 0.5 for fmt in formats[name]}
 
     for index in range(layout.block_count):
