@@ -33,7 +33,7 @@ from cptquant.exporters.onnx.graph import GraphBuilder
 from cptquant.packing.columns import Correction
 from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight
 
-SHAPES = ((512, 512), (2048, 2048), (4096, 4096))
+SHAPES = ((512, 512), (2048, 2048))
 NAMES = ("int2-g64", "int4-g64")
 SHARES = (10, 20, 40)
 WAYS = ("codes alone", "float", "8 bits")

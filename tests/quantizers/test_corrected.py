@@ -9,7 +9,7 @@ from quantizers.test_gptq import output_error, problem
 from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteOutcome
 from cptquant.packing.quantized_weight import ColumnsWeight
-from cptquant.quantizers.corrected import choose_columns, round_correction
+from cptquant.quantizers.corrected import rank_columns, round_correction
 from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.hessian_factor import factor_hessian
 from cptquant.quantizers.rtn import Rtn
@@ -34,10 +34,11 @@ def test_each_further_column_is_the_best_one(seed: int) -> None:
     for _ in range(6):
         rest = [column for column in range(24) if column not in chosen]
         chosen.append(min(rest, key=lambda column: left_over(error, hessian, [*chosen, column])))
-        assert choose_columns(error, hessian, len(chosen)).tolist() == sorted(chosen)
+        assert rank_columns(error, hessian, len(chosen)).tolist() == chosen
+        assert rank_columns(error, hessian, len(chosen), given=chosen[:1]).tolist() == chosen
     pairs = itertools.combinations(range(24), 2)
     best = min(left_over(error, hessian, list(pair)) for pair in pairs)
-    assert left_over(error, hessian, choose_columns(error, hessian, 2).tolist()) < 1.1 * best
+    assert left_over(error, hessian, rank_columns(error, hessian, 2).tolist()) < 1.1 * best
 
 
 def test_columns_that_say_the_same_are_not_both_chosen() -> None:
@@ -48,8 +49,8 @@ def test_columns_that_say_the_same_are_not_both_chosen() -> None:
     error = torch.zeros(3, 12)
     error[:, [2, 7]] = 1.0
     error[:, 9] = 0.01
-    assert len({2, 7} & set(choose_columns(error, hessian, 2).tolist())) == 1
-    assert choose_columns(torch.zeros(3, 12), hessian, 3).tolist() == [0, 1, 2]  # nothing to gain: still three
+    assert len({2, 7} & set(rank_columns(error, hessian, 2).tolist())) == 1
+    assert rank_columns(torch.zeros(3, 12), hessian, 3).tolist() == [0, 1, 2]  # nothing to gain: still three
 
 
 @pytest.mark.parametrize("name", ["int2-g16-c5", "int3-g32-asym-c10", "int4-channel-c2", "int3-tensor-c4"])

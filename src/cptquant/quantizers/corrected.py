@@ -88,95 +88,107 @@ def quantize_with_columns(
     Raises:
         ModelError: as `fit_grid`.
     """
-    found = find_columns(weight, damped, fmt, scale_dtype, clip_search=clip_search)
-    base = quantize(weight.index_fill(1, found.columns, 0.0), found.moments)
+    found = ColumnSearch(weight, damped, scale_dtype, clip_search=clip_search).find(fmt)
+    columns = found.columns
+    others = torch.ones(len(damped), dtype=torch.bool).index_fill_(0, columns, False).nonzero().flatten()
+    carried = torch.linalg.solve(damped[columns][:, columns], damped[columns][:, others])  # H_CC^-1 H_CR
+    base = quantize(weight.index_fill(1, columns, 0.0), _left_over(damped, columns, others, carried))
     assert isinstance(base, QuantizedWeight)
     error = base.dequantize().neg_().add_(weight)
-    wanted = error[:, found.columns].addmm_(error[:, found.others], found.carried.t())
-    return ColumnsWeight(fmt, base, round_correction(wanted, found.columns, scale_dtype, clip_search=clip_search))
+    wanted = error[:, columns].addmm_(error[:, others], carried.t())
+    return ColumnsWeight(fmt, base, round_correction(wanted, columns, scale_dtype, clip_search=clip_search))
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Columns to correct, and what is left for the codes of the others.
+    """Columns to correct.
 
     Attributes:
-        columns, others: int64, ascending. carried: H_CC^-1 H_CR, (chosen, others).
-        moments: S in the place of the others, (in_features, in_features); the chosen by themselves.
+        columns: int64 (count,), ascending.
         ratio: tr(E_R S E_R') over tr(E H E'), both by rounding to nearest, at most 1: what the correction leaves.
     """
 
     columns: Tensor
-    others: Tensor
-    carried: Tensor
-    moments: Tensor
     ratio: float
 
 
-def find_columns(
-    weight: Tensor,  # (out_features, in_features) float32
-    damped: Tensor,  # (in_features, in_features) float32, positive definite
-    fmt: QuantFormat,
-    scale_dtype: torch.dtype,
-    *,
-    clip_search: bool = True,
-) -> Chosen:
-    """The best of three choices of columns; see above.
+class ColumnSearch:
+    """The choice of columns of one matrix; formats that are asked for one after the other share what they can.
 
-    Raises:
-        ModelError: as `fit_grid`.
+    Args:
+        weight: (out_features, in_features) float32. damped: (in_features, in_features) float32, positive definite.
+        clip_search: as the codes will be rounded.
     """
 
-    def error_of(values: Tensor) -> Tensor:
-        rounded = round_to_grid(values, fmt.base, scale_dtype, importance=damped.diagonal(), clip_search=clip_search)
+    def __init__(self, weight: Tensor, damped: Tensor, scale_dtype: torch.dtype, *, clip_search: bool = True) -> None:
+        self._weight, self._damped, self._dtype, self._clip = weight, damped, scale_dtype, clip_search
+        self._by_weight = torch.empty(0, dtype=torch.int64)
+        self._errors: dict[QuantFormat, tuple[Tensor, float]] = {}
+
+    def find(self, fmt: QuantFormat) -> Chosen:
+        """The best of three choices of columns; see above.
+
+        Raises:
+            ModelError: as `fit_grid`.
+        """
+        count = fmt.column_count(self._weight.shape[1])
+        if len(self._by_weight) < count:
+            self._by_weight = rank_columns(self._weight, self._damped, count)
+        if fmt.base not in self._errors:
+            error = self._error(fmt, self._weight)
+            self._errors[fmt.base] = error, float(((error @ self._damped) * error).sum(dtype=torch.float64))
+        error, before = self._errors[fmt.base]
+        choices = [rank_columns(error, self._damped, count), self._by_weight[:count]]
+        if count > 1:
+            half = self._by_weight[: count // 2]
+            rest = self._error(fmt, self._weight.index_fill(1, half, 0.0))
+            choices.append(rank_columns(rest, self._damped, count, given=half.tolist()))
+        best: tuple[float, Tensor] | None = None
+        for columns in choices:
+            left = _left_power(self._error(fmt, self._weight.index_fill(1, columns, 0.0)), self._damped, columns)
+            if best is None or left < best[0]:
+                best = left, columns
+        assert best is not None
+        return Chosen(best[1].sort().values, min(1.0, best[0] / before) if before > 0 else 1.0)
+
+    def _error(self, fmt: QuantFormat, values: Tensor) -> Tensor:
+        """Of rounding to nearest under the inputs' mean squares."""
+        importance = self._damped.diagonal()
+        rounded = round_to_grid(values, fmt.base, self._dtype, importance=importance, clip_search=self._clip)
         return rounded.dequantize().sub_(values)
 
-    error, count = error_of(weight), fmt.column_count(weight.shape[1])
-    before = _power(error, damped)
-    by_weight = choose_columns(weight, damped, count)
-    half = choose_columns(weight, damped, count // 2) if count > 1 else by_weight[:0]
-    mixed = choose_columns(error_of(weight.index_fill(1, half, 0.0)), damped, count, given=half.tolist())
-    best: tuple[float, Chosen] | None = None
-    for columns in (choose_columns(error, damped, count), by_weight, mixed):
-        others, carried = _sweep_out(damped, columns)
-        moments = _left_over(damped, columns, others, carried)
-        left = _power(error_of(weight.index_fill(1, columns, 0.0)), moments)
-        if best is None or left < best[0]:
-            ratio = min(1.0, left / before) if before > 0 else 1.0
-            best = left, Chosen(columns, others, carried, moments, ratio)
-    assert best is not None
-    return best[1]
 
-
-def choose_columns(
+def rank_columns(
     error: Tensor,  # (out_features, in_features) float32
     hessian: Tensor,  # (in_features, in_features) float32, positive definite
     count: int,
     *,
     given: Sequence[int] = (),
 ) -> Tensor:
-    """Greedy choice of the columns whose correction lowers tr(E H E') most, int64 (count,) ascending.
+    """Greedy choice of the columns whose correction lowers tr(E H E') most, int64 (count,), the best first.
 
     Correcting column j as well as it can be lowers the error by |(E H)_j|^2 / H_jj; what is left is E H and H with that
     column swept out. A column that those before can stand for is taken last.
 
     Args:
-        given: columns that are chosen already, counted in `count`.
+        given: columns that are chosen already; they come first and count.
     """
     product, left = error @ hessian, hessian.clone()
     smallest = _SPENT * hessian.diagonal()
     free = torch.ones(len(hessian), dtype=torch.bool)
+    chosen: list[int] = []
     for step in range(count):
         diagonal = left.diagonal()
         gains = torch.where(diagonal > smallest, product.square().sum(dim=0) / diagonal, torch.zeros_like(diagonal))
         best = given[step] if step < len(given) else int(gains.masked_fill(~free, -1.0).argmax())
         free[best] = False
+        chosen.append(best)
         if gains[best] <= 0:
             continue
         swept = left[best] / diagonal[best]
         product.addr_(product[:, best].clone(), swept, alpha=-1)
         left.addr_(left[:, best].clone(), swept, alpha=-1)
-    return (~free).nonzero().flatten()
+    return torch.tensor(chosen, dtype=torch.int64)
 
 
 def round_correction(
@@ -196,15 +208,16 @@ def round_correction(
     return Correction(columns, grid.round(rows).t().to(torch.int8).contiguous(), grid.scales.to(scale_dtype))
 
 
-def _power(error: Tensor, moments: Tensor) -> float:
-    """tr(E M E')."""
-    return float(((error @ moments) * error).sum(dtype=torch.float64))
-
-
-def _sweep_out(damped: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the other columns, and H_CC^-1 H_CR (chosen, others)."""
-    others = torch.ones(len(damped), dtype=torch.bool).index_fill_(0, columns, False).nonzero().flatten()
-    return others, torch.linalg.solve(damped[columns][:, columns], damped[columns][:, others])
+def _left_power(
+    error: Tensor,  # (out_features, in_features) float32, 0 on the columns
+    damped: Tensor,
+    columns: Tensor,
+) -> float:
+    """tr(E_R S E_R')."""
+    product = error @ damped
+    own = product[:, columns]
+    carried = torch.linalg.solve(damped[columns][:, columns], own.t()).t()
+    return float((product * error).sum(dtype=torch.float64) - (own * carried).sum(dtype=torch.float64))
 
 
 def _left_over(damped: Tensor, columns: Tensor, others: Tensor, carried: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Methods round to nearest without a look at the inputs; the columns that a correction is for are chosen by them. So a
 method scores the codes alone (`int3-g64` for `int3-g64-c2`), and the damage is scaled by the square root of what the
-correction leaves of the output error of rounding (`find_columns`), from the second moments of the site's inputs in the
+correction leaves of the output error of rounding (`ColumnSearch`), from the second moments of the site's inputs in the
 original model.
 
 The root because GPTQ and its descent make up for much of the same error: over 11 sites of two models, codes of 2, 3 and
@@ -22,7 +22,7 @@ from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, site_modules
 from cptquant.models.text import TokenSet
-from cptquant.quantizers.corrected import find_columns
+from cptquant.quantizers.corrected import ColumnSearch
 from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.hessian import InputHessians, collect_block_hessians, collect_outer_hessians
 from cptquant.quantizers.hessian_factor import factor_hessian
@@ -95,7 +95,9 @@ def correction_ratios(
                 moment = damped[leader]
             rows = torch.linspace(0, site.out_features - 1, min(_ROWS, site.out_features)).round().long()
             weight = original_weight(model, site)[rows].float()
-            found[name] = {fmt.name: find_columns(weight, moment, fmt, dtype).ratio ** 0.5 for fmt in formats[name]}
+            search = ColumnSearch(weight, moment, dtype)
+            widest = sorted(formats[name], key=lambda fmt: -fmt.column_share)
+            found[name] = {fmt.name: search.find(fmt).ratio ** 0.5 for fmt in widest}
 
     for index in range(layout.block_count):
         block = stream.load_block()
