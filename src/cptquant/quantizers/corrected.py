@@ -92,7 +92,7 @@ def quantize_with_columns(
     columns = found.columns
     others = torch.ones(len(damped), dtype=torch.bool).index_fill_(0, columns, False).nonzero().flatten()
     carried = torch.linalg.solve(damped[columns][:, columns], damped[columns][:, others])  # H_CC^-1 H_CR
-    base = quantize(weight.index_fill(1, columns, 0.0), _left_over(damped, columns, others, carried))
+    base = quantize(weight.index_fill(1, columns, 0.0), left_over(damped, columns, others, carried))
     assert isinstance(base, QuantizedWeight)
     error = base.dequantize().neg_().add_(weight)
     wanted = error[:, columns].addmm_(error[:, others], carried.t())
@@ -220,7 +220,7 @@ def _left_power(
     return float((product * error).sum(dtype=torch.float64) - (own * carried).sum(dtype=torch.float64))
 
 
-def _left_over(damped: Tensor, columns: Tensor, others: Tensor, carried: Tensor) -> Tensor:
+def left_over(damped: Tensor, columns: Tensor, others: Tensor, carried: Tensor) -> Tensor:
     """S in the place of the others; the chosen columns by themselves, with the mean diagonal."""
     schur = damped[others][:, others].addmm_(damped[others][:, columns], carried, alpha=-1)
     mean = schur.diagonal().mean()
