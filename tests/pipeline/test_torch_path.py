@@ -67,6 +67,8 @@ def test_corrected_columns_are_learned_around_exported_and_recovered(
     assert "of the codes changed" in json.dumps(manifest) and "no site could be learned" not in json.dumps(manifest)
     assert {site.largest_error for site in ExportRecord.load(run / "export/torch/export.json").round_trip} == {0.0}
     _same_as_dequantized(run / "checkpoint", folder, CorrectedLinear)
+    shown = cptquant("explain", run)
+    assert shown.code == 0 and "int2-g32-c3" in shown.out
     generated = cptquant("generate", run, "--engine", "torch", "--prompt", "The", "--tokens", 2)
     assert generated.code == 0, generated.err
     flags = ("--sequences", 8, "--own-text", 0, "--steps", 2, "--batch-sequences", 2)
