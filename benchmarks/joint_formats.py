@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/joint_formats.py
     ... --target onnx --models reference-llama reference-opt
     ... --target "onnx, halves"
+    ... --target "onnx, columns" --budgets 2.5bpw@sites 3bpw@sites 3.5bpw@sites     (and "torch, columns")
 
 TDMPQ scores the longest list once (its CPU seconds, and those of the first list alone, are in the results); the
 knapsack chooses from each list under the same budget; GPTQ carries the plans out. Budgets count the blocks' linear
@@ -43,7 +44,13 @@ def _names(widths: tuple[int, ...], *granularities: str) -> tuple[str, ...]:
     return tuple(f"int{bits}-{granularity}" for bits in widths for granularity in granularities)
 
 
+def _corrected(*names: str) -> tuple[str, ...]:
+    """Each with 1, 2 and 4 % of its columns corrected."""
+    return tuple(f"{name}-c{percent}" for name in names for percent in (1, 2, 4))
+
+
 _WIDE, _KERNELS = (2, 3, 4, 5, 6, 8), (2, 4, 8)
+_ONNX_COLUMNS = _corrected("int2-g64", "int4-g64")
 LISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "transformers": {
         "g64": _names(_WIDE, "g64"),
@@ -63,6 +70,20 @@ LISTS: dict[str, dict[str, tuple[str, ...]]] = {
         "g64, halves": (*_names(_KERNELS, "g64"), "slim3-g64-halves"),
         "g64, sorted": (*_names(_KERNELS, "g64"), "slim3-g64-sorted-halves"),
         "g64, halves, sorted": (*_names(_KERNELS, "g64"), "slim3-g64-halves", "slim3-g64-sorted-halves"),
+    },
+    "onnx, columns": {
+        "g64": _names(_KERNELS, "g64"),
+        "g64, columns": (*_names(_KERNELS, "g64"), *_ONNX_COLUMNS),
+        "g64, halves": (*_names(_KERNELS, "g64"), "slim3-g64-halves"),
+        "g64, halves, columns": (*_names(_KERNELS, "g64"), "slim3-g64-halves", *_ONNX_COLUMNS),
+    },
+    "torch, columns": {
+        "g64, g128": _names(_WIDE, "g64", "g128"),
+        "g64, g128, columns": (
+            *_names(_WIDE, "g64", "g128"),
+            *_corrected(*_names((2, 3, 4), "g64")),
+            *(f"int{bits}-g128-c2" for bits in (2, 3, 4)),
+        ),
     },
 }
 """By target; what follows a comma only tells two of one target apart."""

@@ -383,6 +383,17 @@ def test_formats_of_equal_effect_are_one_option():
     assert Fraction(group.options[0].size_bytes) == QuantFormat.parse("int4-channel").stored_bytes(8, 24)
 
 
+def test_the_plan_states_what_leaving_columns_uncorrected_costs():
+    layout = make_layout([[(16, 256), (16, 256)]])
+    plan = allocate(layout, None, Budget.parse("8bpw@sites"), TRANSFORMERS, Uniform(),
+                    formats=parse_formats("int3-g64-c2"))  # fmt: skip
+    corrected, wider = (2 * QuantFormat.parse(name).stored_bytes(16, 256) for name in ("int3-g64-c2", "int4-g64"))
+    assert plan.notes[1] == (
+        "int3-g64-c2 was asked for, int4-g64 is what 2 sites can hold (first: block.0.0, 16 x 256): one width for the "
+        f"whole matrix, {wider - corrected:,} bytes more ({wider:,} instead of {corrected:,})"
+    )
+
+
 def test_the_plan_states_what_promotion_costs():
     layout = make_layout([[(16, 256), (16, 256)]]).model_copy(update={"model_type": "llama"})
     wanted = parse_formats("slim2-g64")

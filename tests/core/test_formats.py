@@ -38,6 +38,8 @@ def test_bytes_are_those_of_the_tensors_that_would_be_written(fmt, rows, columns
         ("int8-channel-plain", 10, 16, 10 * 18),
         ("int4-tensor-asym", 4, 8, 16 + 2 + 1 + 16),
         ("int4-channel-asym", 9, 8, 36 + 18 + 8 + 16),  # nine zero points of four bits take two words
+        ("int3-g64-c2", 128, 128, 128 * (48 + 4) + 16 + 3 * (128 + 2 + 2)),  # 2.56 columns are 3
+        ("int3-g64-c0.1", 128, 128, 128 * (48 + 4) + 16 + 128 + 2 + 2),  # at least one column
     ],
 )
 def test_bytes_of_known_cases(name, rows, columns, expected):
@@ -64,7 +66,7 @@ def test_scale_counts():
 
 @pytest.mark.parametrize(
     "name", ["", "int4", "int1-g64", "int9-g64", "float32", "int4-g64-sym", "INT4-g64", "int4-g64\n", " int4-g64",
-             "int4-g-3", "int4-g٣"],
+             "int4-g-3", "int4-g٣", "int3-g64-c", "int3-g64-c2.0", "int3-g64-c100", "int8-g64-plain-c2"],
 )  # fmt: skip
 def test_unreadable_names(name):
     with pytest.raises(FormatError) as caught:
@@ -72,8 +74,8 @@ def test_unreadable_names(name):
     assert str(caught.value) == (
         f"format {name!r} is not readable; write int<2..8>-g<group size>, int<2..8>-channel or int<2..8>-tensor, with "
         "-asym for a zero point (int4-g64, int8-channel, int4-tensor-asym), a block format of GGUF (Q2_K, Q3_K, Q4_K, "
-        "Q5_K, Q6_K, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1), slim<2..7>-g<group size> for groups of mixed width, or float16, "
-        "bfloat16"
+        "Q5_K, Q6_K, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1), slim<2..7>-g<group size> for groups of mixed width, an int format "
+        "of at most 7 bits with -c<percent> for columns corrected in 8 bits (int3-g64-c2), or float16, bfloat16"
     )
     assert caught.value.exit_code == 2
 
@@ -83,6 +85,9 @@ def test_unreadable_names(name):
     [
         ("int4-g0", "a group has at least 1 column, got 0"),
         ("int4-g64-plain", "plain storage holds 8-bit codes only, got code_bits = 4"),
+        ("int8-g64-c2", "columns are corrected in 8 bits, which 8-bit codes do not need; leave -c out"),
+        ("int3-g64-c0", "0.1 to 25 % of the columns can be corrected, got 0"),
+        ("int3-g64-c25.1", "0.1 to 25 % of the columns can be corrected, got 25.1"),
     ],
 )
 def test_readable_names_of_impossible_formats(name, reason):
@@ -99,6 +104,7 @@ def test_readable_names_of_impossible_formats(name, reason):
         ({"code_bits": 4, "granularity": 0}, "a group has at least 1 column, got 0"),
         ({"code_bits": "4"}, "valid integer"),
         ({"code_bits": 4, "group_size": 64}, "Extra inputs"),
+        ({"code_bits": 4, "column_share": 20}, "only columns storage corrects columns, not packed storage"),
     ],
 )
 def test_impossible_fields(fields, reason):

@@ -105,9 +105,16 @@ def test_an_unknown_target_is_refused_with_the_known_ones():
         ("vllm", "slim3-g64-halves", "int4-g64"),
         ("torch", "slim2-g64", "slim2-g64"),
         ("torch", "slim2-g96", "int3-channel"),  # neither 96 nor 48 columns divide the row
+        ("transformers", "int3-g64-c2", "int4-g64"),
+        ("vllm", "int3-g64-c2", "int4-g64"),
+        ("gguf", "int3-g64-c2", "Q4_K"),
+        ("gguf", "int2-g64-asym-c2", "Q3_K"),
+        ("onnx", "int3-g64-c2", "int4-g64"),
+        ("torch", "int3-g64-c2", "int3-g64-c2"),
+        ("torch", "int3-g96-c2", "int3-channel-c2"),
     ],
 )
-def test_groups_of_mixed_width_are_promoted_to_one_that_holds_each(target, asked, held):
+def test_what_an_engine_cannot_hold_becomes_one_width_that_is_no_worse(target, asked, held):
     site = Site(name="block.0.q", out_features=8, in_features=256, block_index=0)
     fitted = TARGETS[target].fit(site, QuantFormat.parse(asked))
     assert fitted.name == held and TARGETS[target].refusal(site, fitted) is None
@@ -131,6 +138,24 @@ def test_onnx_prices_two_widths_in_a_matrix(name, numbers):
     )
     embedding = Site(name="embedding", out_features=20, in_features=256, kind="embedding", role="embedding")
     assert onnx.refusal(embedding, fmt) == f"{name} is for linear layers inside the blocks here"
+
+
+@pytest.mark.parametrize(("asked", "held"), [("int2-g64-c2", None), ("int4-g96-asym-c5", "int4-g64-asym-c5")])
+def test_onnx_prices_corrected_columns(asked, held):
+    onnx, fmt = TARGETS["onnx"], QuantFormat.parse(asked)
+    site = Site(name="block.0.q", out_features=8, in_features=256, block_index=0)
+    fitted = onnx.fit(site, fmt)
+    assert fitted.name == (held or asked) and onnx.refusal(site, fitted) is None
+    layout = make_layout([[(8, 256)]])
+    expected = onnx.site_bytes(layout, site, fitted.base) + fitted.column_count(256) * (8 + 2 + 2)
+    assert onnx.site_bytes(layout, site, fitted) == expected
+    embedding = Site(name="embedding", out_features=20, in_features=256, kind="embedding", role="embedding")
+    reason = f"{fitted.name} is for linear layers: its columns are chosen by their inputs"
+    assert onnx.refusal(embedding, fitted) == TARGETS["torch"].refusal(embedding, fitted) == reason
+    assert onnx.refusal(site, QuantFormat.parse("int3-g64-c2")) == "ONNX Runtime has kernels for 2, 4 and 8 bits, not 3"
+    assert TARGETS["transformers"].refusal(site, fitted) == (
+        f"{fitted.name} corrects columns in 8 bits, which compressed-tensors cannot; --target torch can"
+    )
 
 
 def test_torch_refuses_what_it_cannot_run():

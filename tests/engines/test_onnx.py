@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.engines
 
 MIXED = ["int4-g32", "int8-g32", "int2-g16", "int8-channel", "int4-g32-asym"]
+CORRECTED = ("int2-g32-c5", "int4-g32-asym-c10")
 HALVES = ("slim3-g32-halves", "slim3-g32-sorted-halves")
 
 
@@ -134,6 +135,24 @@ def test_matrices_of_one_input_with_the_same_halves_are_one_product(name, tmp_pa
     if name == "llama":
         path = "model.layers.0.self_attn."
         assert f"{path}q_proj+{path}k_proj+{path}v_proj.numbers" in names
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_corrected_columns(name, exported):
+    """A float product beside that of the codes; the file has the bytes of the plan and reads back."""
+    from cptquant.core.targets import find_target
+    from cptquant.exporters.onnx.read_back import read_sites
+
+    model, formats, weights, written, file, twin = exported(name, CORRECTED)
+    tokens = make_tokens()
+    ours, theirs = our_outputs(model, weights, tokens), run(twin, tokens)
+    assert (theirs - ours).abs().max() < 2e-4 * ours.abs().max()
+    target, corrected = find_target("onnx"), [site for site, fmt in formats.items() if fmt.storage == "columns"]
+    sites = model.layout.site_by_name
+    assert len(corrected) >= 8 and all(target.refusal(sites[site], formats[site]) is None for site in corrected)
+    assert written.tensor_bytes == target.plan_bytes(model.layout, formats)
+    for site, matrix in read_sites(file, model.layout, formats):
+        assert torch.equal(matrix, weights.weight(site)), site
 
 
 @pytest.mark.parametrize("name", ["bert-encoder", "bert-classifier"])

@@ -21,10 +21,10 @@ from cptquant.core.targets import find_target
 from cptquant.exporters.segments import read_segments, write_segments
 from cptquant.models.folding import head_orders
 from cptquant.models.load import LoadedModel, load_model
-from cptquant.models.segmented import PackedLinear, SegmentedLinear, load_segmented
+from cptquant.models.segmented import CorrectedLinear, PackedLinear, SegmentedLinear, load_segmented
 from cptquant.models.stream import write_weight_
 from cptquant.models.text import TokenSet
-from cptquant.packing.quantized_weight import decode, encode
+from cptquant.packing.quantized_weight import ColumnsWeight, decode, encode
 from cptquant.packing.segments import SegmentedWeight
 from cptquant.packing.shards import ShardFolder
 from cptquant.quantizers.gptq import Gptq
@@ -90,7 +90,8 @@ def dequantized_logits(model: LoadedModel, shards: ShardFolder, ids: torch.Tenso
 def test_written_read_and_run(name: str, tmp_path: Path) -> None:
     model = make_model(name, tmp_path / "model")
     end = "up_proj" if "llama" in name else "fc1"
-    plan, shards = quantized(model, tmp_path / "work", **{end: "int4-g32", "0.self_attn.v_proj": "bfloat16"})
+    others = {end: "int4-g32", "0.self_attn.v_proj": "bfloat16", "0.self_attn.q_proj": "int3-g32-c5"}
+    plan, shards = quantized(model, tmp_path / "work", **others)  # q's and fc1's rows may move
     written = write_segments(model, plan, shards, tmp_path / "out")
     assert written.tensor_bytes == plan.size_bytes
     for site, values in read_segments(tmp_path / "out", model):
@@ -98,7 +99,7 @@ def test_written_read_and_run(name: str, tmp_path: Path) -> None:
     loaded = load_segmented(tmp_path / "out")
     record = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     kinds = {site: type(loaded.get_submodule(site)) for site in record["formats"]}
-    assert set(kinds.values()) == {SegmentedLinear, PackedLinear}
+    assert set(kinds.values()) == {SegmentedLinear, PackedLinear, CorrectedLinear}
     heads_move = name != "llama-shared-heads"  # heads that share keys stay where they are
     down = "down_proj" if "llama" in name else "fc2"
     assert {site for site in kinds if site.endswith(down)} <= set(record["folded"])
@@ -143,6 +144,22 @@ def test_module_computes_what_was_stored(name: str, importance: bool) -> None:
         moved = inputs[..., kept.stored_order()]
         found = SegmentedLinear(kept, bias, gathers=False)(moved)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["int2-g32-c1", "int3-channel-c10", "int4-tensor-asym-c5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_corrected_module_computes_what_was_stored(name: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(24, 128, generator=generator), torch.randn(24, generator=generator)
+    weight[:, 100] *= 20
+    stored = Rtn()(weight, QuantFormat.parse(name), torch.float16)
+    assert isinstance(stored, ColumnsWeight)
+    inputs = torch.randn(3, 5, 128, generator=generator).to(dtype)
+    found = CorrectedLinear(stored, bias)(inputs)
+    expected = inputs.float() @ stored.dequantize().t() + bias
+    assert found.dtype is dtype
+    loose = 1e-4 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(found.float(), expected, rtol=loose, atol=loose * 20)
 
 
 def test_rounding_mixes_widths_only_where_that_lowers_the_error() -> None:

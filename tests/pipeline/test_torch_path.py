@@ -1,4 +1,4 @@
-"""`quantize --target torch` with groups of mixed width, end to end on a small model."""
+"""`quantize --target torch` with groups of mixed width and with corrected columns, end to end on a small model."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from cptquant.core.engine_export import ExportRecord
 from cptquant.core.plan import Plan
 from cptquant.exporters.segments import read_segments
 from cptquant.models.load import load_model
-from cptquant.models.segmented import SegmentedLinear
+from cptquant.models.segmented import CorrectedLinear, SegmentedLinear
 from cptquant.models.stream import write_weight_
 
 QUICK = (
@@ -52,10 +52,36 @@ def test_groups_of_mixed_width_are_not_offered_unasked(cptquant: Callable) -> No
     assert "int2-g64" in offered and not any(name.startswith("slim") for name in offered)
 
 
-def _same_as_dequantized(checkpoint: Path, original: Path) -> None:
+def test_corrected_columns_are_learned_around_exported_and_recovered(
+    cptquant: Callable, folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    formats = ("--formats", "int2-g32-c3,int3-g32-c5", "--budget", "3.3bpw@sites", "--quantizer", "kl-rounding")
+    outcome = cptquant("quantize", folder, "--target", "torch", *formats, "--output", run, *QUICK)
+    assert outcome.code == 0, outcome.err
+    plan = Plan.load(run / "plan.json")
+    corrected = {site for site, name in plan.formats.items() if "-c" in name}
+    assert len(corrected) > 4 and plan.site_bytes <= plan.limit_bytes
+    assert json.loads((run / "checkpoint.json").read_text())["tensor_bytes"] == plan.size_bytes
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert "of the codes changed" in json.dumps(manifest) and "no site could be learned" not in json.dumps(manifest)
+    assert {site.largest_error for site in ExportRecord.load(run / "export/torch/export.json").round_trip} == {0.0}
+    _same_as_dequantized(run / "checkpoint", folder, CorrectedLinear)
+    shown = cptquant("explain", run)
+    assert shown.code == 0 and "int2-g32-c3" in shown.out
+    generated = cptquant("generate", run, "--engine", "torch", "--prompt", "The", "--tokens", 2)
+    assert generated.code == 0, generated.err
+    flags = ("--sequences", 8, "--own-text", 0, "--steps", 2, "--batch-sequences", 2)
+    outcome = cptquant("recover", run, "--output", tmp_path / "recovered", *flags)
+    assert outcome.code == 0, outcome.err
+    assert Plan.load(tmp_path / "recovered/plan.json").formats == plan.formats
+    _same_as_dequantized(tmp_path / "recovered/checkpoint", folder, CorrectedLinear)
+
+
+def _same_as_dequantized(checkpoint: Path, original: Path, kind: type = SegmentedLinear) -> None:
     """The packed module against the original's class with every matrix replaced by what the files decode to."""
     packed, expected = load_segmented(checkpoint), load_model(original)
-    assert any(isinstance(part, SegmentedLinear) for part in packed.modules())
+    assert any(isinstance(part, kind) for part in packed.modules())
     with torch.no_grad():
         for parameter in expected.module.parameters():  # what is kept is stored in 16 bits
             parameter.copy_(parameter.to(getattr(torch, expected.layout.storage_dtype)))

@@ -33,14 +33,15 @@ def test_equals_the_plan_with_that_format(name, quantizer, tmp_path):
     quantize_sites(model, make_plan(model), quantizer, tokens, start.keep)
     sites = [site.name for site in model.layout.block_sites]
     chosen = [sites[1], sites[-1]]
-    formats = {site: [QuantFormat.parse(text) for text in ("int2-g16", "int6-g16", "bfloat16")] for site in chosen}
+    names = ("int2-g16", "int6-g16", "int2-g16-c5", "bfloat16")
+    formats = {site: [QuantFormat.parse(text) for text in names] for site in chosen}
     steps = []
     found = quantize_alternatives(
         model, start, formats, quantizer, tokens, progress=lambda done, total: steps.append((done, total))
     )
     assert steps == [(1, 3), (2, 3), (3, 3)] and set(found) == set(chosen)
     for site in chosen:
-        assert list(found[site]) == ["int2-g16", "int6-g16"]
+        assert list(found[site]) == ["int2-g16", "int6-g16", "int2-g16-c5"]
         for fmt, weight in found[site].items():
             other = Kept()
             plan = make_plan(model)

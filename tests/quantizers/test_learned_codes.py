@@ -58,6 +58,27 @@ def test_learning_starts_at_the_start_bit_for_bit(name: str) -> None:
     assert torch.equal(again.codes, changed.codes) and torch.equal(again.dequantize(), changed.dequantize())
 
 
+@pytest.mark.parametrize("name", ["int3-g16-c10", "int4-g24-asym-c5", "int2-channel-c20"])
+def test_codes_beside_a_correction_are_learned_and_the_correction_stays(name: str) -> None:
+    stored, weight = start(name)
+    learned = LearnedWeight(stored, weight, reach=1.0)
+    assert torch.equal(learned.value(), stored.dequantize())
+    columns = stored.correction.columns
+    assert float(learned.offsets[:, columns].abs().max()) == 0
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    _, by_scale = learned.gradients(gradient, learned.value())
+    plain = LearnedWeight(stored.base, weight, reach=1.0)
+    _, expected = plain.gradients(gradient, plain.value())
+    torch.testing.assert_close(by_scale, expected, rtol=1e-4, atol=1e-4)
+    step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    learned.move_(step, 0.1 * torch.ones_like(by_scale))
+    changed = learned.stored()
+    assert torch.equal(changed.codes[:, columns], stored.codes[:, columns])
+    assert not torch.equal(changed.codes, stored.codes) and not torch.equal(changed.base.scales, stored.base.scales)
+    assert torch.equal(changed.correction.codes, stored.correction.codes)
+    assert torch.equal(learned.value(), changed.dequantize())
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_offsets_say_where_the_original_weight_lies(name: str) -> None:
     stored, weight = start(name)

@@ -14,7 +14,7 @@ from torch import nn
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import Site
 from cptquant.models.checkpoint_weights import MemoryWeights
-from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
+from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight, StoredWeight
 from cptquant.packing.segments import SegmentedWeight
 from cptquant.quantizers.grid import round_to_grid
 from cptquant.quantizers.rtn import Rtn
@@ -90,7 +90,11 @@ def test_it_begins_where_the_start_clips(name: str) -> None:
     assert all(bool((clip == 4.0).all()) for clip in first.clips())
 
 
-@pytest.mark.parametrize("name", (*FORMATS, "slim2-g32", "slim3-g32", "slim2-g32-sorted", "slim3-g32-sorted"))
+MIXED = ("slim2-g32", "slim3-g32", "slim2-g32-sorted", "slim3-g32-sorted")
+CORRECTED = ("int3-g16-c5", "int4-channel-asym-c10")
+
+
+@pytest.mark.parametrize("name", (*FORMATS, *MIXED, *CORRECTED))
 @pytest.mark.parametrize("kind", ("clipped", "trained"))
 def test_what_is_stored_is_what_was_run(name: str, kind: str) -> None:
     weight = matrix(6, 96 if "slim" in name else 64)
@@ -108,6 +112,9 @@ def test_what_is_stored_is_what_was_run(name: str, kind: str) -> None:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     stored = layer.stored()
     assert torch.equal(layer.weight, stored.dequantize())
+    if isinstance(start, ColumnsWeight) and isinstance(stored, ColumnsWeight):
+        assert torch.equal(stored.correction.codes, start.correction.codes)
+        assert not torch.equal(stored.codes, start.codes)
     hidden = torch.randn(2, 5, weight.shape[1], generator=generator)
     assert torch.equal(layer(hidden), nn.functional.linear(hidden, stored.dequantize(), bias))
     if isinstance(stored, SegmentedWeight) and isinstance(start, SegmentedWeight):

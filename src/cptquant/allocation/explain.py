@@ -31,7 +31,9 @@ def _substitutions(problem: Problem, target: Target, choice: Choice) -> list[str
 
 def _promotion(problem: Problem, target: Target, sites: list[Site], asked: QuantFormat, held: QuantFormat) -> str:
     """What it costs that an engine has one width for the whole of a matrix; "" where that is not the reason."""
-    if asked.storage != "segments" or any(asked.segments_refusal(site.in_features) for site in sites):
+    if asked.storage not in ("segments", "columns") or held.storage == "columns":
+        return ""
+    if any(asked.segments_refusal(site.in_features) for site in sites if asked.storage == "segments"):
         return ""
     mixed = sum(asked.stored_bytes(site.out_features, site.in_features) for site in sites)
     one_width = sum(target.site_bytes(problem.layout, site, held) for site in sites)

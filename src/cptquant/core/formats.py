@@ -4,7 +4,8 @@ Byte counts follow compressed-tensors 0.20 (`pack-quantized` for linear layers, 
 `code_bits`-wide integers packed densely along each row into int32 words, one 16-bit scale per group, an int64
 `weight_shape` of two entries, and, where asymmetric, integer zero points. GGUF's block formats (`Q4_K`, `Q8_0`, ...)
 are values of the same type with a `block`; their bytes are whole blocks (`core.gguf_types`). SliM-LLM's `slim2-g64`
-mixes widths among the groups of one matrix and is stored in a form of our own (docs/segments.md).
+mixes widths among the groups of one matrix, and `int3-g64-c2` adds an 8-bit correction to 2 % of the input columns;
+both are stored in a form of our own (docs/segments.md, docs/columns.md).
 """
 
 import re
@@ -19,11 +20,15 @@ from cptquant.core.gguf_types import BLOCK_LAYOUTS, BlockLayout, GgufType, find_
 INTEGER_CODE_BITS = (2, 3, 4, 5, 6, 7, 8)
 _WEIGHT_SHAPE_BYTES = 16  # compressed-tensors stores (rows, columns) as two int64 beside each packed matrix
 _NAME = re.compile(
-    r"int(?P<bits>[2-8])-(?P<granularity>g\d+|channel|tensor)(?P<asym>-asym)?(?P<plain>-plain)?", re.ASCII
+    r"int(?P<bits>[2-8])-(?P<granularity>g\d+|channel|tensor)(?P<asym>-asym)?"
+    r"(?:(?P<plain>-plain)|-c(?P<percent>\d{1,2})(?:\.(?P<tenth>[1-9]))?)?",
+    re.ASCII,
 )
 _SLIM_NAME = re.compile(r"slim(?P<bits>[2-7])-g(?P<group>\d+)(?P<sorted>-sorted)?(?P<halves>-halves)?", re.ASCII)
 SEGMENT_GROUP_MULTIPLE = 32
 """Columns of a group of mixed width are a multiple of this: a group of any width then fills whole 32-bit words."""
+LARGEST_COLUMN_SHARE = 250
+"""Of 1000 input columns, corrected ones: beyond a quarter, one more bit for all columns takes fewer bytes."""
 _COLUMN_INDEX_BYTES = 2
 _LARGEST_COLUMN_COUNT = 1 << 16
 
@@ -40,11 +45,14 @@ class QuantFormat(BaseModel):
         granularity: input columns per scale (a positive int), "channel" (one scale a row) or "tensor".
         symmetric: codes in [-2^(b-1), 2^(b-1)-1] without (True) or with (False) an integer zero point.
         storage: "packed" (dense int32 words), "plain" (one byte a code: embeddings, which compressed-tensors cannot
-            pack), "blocks" (GGUF), "segments" (groups of mixed width), or the name of a 16-bit float.
+            pack), "blocks" (GGUF), "segments" (groups of mixed width), "columns" (packed, and a correction of some
+            input columns), or the name of a 16-bit float.
         block: GGUF's name of a block format, which fixes all other fields; None for every other storage.
         sorted_columns: "segments" only: columns are put into groups by salience, and their numbers are stored.
         halves: "segments" only: half of the groups have N-1 bits, half N+1, none N; 2 and 4 bits for N = 3, which ONNX
             Runtime multiplies.
+        column_share: "columns" only: that many of 1000 input columns, at least one, have a correction in 8 bits with
+            one scale a column.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -52,10 +60,11 @@ class QuantFormat(BaseModel):
     code_bits: int
     granularity: Granularity = "channel"
     symmetric: bool = True
-    storage: Literal["packed", "plain", "blocks", "segments", "float16", "bfloat16"] = "packed"
+    storage: Literal["packed", "plain", "blocks", "segments", "columns", "float16", "bfloat16"] = "packed"
     block: GgufType | None = None
     sorted_columns: bool = False
     halves: bool = False
+    column_share: int = 0
 
     @model_validator(mode="after")
     def _check(self) -> "QuantFormat":
@@ -76,7 +85,19 @@ class QuantFormat(BaseModel):
         if self.storage == "plain" and self.code_bits != 8:
             raise ValueError(f"plain storage holds 8-bit codes only, got code_bits = {self.code_bits}")
         self._check_segments()
+        self._check_columns()
         return self
+
+    def _check_columns(self) -> None:
+        if self.storage != "columns":
+            if self.column_share:
+                raise ValueError(f"only columns storage corrects columns, not {self.storage} storage")
+            return
+        if self.code_bits > 7:
+            raise ValueError("columns are corrected in 8 bits, which 8-bit codes do not need; leave -c out")
+        if not 1 <= self.column_share <= LARGEST_COLUMN_SHARE:
+            percent, most = self.column_share / 10, LARGEST_COLUMN_SHARE / 10
+            raise ValueError(f"0.1 to {most:g} % of the columns can be corrected, got {percent:g}")
 
     def _check_segments(self) -> None:
         if self.storage != "segments":
@@ -114,6 +135,8 @@ class QuantFormat(BaseModel):
             return f"slim{self.code_bits}-g{self.granularity}{order}{split}"
         granularity = f"g{self.granularity}" if isinstance(self.granularity, int) else self.granularity
         asym = "" if self.symmetric else "-asym"
+        if self.storage == "columns":
+            return f"int{self.code_bits}-{granularity}{asym}-c{self.column_share / 10:g}"
         return f"int{self.code_bits}-{granularity}{asym}{'-plain' if self.storage == 'plain' else ''}"
 
     def __str__(self) -> str:
@@ -129,11 +152,34 @@ class QuantFormat(BaseModel):
         """Scales of the whole matrix."""
         return 1 if self.granularity == "tensor" else out_features * self.group_count(in_features)
 
+    @property
+    def base(self) -> "QuantFormat":
+        """The format of the codes alone: the same without corrected columns."""
+        if self.storage != "columns":
+            return self
+        return QuantFormat(code_bits=self.code_bits, granularity=self.granularity, symmetric=self.symmetric)
+
+    def with_columns(self, column_share: int) -> "QuantFormat":
+        """A packed format with that many of 1000 input columns corrected."""
+        fields = {**self.model_dump(), "storage": "columns", "column_share": column_share}
+        return QuantFormat.model_validate(fields)
+
+    def column_count(self, in_features: int) -> int:
+        """Corrected columns of a row: the share, rounded, at least one; 0 for storages that correct none."""
+        if self.storage != "columns":
+            return 0
+        return max(1, (self.column_share * in_features + 500) // 1000)
+
+    def correction_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of the correction: a code for each row, a 16-bit scale and a 16-bit number a column."""
+        return self.column_count(in_features) * (out_features + 2 + _COLUMN_INDEX_BYTES)
+
     def stored_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes on disk of all tensors that hold one matrix: codes with padding, scales, zero points, shape record.
 
         Raises:
-            ValueError: a block or a group of mixed width that does not divide the row (targets refuse it before).
+            ValueError: a block or a group of mixed width that does not divide the row, or a row too long to number its
+            columns (targets refuse it before).
         """
         if self.is_float:
             return 2 * out_features * in_features
@@ -142,6 +188,11 @@ class QuantFormat(BaseModel):
             if in_features % blocks.block_columns:
                 raise ValueError(f"{self.name} has blocks of {blocks.block_columns} columns, the row has {in_features}")
             return out_features * (in_features // blocks.block_columns) * blocks.block_bytes
+        if self.storage == "columns":
+            reason = self.columns_refusal(in_features)
+            if reason is not None:
+                raise ValueError(reason)
+            return self.base.stored_bytes(out_features, in_features) + self.correction_bytes(out_features, in_features)
         scales = 2 * self.scale_count(out_features, in_features)
         if self.storage == "segments":
             reason = self.segments_refusal(in_features)
@@ -173,11 +224,20 @@ class QuantFormat(BaseModel):
             return f"{self.name} numbers columns in 16 bits: a row of {in_features} is too long"
         return None
 
+    def columns_refusal(self, in_features: int) -> str | None:
+        """Why a row of this length cannot have corrected columns, or None if it can."""
+        if in_features > _LARGEST_COLUMN_COUNT:
+            return f"{self.name} numbers columns in 16 bits: a row of {in_features} is too long"
+        return None
+
     def promoted(self) -> "QuantFormat":
-        """Groups of mixed width as one width that holds each of them, for engines without such groups; else itself."""
-        if self.storage != "segments":
+        """One width for the whole matrix that is no worse, for engines without mixed widths or corrected columns.
+
+        Groups of mixed width become the widest of them, codes with corrected columns one bit wider; others stay.
+        """
+        if self.storage not in ("segments", "columns"):
             return self
-        return QuantFormat(code_bits=self.code_bits + 1, granularity=self.granularity)
+        return QuantFormat(code_bits=self.code_bits + 1, granularity=self.granularity, symmetric=self.symmetric)
 
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
         """Stored bits divided by weights: scales, zero points and padding included."""
@@ -188,8 +248,8 @@ class QuantFormat(BaseModel):
         """Read a format from its name.
 
         Raises:
-            FormatError: the name is not of the form `int4-g64`, `int8-channel`, `int4-tensor-asym`, `slim2-g64`,
-            `Q4_K`, `float16`.
+            FormatError: the name is not of the form `int4-g64`, `int8-channel`, `int4-tensor-asym`, `int3-g64-c2`,
+            `slim2-g64`, `Q4_K`, `float16`.
         """
         if name == "float16":
             return FLOAT16
@@ -216,7 +276,8 @@ class QuantFormat(BaseModel):
                 f"format {name!r} is not readable; write int<2..8>-g<group size>, int<2..8>-channel or "
                 "int<2..8>-tensor, with -asym for a zero point (int4-g64, int8-channel, int4-tensor-asym), "
                 "a block format of GGUF (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1), "
-                "slim<2..7>-g<group size> for groups of mixed width, or float16, bfloat16"
+                "slim<2..7>-g<group size> for groups of mixed width, an int format of at most 7 bits with -c<percent> "
+                "for columns corrected in 8 bits (int3-g64-c2), or float16, bfloat16"
             )
         text = match["granularity"]
         return cls._checked(
@@ -225,7 +286,8 @@ class QuantFormat(BaseModel):
                 "code_bits": int(match["bits"]),
                 "granularity": int(text[1:]) if text[0] == "g" else text,
                 "symmetric": match["asym"] is None,
-                "storage": "plain" if match["plain"] else "packed",
+                "storage": "plain" if match["plain"] else "columns" if match["percent"] else "packed",
+                "column_share": 10 * int(match["percent"] or 0) + int(match["tenth"] or 0),
             },
         )
 

@@ -1,7 +1,8 @@
-"""Write a checkpoint with groups of mixed width for --target torch (schema: docs/segments.md), and read it back.
+"""Write a checkpoint with groups of mixed width or corrected columns for --target torch, and read it back.
 
-Everything is as in the compressed-tensors checkpoint but for the tensors of sites with groups of mixed width, the rows
-of layers into which an order of inputs was folded, `quantization_config`, and the names of the files.
+Schema: docs/segments.md, docs/columns.md. Everything is as in the compressed-tensors checkpoint but for the tensors of
+sites with groups of mixed width, those of corrections, the rows of layers into which an order of inputs was folded,
+`quantization_config`, and the names of the files.
 """
 
 import json

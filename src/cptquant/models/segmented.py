@@ -2,6 +2,10 @@
 
     y = sum over segments  x[columns of the segment] W_segment'  + bias
 
+Corrected columns are a second product beside that of the codes:
+
+    y = x W_codes'  +  x[corrected columns] O'  + bias
+
 One gather puts the inputs into the stored order, where that order was not folded into the layer before (folding.py).
 """
 
@@ -18,7 +22,8 @@ from cptquant.core.artifact import read_json
 from cptquant.core.errors import FormatError, ModelError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.targets.torch_segments import METHOD
-from cptquant.packing.quantized_weight import decode, encode
+from cptquant.packing.columns import CODES, COLUMNS, SCALES
+from cptquant.packing.quantized_weight import ColumnsWeight, decode, encode
 from cptquant.packing.segments import SegmentedWeight, encode_segments, group_size, one_bit_offset
 
 WEIGHTS_NAME = "segments"
@@ -27,6 +32,7 @@ the missing weights with random numbers."""
 SCHEMA_VERSION = 1
 MADE_BY = "cptquant quantize MODEL --target torch --budget BUDGET --output RUN"
 _PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_CORRECTION_PARTS = (CODES, SCALES, COLUMNS)
 _SEGMENT_PARTS = ("weight_packed", "weight_scale", "weight_binary", "weight_widths", "weight_columns", "weight_shape")
 
 
@@ -104,6 +110,26 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(inputs, weight.to(inputs.dtype), bias)
 
 
+class CorrectedLinear(nn.Module):
+    """A linear layer of one width with a correction of some input columns, both kept as stored."""
+
+    def __init__(self, weight: ColumnsWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.base = PackedLinear(encode(weight.base), weight.base.format, weight.shape, None)
+        self.register_buffer("columns", weight.correction.columns)
+        self.register_buffer("correction", weight.correction.codes)
+        self.register_buffer("scales", weight.correction.scales)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), in the dtype of the inputs."""
+        matrix = self.get_buffer("correction").float() * self.get_buffer("scales").float()
+        chosen = inputs.index_select(-1, self.get_buffer("columns"))
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        return self.base(inputs) + nn.functional.linear(chosen, matrix.to(inputs.dtype), bias)
+
+
 class SegmentedFolder:
     """The tensors of a checkpoint written for --target torch.
 
@@ -169,7 +195,7 @@ class SegmentedFolder:
 
     def stored(self, site: str) -> dict[str, Tensor]:
         """The tensors of a quantized site under their local names."""
-        parts = _SEGMENT_PARTS if self.formats[site].storage == "segments" else _PARTS
+        parts = _SEGMENT_PARTS if self.formats[site].storage == "segments" else (*_PARTS, *_CORRECTION_PARTS)
         return {part: self.read(f"{site}.{part}") for part in parts if f"{site}.{part}" in self._files}
 
 
@@ -201,6 +227,8 @@ def load_segmented(folder: str | Path, *, dtype: torch.dtype = torch.float32) ->
         bias = cast(Tensor | None, old.bias)
         if isinstance(weight, SegmentedWeight):
             new: nn.Module = SegmentedLinear(weight, bias, gathers=site not in source.folded)
+        elif isinstance(weight, ColumnsWeight):
+            new = CorrectedLinear(weight, bias)
         else:
             new = PackedLinear(encode(weight), fmt, weight.shape, bias)
         parent, _, leaf = site.rpartition(".")

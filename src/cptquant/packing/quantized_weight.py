@@ -15,6 +15,7 @@ from torch import Tensor
 from cptquant.core.errors import ArtifactError
 from cptquant.core.formats import QuantFormat
 from cptquant.packing.block_weight import BlockWeight, join_block_rows
+from cptquant.packing.columns import Correction, decode_correction, encode_correction
 from cptquant.packing.segments import SegmentedWeight, decode_segments, encode_segments, join_segmented_rows
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
@@ -41,6 +42,9 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         if self.format.is_float:
             raise ValueError(f"{self.format.name} holds floats, not codes: keep the weight and cast it")
+        if self.format.storage not in ("packed", "plain"):
+            storage = self.format.storage
+            raise ValueError(f"{self.format.name} is of storage {storage}: it needs more than codes and scales")
         if self.codes.ndim != 2 or self.codes.dtype is not torch.int8:
             raise ValueError(f"codes are int8 (out, in), got {self.codes.dtype} {tuple(self.codes.shape)}")
         expected = scale_shape(self.format, *self.codes.shape)
@@ -81,14 +85,66 @@ class QuantizedWeight:
         return per_group.repeat_interleave(self.format.granularity, dim=1)[:, : self.codes.shape[1]]
 
 
-StoredWeight = QuantizedWeight | BlockWeight | SegmentedWeight
-"""A matrix after quantization, in the form of compressed-tensors, of GGUF, or with groups of mixed width."""
+@dataclass(frozen=True)
+class ColumnsWeight:
+    """One matrix whose codes are corrected on a few input columns: value = base, on those columns + correction.
+
+    Attributes:
+        format: of storage "columns".
+        base: codes and scales of all columns, in `format.base`.
+        correction: of `format.column_count(in_features)` columns.
+    """
+
+    format: QuantFormat
+    base: QuantizedWeight
+    correction: Correction
+
+    def __post_init__(self) -> None:
+        fmt, (rows, columns) = self.format, self.base.shape
+        if fmt.storage != "columns" or self.base.format != fmt.base:
+            raise ValueError(f"the codes of {fmt.name} are {fmt.base.name}, got {self.base.format.name}")
+        count = fmt.column_count(columns)
+        if tuple(self.correction.codes.shape) != (rows, count) or int(self.correction.columns[-1]) >= columns:
+            raise ValueError(
+                f"{fmt.name} corrects {count} columns of a {rows} x {columns} matrix, got codes "
+                f"{tuple(self.correction.codes.shape)} for columns up to {int(self.correction.columns[-1])}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.base.shape
+
+    @property
+    def codes(self) -> Tensor:
+        """int8 (out_features, in_features), of the base."""
+        return self.base.codes
+
+    def dequantize(self) -> Tensor:
+        """The matrix as float32 (out_features, in_features)."""
+        return self.correction.add_(self.base.dequantize())
+
+    def rows(self, index: slice | Tensor) -> "ColumnsWeight":
+        """Some rows of the matrix, in the same format."""
+        return ColumnsWeight(self.format, self.base.rows(index), self.correction.rows(index))
+
+
+StoredWeight = QuantizedWeight | BlockWeight | SegmentedWeight | ColumnsWeight
+"""A matrix after quantization, in the form of compressed-tensors, of GGUF, with groups of mixed width, or with
+corrected columns."""
 
 
 def join_rows(parts: Sequence[StoredWeight]) -> StoredWeight:
-    """Matrices of one format, not "tensor", set one below the other."""
+    """Matrices of one format, not "tensor", set one below the other.
+
+    Raises:
+        ValueError: corrected columns that differ from part to part.
+    """
     if len(parts) == 1:
         return parts[0]
+    corrected = [part for part in parts if isinstance(part, ColumnsWeight)]
+    if corrected:
+        return _join_corrected(corrected)
     blocks = [part for part in parts if isinstance(part, BlockWeight)]
     if blocks:
         return join_block_rows(blocks)
@@ -111,6 +167,15 @@ def join_quantized(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     )
 
 
+def _join_corrected(parts: Sequence[ColumnsWeight]) -> ColumnsWeight:
+    first = parts[0]
+    if not all(part.correction.equals_columns(first.correction) for part in parts):
+        raise ValueError(f"rows of {first.format.name} can be joined where the same columns are corrected alike")
+    codes = torch.cat([part.correction.codes for part in parts])
+    correction = Correction(first.correction.columns, codes, first.correction.scales)
+    return ColumnsWeight(first.format, join_quantized([part.base for part in parts]), correction)
+
+
 def scale_shape(fmt: QuantFormat, out_features: int, in_features: int) -> tuple[int, ...]:
     """Shape of the scale tensor compressed-tensors expects beside a matrix of that size."""
     return (1,) if fmt.granularity == "tensor" else (out_features, fmt.group_count(in_features))
@@ -124,13 +189,15 @@ def encode(weight: StoredWeight) -> dict[str, Tensor]:
         asymmetric, `weight_zero_point`: int32 (ceil(out * b / 32), groups), or int8 (1,) per tensor.
         plain: `weight` int8 (out, in), `weight_scale` and, where asymmetric, `weight_zero_point` int8.
         blocks: `weight_blocks` uint8 (out, bytes a row), as in a GGUF file.
-        segments: see `encode_segments`.
+        segments: see `encode_segments`. columns: those of the base, packed, and `encode_correction`'s.
         Their bytes sum to `weight.format.stored_bytes(out, in)`.
     """
     if isinstance(weight, BlockWeight):
         return {"weight_blocks": weight.pack()}
     if isinstance(weight, SegmentedWeight):
         return encode_segments(weight)
+    if isinstance(weight, ColumnsWeight):
+        return encode(weight.base) | encode_correction(weight.correction)
     fmt = weight.format
     tensors = {"weight_scale": weight.scales.contiguous()}
     if fmt.storage == "plain":
@@ -157,6 +224,10 @@ def decode(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, in
     """
     if fmt.storage == "segments":
         return decode_segments(tensors, fmt, shape)
+    if fmt.storage == "columns":
+        base = decode(tensors, fmt.base, shape)
+        assert isinstance(base, QuantizedWeight)
+        return ColumnsWeight(fmt, base, decode_correction(tensors, fmt, shape))
     for name, (dtype, expected) in _stored_tensors(fmt, shape).items():
         found = tensors.get(name)
         if found is None:

@@ -13,11 +13,12 @@ recursively instead of in fixed blocks, so that nearly all arithmetic is matrix 
 Damping is relative to the mean diagonal of the live inputs and is added to a copy; where it does not make the Hessian
 positive definite it is raised tenfold until it does and the outcome says so, never replaced by plain rounding. Inputs
 that were zero on all calibration text keep their weights, rounded (the paper sets them to 0, which costs more if the
-input ever is not zero). Scales are 16-bit before anything is rounded, and may be negative (grid.py).
+input ever is not zero). Scales are 16-bit before anything is rounded, and may be negative (grid.py). Formats with
+corrected columns are corrected.py's, with this loop for the codes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from cptquant.core.manifest import SiteOutcome
 from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight, join_rows, scale_shape
 from cptquant.quantizers.block_descent import descend_blocks_
 from cptquant.quantizers.block_gptq import BlockLoop
+from cptquant.quantizers.corrected import quantize_with_columns
 from cptquant.quantizers.descent import Rounded, descend_
 from cptquant.quantizers.grid import ROWS_ENTRIES, Grid, code_range, fit_grid
 from cptquant.quantizers.hessian_factor import HessianFactor, factor_hessian
@@ -94,12 +96,16 @@ class Gptq:
         """Quantize matrices that read the same input and get the same format: one factorisation, one loop.
 
         Rows do not depend on each other: tall matrices go through the loop in pieces, so that memory stays bounded.
+        Where columns are corrected, each matrix has columns of its own, and hence two factorisations.
 
         Raises:
             DataError: the Hessian is NaN or infinite: the calibration text overflowed the model.
             ModelError: a weight is NaN or infinite, or needs a scale beyond the storage dtype's range.
         """
         blocks = fmt.block_layout is not None  # whose columns keep their order
+        if fmt.storage == "columns":
+            factor = factor_hessian(hessian, self.damping, by_activation=False)
+            return [self._quantize_corrected(weight.float(), factor, hessian, fmt, scale_dtype) for weight in weights]
         factor = factor_hessian(hessian, self.damping, by_activation=self.activation_order and not blocks)
         quantize = self._quantize_blocks if blocks else self._quantize
         pieces: list[list[_Piece]] = [[] for _ in weights]
@@ -116,6 +122,25 @@ class Gptq:
             )
             for parts in pieces
         ]
+
+    def _quantize_corrected(
+        self, weight: Tensor, factor: HessianFactor, hessian: Tensor, fmt: QuantFormat, dtype: torch.dtype
+    ) -> GptqResult:
+        """One matrix with corrected columns; the Hessian is damped before columns are swept out of it."""
+        plain, inner = replace(self, damping=0.0), list[GptqResult]()
+
+        def quantize(values: Tensor, moments: Tensor) -> StoredWeight:
+            inner.append(plain(values, moments, fmt.base, dtype))
+            return inner[0].weight
+
+        found = quantize_with_columns(weight, factor.damped, fmt, dtype, quantize, clip_search=self.clip_search)
+        raised = inner[0].damping > 0
+        return GptqResult(
+            found,
+            inner[0].outcome if raised else factor.outcome,
+            factor.damping + inner[0].damping,
+            relative_output_error(found.dequantize().sub_(weight).t(), weight.t(), hessian),
+        )
 
     def _quantize(
         self, weights: Sequence[Tensor], factor: HessianFactor, hessian: Tensor, fmt: QuantFormat, dtype: torch.dtype

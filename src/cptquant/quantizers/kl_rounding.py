@@ -52,13 +52,12 @@ from cptquant.models.load import LoadedModel
 from cptquant.models.own_text import NO_DOCUMENT
 from cptquant.models.stream import ModelStream, QuantizedSource, read_weight, site_modules
 from cptquant.models.text import TokenSet
-from cptquant.packing.block_weight import BlockWeight
-from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
+from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.followed_text import FollowedText, StateDistance
 from cptquant.quantizers.goes_on import GoesOn
 from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.hessian import collect_block_hessians
-from cptquant.quantizers.learned_codes import LearnedWeight
+from cptquant.quantizers.learned_codes import Learnable, LearnedWeight
 from cptquant.quantizers.variables import Variable, gradients_of, learning_of
 
 _ACTIVATION_BYTES = 1 << 30
@@ -261,7 +260,7 @@ class _WholeModel:
             block = survey.load_block()
             self._blocks.append(block)
             sites = [site.name for site in model.layout.sites if site.block_index == index]
-            quantized = [name for name in sites if isinstance(start.quantized(name), QuantizedWeight | BlockWeight)]
+            quantized = [name for name in sites if isinstance(start.quantized(name), Learnable)]
             self._states.append(self._states_of(block, _inverse_hessians(survey, block, quantized, method), quantized))
             with coarse_products(method.coarse_products):
                 survey.advance(block)
@@ -277,7 +276,7 @@ class _WholeModel:
         found: list[_State] = []
         for name in quantized:
             site, stored = self._model.layout.site_by_name[name], self._start.quantized(name)
-            assert isinstance(stored, QuantizedWeight | BlockWeight) and site.block_index is not None
+            assert isinstance(stored, Learnable) and site.block_index is not None
             module = site_modules(block, self._model.layout, site.block_index)[name]
             original = read_weight(self._model.module.get_submodule(name), site).detach()
             variable = Variable(site, module, LearnedWeight(stored, original, reach=self._method.reach))

@@ -12,6 +12,8 @@ Gradients. With g = dL/dvalue, rounding is passed straight through (d round(v)/d
 on s, so dL/ds = sum over the group of g (q - z) is exact. v is kept where the code is inside its range, so clipping
 needs no case of its own.
 
+Where columns are corrected, the correction is fixed and the codes of the others are learned around it.
+
 v starts at W/s + z - q0 where that rounds to q0, else at the nearer end of q0's cell: how far the solution stands from
 each neighbour is what the original weight says about it.
 """
@@ -22,10 +24,10 @@ import torch
 from torch import Tensor
 
 from cptquant.packing.block_weight import BlockWeight
-from cptquant.packing.quantized_weight import QuantizedWeight
+from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight
 from cptquant.quantizers.grid import code_range
 
-Learnable = QuantizedWeight | BlockWeight
+Learnable = QuantizedWeight | BlockWeight | ColumnsWeight
 """What can be learned; matrices with groups of mixed width keep the solution that learning would start from."""
 _CELL = 0.49
 """Largest start offset. Many of GPTQ's codes are not the nearest ones: these stand here, ready to flip."""
@@ -47,14 +49,17 @@ class LearnedWeight:
 
     def __init__(self, start: Learnable, original: Tensor, *, reach: float, learns_scales: bool = True) -> None:
         self.start, self._reach = start, reach
-        self._low, self._high = _code_limits(start)
+        self._correction = start.correction if isinstance(start, ColumnsWeight) else None
+        self._codes = start.base if isinstance(start, ColumnsWeight) else start
+        self._low, self._high = _code_limits(self._codes)
         # One number a group of `_width` columns, (rows or 1, groups).
-        self._steps, self._zeros, self._added, self._width = _grid_of(start)
-        self.scales = self._steps.clone() if learns_scales and isinstance(start, QuantizedWeight) else None
+        self._steps, self._zeros, self._added, self._width = _grid_of(self._codes)
+        self.scales = self._steps.clone() if learns_scales and isinstance(self._codes, QuantizedWeight) else None
         steps = self._spread(self._steps)
         safe = torch.where(steps == 0, torch.ones_like(steps), steps)
         self.offsets = (original.float() - start.dequantize()).div_(safe).clamp_(-_CELL, _CELL)
         self.offsets.clamp_(-reach, reach)
+        self._fix_corrected()
 
     def codes(self) -> Tensor:
         """int8 (out_features, in_features)."""
@@ -66,14 +71,21 @@ class LearnedWeight:
         if self._zeros is not None:
             codes.sub_(self._spread(self._zeros))
         values = self._times(codes, self._stored_steps())
+        if self._correction is not None:
+            return self._correction.add_(values)
         return values if self._added is None else values.add_(self._spread(self._added))
 
     def stored(self) -> Learnable:
         """The present codes and scales in the form of the start."""
-        if isinstance(self.start, BlockWeight) or self.scales is None:
-            return replace(self.start, codes=self.codes())
-        steps = self._stored_steps().to(self.start.scales.dtype)
-        return replace(self.start, codes=self.codes(), scales=steps.view_as(self.start.scales))
+        start = self._codes
+        if isinstance(start, BlockWeight) or self.scales is None:
+            found: QuantizedWeight | BlockWeight = replace(start, codes=self.codes())
+        else:
+            steps = self._stored_steps().to(start.scales.dtype)
+            found = replace(start, codes=self.codes(), scales=steps.view_as(start.scales))
+        if isinstance(self.start, ColumnsWeight) and isinstance(found, QuantizedWeight):
+            return replace(self.start, base=found)
+        return found
 
     def gradients(
         self,
@@ -83,6 +95,8 @@ class LearnedWeight:
         """(dL/dv, shape of `offsets`; dL/dlog s, shape of `scales`, or None where they are fixed)."""
         by_scale = None
         if self.scales is not None:
+            if self._correction is not None:
+                value = value.index_add(1, self._correction.columns, self._correction.values(), alpha=-1)
             by_scale = self._sum_groups(gradient * value)  # s times the sum of g (q - z)
         return self._times(gradient, self._stored_steps()), by_scale
 
@@ -93,17 +107,23 @@ class LearnedWeight:
     ) -> None:
         """One step, then back into the bounds."""
         self.offsets.sub_(offsets).clamp_(-self._reach, self._reach)
+        self._fix_corrected()
         if log_scales is not None and self.scales is not None:
             self.scales.sub_(log_scales * self.scales)
 
+    def _fix_corrected(self) -> None:
+        """Corrected columns keep their codes: a step of those is coarse beside the correction's 8 bits."""
+        if self._correction is not None:
+            self.offsets.index_fill_(1, self._correction.columns, 0.0)
+
     def _float_codes(self) -> Tensor:
-        return self.offsets.round().add_(self.start.codes).clamp_(self._low, self._high)
+        return self.offsets.round().add_(self._codes.codes).clamp_(self._low, self._high)
 
     def _stored_steps(self) -> Tensor:
         """Float32 (rows or 1, groups), rounded as they are stored; the start's where that is 0 or not finite."""
-        if self.scales is None or isinstance(self.start, BlockWeight):
+        if self.scales is None or isinstance(self._codes, BlockWeight):
             return self._steps
-        stored = self.scales.to(self.start.scales.dtype).float()
+        stored = self.scales.to(self._codes.scales.dtype).float()
         return torch.where(torch.isfinite(stored) & (stored != 0), stored, self._steps)
 
     def _times(self, values: Tensor, per_group: Tensor) -> Tensor:
@@ -118,7 +138,7 @@ class LearnedWeight:
         """(rows or 1, groups) -> broadcastable against (rows, columns)."""
         if per_group.shape[1] == 1:
             return per_group
-        return per_group.repeat_interleave(self._width, dim=1)[:, : self.start.shape[1]]
+        return per_group.repeat_interleave(self._width, dim=1)[:, : self._codes.shape[1]]
 
     def _sum_groups(self, values: Tensor) -> Tensor:
         """(rows, columns) -> sums a group, (rows or 1, groups)."""
@@ -130,13 +150,13 @@ class LearnedWeight:
         return sums.sum(dim=0, keepdim=True) if len(self._steps) == 1 else sums
 
 
-def _code_limits(start: Learnable) -> tuple[int, int]:
+def _code_limits(start: QuantizedWeight | BlockWeight) -> tuple[int, int]:
     if isinstance(start, BlockWeight):
         return start.layout.lowest_code, start.layout.highest_code
     return code_range(start.format)
 
 
-def _grid_of(start: Learnable) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+def _grid_of(start: QuantizedWeight | BlockWeight) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
     """Steps, zero points in codes and offsets in values, each float32 (rows or 1, groups); columns of a group."""
     if isinstance(start, BlockWeight):
         return start.sub_scales(), None, start.sub_offsets(), start.layout.sub_block

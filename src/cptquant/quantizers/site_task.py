@@ -15,11 +15,10 @@ from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, read_weight, site_modules, write_weight_
 from cptquant.models.text import TokenSet
-from cptquant.packing.block_weight import BlockWeight
-from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
+from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.gptq import Gptq, GptqResult
 from cptquant.quantizers.hessian import InputHessians, Sample, collect_block_hessians, collect_outer_hessians
-from cptquant.quantizers.learned_codes import LearnedWeight
+from cptquant.quantizers.learned_codes import Learnable, LearnedWeight
 from cptquant.quantizers.refine import with_learning
 from cptquant.quantizers.results import Results, Sink, relative_error
 from cptquant.quantizers.rtn import Rtn
@@ -185,7 +184,7 @@ class SiteTask:
         variables: list[Variable] = []
         for name, module in site_modules(block, layout, stream.block_index).items():
             stored, site = results.weights.get(name), layout.site_by_name[name]
-            if isinstance(stored, QuantizedWeight | BlockWeight):
+            if isinstance(stored, Learnable):
                 learned = LearnedWeight(stored, self._original(site), reach=method.reach)
                 variables.append(Variable(site, module, learned))
         learned = learn_block(block, stream, targets, variables, method)

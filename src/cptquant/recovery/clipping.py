@@ -147,6 +147,7 @@ class ClippedLinear(nn.Module):
             cast(Tensor, self.values), steps.unsqueeze(-1), None if zeros is None else zeros.unsqueeze(-1),
             self.grid.low, self.grid.high, Surrogate(),
         ).flatten(1)[:, : self._columns]  # fmt: skip
+        values = self.grid.corrected(values)
         return values if self.back is None else values.index_select(1, cast(Tensor, self.back))
 
     def forward(self, hidden: Tensor) -> Tensor:

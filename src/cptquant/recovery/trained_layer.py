@@ -111,6 +111,7 @@ class TrainedLinear(nn.Module):
                 values.register_hook(self._add_value_gradient)
         if self.offsets is not None:
             values = values + self.offsets.repeat_interleave(grid.width, dim=1)[:, : self.in_features]
+        values = grid.corrected(values)
         return values if self.order is None else values.index_select(1, self.order)
 
     def forward(self, hidden: Tensor) -> Tensor:

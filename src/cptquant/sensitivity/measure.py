@@ -9,6 +9,7 @@ from cptquant.core.progress import Progress, ignore_progress
 from cptquant.core.sensitivity import BlockScore, Damage, SensitivityTable
 from cptquant.models.load import LoadedModel
 from cptquant.models.text import TokenSet
+from cptquant.sensitivity.corrections import add_corrections, corrected_formats, without_corrections
 from cptquant.sensitivity.estimates import Estimate
 from cptquant.sensitivity.scores import Scores, SensitivityMethod, SiteFormats
 
@@ -34,7 +35,9 @@ def measure_sensitivity(
         ValueError: `formats` leaves out a site or names one the model does not have.
     """
     _check(model, tokens, formats)
-    scores = method(model, tokens, formats, progress or ignore_progress)
+    scores = method(model, tokens, without_corrections(formats), progress or ignore_progress)
+    if corrected_formats(formats):
+        scores = add_corrections(model, tokens, formats, scores, progress or ignore_progress)
     _check_finite(model, scores)
     return SensitivityTable(
         method=method.name,

@@ -83,6 +83,17 @@ class Target(ABC):
         )
 
 
+def keep_columns(target: Target, site: Site, fmt: QuantFormat) -> QuantFormat | None:
+    """Corrected columns on the nearest legal codes of the same width; None where there are none."""
+    if fmt.storage != "columns":
+        return None
+    base = target.fit(site, fmt.base)
+    if base.storage != "packed" or base.code_bits != fmt.code_bits:
+        return None
+    fitted = base.with_columns(fmt.column_share)
+    return fitted if target.refusal(site, fitted) is None else None
+
+
 def candidate_formats(
     site: Site, layout: ModelLayout, target: Target, formats: Sequence[QuantFormat]
 ) -> tuple[QuantFormat, ...]:

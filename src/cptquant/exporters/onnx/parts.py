@@ -11,12 +11,15 @@ from torch import Tensor
 from cptquant.core.errors import ModelError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
+from cptquant.exporters.onnx.columns import corrected_product
 from cptquant.exporters.onnx.graph import CONTRIB, GraphBuilder
 from cptquant.exporters.onnx.segments import segment_product
 from cptquant.models.stream import QuantizedSource
-from cptquant.packing.quantized_weight import QuantizedWeight, join_quantized
+from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight, join_quantized
 from cptquant.packing.segments import SegmentedWeight, join_segmented_rows
 
+_Product = QuantizedWeight | SegmentedWeight | ColumnsWeight
+"""What a product can be made with."""
 _APART = {"q": 8, "k": 8, "v": 8, "up": 8, "down": 8}
 """Columns of an input that stay floats beside an 8-bit product with one scale for all activations, by role: a few are
 so large that the others would lose their digits (decision 0006)."""
@@ -200,9 +203,9 @@ class Parts:
             )
         return embedding
 
-    def _stored(self, site: str) -> QuantizedWeight | SegmentedWeight:
+    def _stored(self, site: str) -> _Product:
         weight = self._source.quantized(site)
-        if not isinstance(weight, QuantizedWeight | SegmentedWeight):
+        if not isinstance(weight, QuantizedWeight | SegmentedWeight | ColumnsWeight):
             raise ModelError(f"the plan quantizes {site}, but no codes of it stand; run: cptquant quantize RUN")
         return weight
 
@@ -210,11 +213,14 @@ class Parts:
         weight = self._stored(site)
         if not isinstance(weight, QuantizedWeight):
             raise ModelError(
-                f"{site} has groups of mixed width here, which only products with a matrix of its own can have"
+                f"{site} has {self._formats[site].name} here, groups of mixed width or corrected columns, which only "
+                "products with a matrix of its own can have"
             )
         return weight
 
-    def _quantized(self, x: str, name: str, weight: QuantizedWeight | SegmentedWeight, bias: str) -> str:
+    def _quantized(self, x: str, name: str, weight: _Product, bias: str) -> str:
+        if isinstance(weight, ColumnsWeight):
+            return corrected_product(self.graph, x, name, weight, bias)
         if isinstance(weight, SegmentedWeight):
             return segment_product(self.graph, x, name, weight, bias)
         fmt = weight.format
@@ -242,13 +248,14 @@ class Parts:
         return weight.t() if self.layout.site_by_name[site].transposed else weight
 
 
-def _join(weights: Sequence[QuantizedWeight | SegmentedWeight]) -> QuantizedWeight | SegmentedWeight | None:
-    """Matrices of one input and format below each other; None where their columns stand in different halves."""
+def _join(weights: Sequence[_Product]) -> QuantizedWeight | SegmentedWeight | None:
+    """Matrices of one input and format below each other; None where their columns stand in different halves, or where
+    each corrects columns of its own."""
     plain = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
     if len(plain) == len(weights):
         return join_quantized(plain)
     mixed = [weight for weight in weights if isinstance(weight, SegmentedWeight)]
-    first = mixed[0]
-    if len(mixed) < len(weights) or any(not torch.equal(first.stored_order(), other.stored_order()) for other in mixed):
+    if len(mixed) < len(weights):
         return None
-    return join_segmented_rows(mixed)
+    first = mixed[0].stored_order()
+    return join_segmented_rows(mixed) if all(torch.equal(first, other.stored_order()) for other in mixed) else None
