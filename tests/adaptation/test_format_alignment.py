@@ -77,7 +77,7 @@ def test_the_largest_scores_among_the_easy_are_chosen(mini: LoadedModel, tmp_pat
     assert [each.index for each in found.chosen] == [each.index for each in wanted]
     assert (found.candidates, found.dropped) == (12, len(hardest)) and len(hardest) == 3
     assert len(found.held_out) == 3 and not {e.index for e in found.held_out} & {e.index for e in found.chosen}
-    write_selection(tmp_path / "chosen.jsonl", found, INSTRUCTIONS)
+    write_selection(tmp_path / "chosen.jsonl", found)
     lines = [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["line"] for line in lines] == [each.index + 1 for each in found.chosen]
     assert lines[0]["format_score"] == found.chosen[0].score

@@ -13,7 +13,7 @@ import json
 import math
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cptquant.adaptation.sources import Record
+from cptquant.adaptation.sources import Record, Records, take_records
 from cptquant.core.artifact import write_whole
 from cptquant.core.errors import DataError, ModelError, UserError
 from cptquant.models.load import quiet_transformers
@@ -58,12 +58,14 @@ class Scored:
 
 @dataclass(frozen=True)
 class Selection:
-    """Attributes: chosen: by falling score. held_out: others, not trained on. candidates, dropped: how many."""
+    """Attributes: chosen: by falling score. held_out: others, not trained on. candidates, dropped: how many.
+    records: the candidates by index."""
 
     chosen: tuple[Scored, ...]
     held_out: tuple[Scored, ...]
     candidates: int
     dropped: int
+    records: Mapping[int, Record]
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ def _templated(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 
 
 def score_samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], indices: Sequence[int],
-    longest: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record] | Mapping[int, Record],
+    indices: Sequence[int], longest: int,
 ) -> list[Scored]:  # fmt: skip
     """Both losses of each sample that fits into `longest` tokens with its template and has an answer of some."""
     rows: list[tuple[int, list[list[int]], int]] = []
@@ -179,21 +181,26 @@ def _mean_loss(logits: Tensor, ids: list[int], answer: int) -> float:
 
 
 def select_samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], wanted: int, *,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record] | Records, wanted: int, *,
     longest: int, seed: int, quantile: float = PLAIN_LOSS_QUANTILE,
 ) -> Selection:  # fmt: skip
     """Score candidates, leave out the hard ones, keep those with the largest score.
+
+    Args:
+        records: of which no more than the candidates are held.
 
     Raises:
         DataError: fewer candidates than wanted after leaving out.
     """
     drawn = random.Random(seed)
     indices = drawn.sample(range(len(records)), min(len(records), wanted * CANDIDATES_PER_SAMPLE))
-    scored = score_samples(model, tokenizer, records, indices, longest)
+    candidates = take_records(records, indices)
+    scored = score_samples(model, tokenizer, candidates, indices, longest)
     limit = sorted(each.plain_nats for each in scored)[int(quantile * (len(scored) - 1))] if scored else 0.0
     easy = [each for each in scored if each.plain_nats <= limit]
     if len(easy) < wanted:
-        kind = "preferences" if records and records[0].rejected is not None else "instructions"
+        first = next(iter(candidates.values()), None)
+        kind = "preferences" if first is not None and first.rejected is not None else "instructions"
         raise DataError(
             f"--align-{kind} {wanted} asks for more than the {len(easy)} samples of --{kind} that remain after leaving "
             f"out the hardest quarter and what is longer than {longest} tokens; ask for fewer, or give more"
@@ -201,11 +208,12 @@ def select_samples(
     ranked = sorted(easy, key=lambda each: (-each.score, each.index))
     rest = ranked[wanted:]
     held_out = tuple(drawn.sample(rest, min(wanted, len(rest))))
-    return Selection(tuple(ranked[:wanted]), held_out, len(indices), len(indices) - len(easy))
+    return Selection(tuple(ranked[:wanted]), held_out, len(indices), len(indices) - len(easy), candidates)
 
 
-def write_selection(path: Path, selection: Selection, records: Sequence[Record]) -> None:
+def write_selection(path: Path, selection: Selection) -> None:
     """A JSON line for each chosen sample: its line in its file, score and losses."""
+    records = selection.records
     lines = [
         json.dumps(
             {

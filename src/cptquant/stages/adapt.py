@@ -1,6 +1,7 @@
 """A model and texts -> a model adapted to a domain, with what it cost the rest (adaptation.json, model/)."""
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from cptquant.adaptation.mix_cpt import (
     TrainingSettings,
     train_causal,
 )
+from cptquant.adaptation.sources import json_parts
 from cptquant.adaptation.teacher import CachedTeacher, LiveTeacher, build_cache, round_to_8_bits_
 from cptquant.core.adaptation import AdaptationReport, AdaptationRequest, TeacherRecord
 from cptquant.core.artifact import digest_file, digest_json, output_error, write_whole
@@ -33,7 +35,7 @@ from cptquant.core.written_files import digest_folder, list_damage
 from cptquant.evaluation.evaluate import evaluate_models
 from cptquant.evaluation.tasks import QuestionSet, read_questions, score_questions, task_measurements
 from cptquant.models.load import LoadedModel, load_any, load_model, quiet_transformers, read_layout
-from cptquant.models.processes import check_launcher, is_first, tell
+from cptquant.models.processes import check_launcher, in_turn, is_first, tell
 from cptquant.reports.adaptation import write_adaptation_report
 from cptquant.stages.adapt_align import AlignmentJob, align_stage
 from cptquant.stages.adapt_check import check_adaptation, needs_teacher
@@ -67,14 +69,17 @@ class _Job:
             if request.teacher is None
             else read_layout(request.teacher, trust_remote_code=request.trust_remote_code).source_digest
         )
-        aligned = (text.instructions if request.align_instructions else (),
-                   text.preferences if request.align_preferences else ())  # fmt: skip
+        aligned = (text.instructions if request.align_instructions else None,
+                   text.preferences if request.align_preferences else None)  # fmt: skip
+        samples = hashlib.sha256()
+        for part in json_parts(records or () for records in aligned):
+            samples.update(part.encode())
         return {
             "request": request.model_dump_json(),
             "teacher": teacher,
             "chat template": digest_file(template) if template is not None and template.is_file() else "",
             "questions": digest_json([asdict(each) for each in self.questions]),
-            "samples": digest_json([[asdict(record) for record in records] for records in aligned]),
+            "samples": samples.hexdigest(),
             "model": self.model.layout.source_digest,
             "mixture": self.text.mixture.digest,
             **{f"held-out {name}": tokens.digest for name, tokens in self.text.held_out.items()},
@@ -112,12 +117,14 @@ def adapt_stage(
     _check_model(model, request)
     questions = tuple(read_questions(spec, request.task_limit) for spec in request.tasks)
     asked = [" ".join(answer) for each in questions for question in each.questions for answer in question.answers]
-    text = read_adaptation_text(model, request, method, asked)
-    job = _Job(folder, request, method, model, text, questions, progress)
     if is_first():
         write_whole(folder / _MARK, json.dumps({"model": request.model}).encode())
+    text = in_turn(lambda: read_adaptation_text(model, request, method, folder / "work/text", asked))
+    job = _Job(folder, request, method, model, text, questions, progress)
     finished = tell(_finished(job) if is_first() else None)
     if finished is not None:
+        if is_first():
+            shutil.rmtree(folder / "work", ignore_errors=True)
         return finished if is_first() else None
     for note in job.text.notes:
         progress(note, 1, 1)
@@ -166,7 +173,7 @@ def _open_folder(folder: Path, request: AdaptationRequest) -> None:
     mark = folder / _MARK
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"--output {folder} is a file; choose a folder")
-    if mark.is_file():
+    if mark.is_file() and not _only_text(folder):
         try:
             before = json.loads(mark.read_text(encoding="utf-8"))["model"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -176,7 +183,7 @@ def _open_folder(folder: Path, request: AdaptationRequest) -> None:
                 f"--output {folder} holds an adaptation of {before!r}, not of {request.model!r}; choose another folder "
                 "or remove it"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif not mark.is_file() and folder.is_dir() and any(folder.iterdir()):
         raise OutputError(f"--output {folder} is not empty and holds no adaptation; choose an empty folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,6 +191,12 @@ def _open_folder(folder: Path, request: AdaptationRequest) -> None:
         raise output_error(folder, error) from None
     if not os.access(folder, os.W_OK):
         raise OutputError(f"--output {folder} is not writable; choose another folder")
+
+
+def _only_text(folder: Path) -> bool:
+    """Whether nothing stands there but the tokens of a call that was refused: any model may have the folder."""
+    inside = {path.name for path in folder.iterdir()} - {_MARK}
+    return inside <= {"work"} and all(path.name == "text" for path in folder.glob("work/*"))
 
 
 def _check_model(model: LoadedModel, request: AdaptationRequest) -> None:

@@ -19,7 +19,7 @@ from cptquant.adaptation.format_alignment import (
     set_template_,
     write_selection,
 )
-from cptquant.adaptation.sources import Record
+from cptquant.adaptation.sources import Records
 from cptquant.core.adaptation import AdaptationRequest, AlignmentRecord
 from cptquant.core.progress import Progress
 from cptquant.models.processes import is_first
@@ -33,8 +33,8 @@ class AlignmentJob:
 
     request: AdaptationRequest
     tokenizer: PreTrainedTokenizerBase
-    instructions: Sequence[Record]
-    preferences: Sequence[Record]
+    instructions: Records | None
+    preferences: Records | None
     folder: Path
 
 
@@ -49,19 +49,22 @@ def align_stage(
     Raises:
         UserError: a template that fails, too few samples, a loss that is no number.
     """
-    wanted: list[tuple[Literal["instructions", "preferences"], int, Sequence[Record]]] = [
+    wanted: list[tuple[Literal["instructions", "preferences"], int, Records | None]] = [
         ("instructions", job.request.align_instructions, job.instructions),
         ("preferences", job.request.align_preferences, job.preferences),
     ]
     if not any(count for _, count, _ in wanted):
         return "", ()
     template = set_template_(job.tokenizer, job.request.chat_template)
-    return template, tuple(_align(job, student, *each, progress) for each in wanted if each[1])
+    return template, tuple(
+        _align(job, student, kind, count, records, progress)
+        for kind, count, records in wanted if count and records is not None
+    )  # fmt: skip
 
 
 def _align(
     job: AlignmentJob, student: PreTrainedModel, kind: Literal["instructions", "preferences"], wanted: int,
-    records: Sequence[Record], progress: Progress,
+    every: Records, progress: Progress,
 ) -> AlignmentRecord:  # fmt: skip
     request = job.request
     longest = min(_LONGEST, student.config.get_text_config().max_position_embeddings or _LONGEST)
@@ -69,10 +72,11 @@ def _align(
         learning_rate=request.align_rate, epochs=request.align_epochs, batch=request.batch, longest=longest,
         bf16=bool(request.bf16), gradient_checkpointing=request.gradient_checkpointing, seed=request.seed,
     )  # fmt: skip
-    selection = select_samples(student, job.tokenizer, records, wanted, longest=longest, seed=request.seed)
+    selection = select_samples(student, job.tokenizer, every, wanted, longest=longest, seed=request.seed)
+    records = selection.records
     file = f"alignment-{kind}.jsonl"
     if is_first():
-        write_selection(job.folder / file, selection, records)
+        write_selection(job.folder / file, selection)
     folder, began = job.folder / "work" / f"align-{kind}", time.perf_counter()
     student.requires_grad_(True)
     steps, loss = align_(
