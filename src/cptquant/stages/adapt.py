@@ -89,7 +89,7 @@ class _Job:
     def alignment(self) -> AlignmentJob:
         """The part of it that is stage 2."""
         tokenizer, text = self.model.require_tokenizer(), self.text
-        return AlignmentJob(self.request, tokenizer, text.instructions, text.preferences, self.folder)
+        return AlignmentJob(self.request, tokenizer, text.instructions, text.preferences, self.folder, self.work)
 
     @property
     def work(self) -> Path:
