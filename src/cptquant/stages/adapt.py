@@ -111,7 +111,7 @@ def adapt_stage(
     """
     watch, progress = Stopwatch(), progress if is_first() else ignore_progress
     method = check_adaptation(request)
-    check_launcher("cptquant adapt", "the model would be spread over processes, and it is read and written whole")
+    check_launcher("cptquant adapt", "the model is read and written whole (why: docs/adaptation.md, Limits)")
     _open_folder(folder, request)
     model = load_model(request.model, trust_remote_code=request.trust_remote_code)
     _check_model(model, request)
@@ -137,7 +137,7 @@ def adapt_stage(
     if training.stopped:
         raise UserError(_diverged(training, job))
     _write_model(job, student)
-    measured = _measure(job, "adapted") if is_first() else []
+    measured = _measured_once(job, "adapted") if is_first() else []
     template, alignment = align_stage(job.alignment, student, progress)
     if alignment:
         _write_model(job, student)
@@ -327,6 +327,23 @@ def _report(job: _Job, training: CausalTraining, teacher: TeacherRecord | None, 
         inputs=job.inputs,
         provenance=watch.provenance(seed=request.seed, threads=torch.get_num_threads()),
     )
+
+
+def _measured_once(job: _Job, subject: str) -> list[Measurement]:
+    """What a killed call measured of the same model, else measured now and kept for the next."""
+    path = job.work / f"measured-{subject}.json"
+    model = digest_json(dict(digest_folder(job.folder / MODEL)))
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["model"] == model:
+            return [Measurement.model_validate_json(json.dumps(each)) for each in kept["measurements"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    found = _measure(job, subject)
+    rows = [json.loads(each.model_dump_json()) for each in found]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps({"model": model, "measurements": rows}).encode())
+    return found
 
 
 def _measure(job: _Job, subject: str) -> list[Measurement]:
