@@ -103,11 +103,11 @@ def main() -> None:
             write_results(NAME, found)
             text.unlink()
             grown = (row["stage_bytes"] - row["start_bytes"]) / 1e6
+            start, windows = row["start_bytes"] / 1e6, row["windows_bytes"] / 1e6
             print(
-                f"{args.label:>16} {size:4d} MB  {row['tokens']:12,} tokens  {row['start_bytes'] / 1e6:7.0f} MB before, "
-                f"+{grown:6.0f} MB for the text, {row['windows_bytes'] / 1e6:7.0f} MB after all windows, "
-                f"{row['seconds']:6.1f} s"
+                f"{args.label:>16} {size} MB {row['tokens']:,} tokens: {start:.0f} MB before, {grown:+.0f} MB for it,"
             )
+            print(f"{'':>16} {windows:.0f} MB after all windows were read, {row['seconds']:.1f} s")
 
 
 if __name__ == "__main__":
