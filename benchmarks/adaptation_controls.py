@@ -15,12 +15,14 @@ results/adaptation_controls.json and, with --step-time, results/adaptation_step.
 """
 
 import argparse
+import atexit
 import copy
 import itertools
 import json
 import math
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,10 +37,11 @@ from results_file import REPOSITORY, SHARED, model_folder, write_results
 from cptquant.adaptation.logit_swap import PLAIN, LossShape, TopTargets, counted_loss
 from cptquant.adaptation.methods import METHODS
 from cptquant.adaptation.mix_cpt import Distillation, Looks, TrainingSettings, train_causal
-from cptquant.adaptation.mixture import Mixture, TokenSource, tokenise_source
+from cptquant.adaptation.mixture import Mixture
 from cptquant.adaptation.overlap import OverlapFilter
 from cptquant.adaptation.sources import SourceDocument, read_documents, read_records
 from cptquant.adaptation.teacher import LiveTeacher, build_cache, round_to_8_bits_
+from cptquant.adaptation.token_files import TokenSource, tokenise_source
 from cptquant.core.mixture import divide_tokens
 from cptquant.evaluation.tasks import read_questions, score_questions, task_measurements
 from cptquant.models.corpus import Document, Texts
@@ -174,7 +177,9 @@ def source(model: str, name: str, domain: str) -> TokenSource:
         folder = domain if name == "domain" else name
         documents = list(read_documents([str(TEXT / folder / "train.txt")], f"--{name}"))
     cleaned = OverlapFilter(evaluation).clean(documents)
-    return tokenise_source(name, cleaned.kept, original(model).require_tokenizer())
+    place = Path(tempfile.mkdtemp(prefix="tokens-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return tokenise_source(name, cleaned, original(model).require_tokenizer(), place / name)
 
 
 def mixture_of(args: argparse.Namespace, domain: str, seed: int, arm: Arm) -> Mixture:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from cptquant.adaptation.mixture import Mixture, TokenSource
+from cptquant.adaptation.mixture import Mixture
+from cptquant.adaptation.token_files import TokenSource
 from cptquant.models.text import TokenSet
 
 VOCABULARY = 61

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from cptquant.adaptation.alignment_training import Aligned, AlignmentSettings, align_
 from cptquant.adaptation.format_alignment import (
     DEFAULT_TEMPLATE,
-    AlignmentSettings,
-    align_,
     check_alignment_package,
+    load_selection,
+    save_selection,
     score_samples,
     select_samples,
     set_template_,
@@ -21,6 +22,7 @@ from cptquant.adaptation.format_alignment import (
 )
 from cptquant.adaptation.sources import Record
 from cptquant.core.errors import DataError, ModelError, UserError
+from cptquant.core.progress import Progress, ignore_progress
 from cptquant.models.load import LoadedModel, load_model
 
 NAMES = ("os", "sys", "json", "math", "random", "pathlib", "typing", "string", "time", "glob", "copy", "types")
@@ -77,7 +79,7 @@ def test_the_largest_scores_among_the_easy_are_chosen(mini: LoadedModel, tmp_pat
     assert [each.index for each in found.chosen] == [each.index for each in wanted]
     assert (found.candidates, found.dropped) == (12, len(hardest)) and len(hardest) == 3
     assert len(found.held_out) == 3 and not {e.index for e in found.held_out} & {e.index for e in found.chosen}
-    write_selection(tmp_path / "chosen.jsonl", found, INSTRUCTIONS)
+    write_selection(tmp_path / "chosen.jsonl", found)
     lines = [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["line"] for line in lines] == [each.index + 1 for each in found.chosen]
     assert lines[0]["format_score"] == found.chosen[0].score
@@ -94,13 +96,67 @@ def test_sft_teaches_the_format(mini: LoadedModel, tmp_path: Path) -> None:
     chosen, others = INSTRUCTIONS[:8], INSTRUCTIONS[8:]
     before = score_samples(mini.module, tokenizer, others, range(4), 128)
     again = copy.deepcopy(mini.module)
-    steps, loss = align_(mini.module, tokenizer, chosen, SETTINGS, tmp_path)
+    found = align_(mini.module, tokenizer, chosen, SETTINGS, tmp_path / "first")
     after = score_samples(mini.module, tokenizer, others, range(4), 128)
-    assert steps == 4 and loss is not None and math.isfinite(loss)
+    assert found.steps == 4 and math.isfinite(found.loss) and found.seconds > 0
     assert sum(each.templated_nats for each in after) < sum(each.templated_nats for each in before)
-    align_(again, tokenizer, chosen, SETTINGS, tmp_path)
+    assert align_(again, tokenizer, chosen, SETTINGS, tmp_path / "again").loss == found.loss
     for first, second in zip(mini.module.parameters(), again.parameters(), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("records", [INSTRUCTIONS, PREFERENCES], ids=["sft", "dpo"])
+def test_a_killed_training_goes_on_with_the_same_bits(tmp_path: Path, records: list[Record]) -> None:
+    """Killed in the second epoch, which is half an epoch; and started once more when nothing is left to do."""
+    settings = AlignmentSettings(learning_rate=2e-3, batch=2, epochs=1.5, longest=128)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if done == 8:
+            raise Killed
+
+    def train(folder: Path, progress: Progress = ignore_progress) -> tuple[Aligned, dict[str, torch.Tensor]]:
+        model = load_model("embedded:opt-mini")
+        model.module.float().requires_grad_(True)
+        model.module.config.dropout = 0.1
+        for module in model.module.modules():
+            if hasattr(module, "dropout"):
+                module.dropout = 0.1  # the generators' states matter
+        set_template_(model.require_tokenizer(), None)
+        found = align_(model.module, model.require_tokenizer(), records, settings, folder, progress)
+        return found, model.module.state_dict()
+
+    straight, first = train(tmp_path / "straight")
+    broken = tmp_path / "broken"
+    with pytest.raises(Killed):
+        train(broken, kill)
+    whole = sorted(path.parent.name for path in broken.glob("*/progress.json"))
+    assert whole == ["checkpoint-4", "checkpoint-6"] and straight.steps == 9
+    (broken / "checkpoint-8").mkdir()  # begun, not whole
+    weights = broken / "checkpoint-6" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")  # and one that was damaged
+    torch.manual_seed(99)
+    for _ in range(2):
+        resumed, second = train(broken)
+        assert (resumed.steps, resumed.loss) == (straight.steps, straight.loss)
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_selections_are_kept(mini: LoadedModel, tmp_path: Path) -> None:
+    path = tmp_path / "selection.json"
+    found = select_samples(mini.module, mini.require_tokenizer(), INSTRUCTIONS, 3, longest=128, seed=0)
+    assert load_selection(path, INSTRUCTIONS) is None
+    save_selection(path, found)
+    again = load_selection(path, INSTRUCTIONS)
+    assert again is not None
+    assert (again.chosen, again.held_out, again.candidates, again.dropped) == (
+        found.chosen, found.held_out, found.candidates, found.dropped,
+    )  # fmt: skip
+    assert again.records == {each.index: INSTRUCTIONS[each.index] for each in (*found.chosen, *found.held_out)}
+    path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    assert load_selection(path, INSTRUCTIONS) is None
 
 
 def test_dpo_prefers_the_chosen_answer(mini: LoadedModel, tmp_path: Path) -> None:
@@ -114,8 +170,8 @@ def test_dpo_prefers_the_chosen_answer(mini: LoadedModel, tmp_path: Path) -> Non
         return sum(bad.templated_nats - good.templated_nats for good, bad in zip(liked, disliked, strict=True))
 
     before = margin()
-    steps, _ = align_(mini.module, tokenizer, PREFERENCES, SETTINGS, tmp_path)
-    assert steps == 6 and margin() > before
+    found = align_(mini.module, tokenizer, PREFERENCES, SETTINGS, tmp_path)
+    assert found.steps == 6 and margin() > before
 
 
 def test_templates_of_ones_own(mini: LoadedModel, tmp_path: Path) -> None:

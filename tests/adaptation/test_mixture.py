@@ -1,12 +1,15 @@
 """The mixture of tokenised sources."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cptquant.adaptation.mixture import Mixture, TokenSource, tokenise_source
+from cptquant.adaptation.mixture import Mixture
 from cptquant.adaptation.sources import SourceDocument
+from cptquant.adaptation.token_files import TokenSource, tokenise_source
 from cptquant.core.errors import DataError
 from cptquant.models.load import load_model
 from cptquant.models.losses import IGNORED
@@ -119,16 +122,16 @@ def test_refusals() -> None:
         Mixture([a], [1.0], window_tokens=4, total_tokens=200, seed=0)
 
 
-def test_tokenise_source() -> None:
+def test_tokenise_source(tmp_path: Path) -> None:
     tokenizer = load_model("embedded:opt-mini").require_tokenizer()
     eos = tokenizer.eos_token_id
     assert eos is not None
     pieces = [SourceDocument("import os\n", ends=False), SourceDocument("import sys\n"), "   ", "return value"]
-    source = tokenise_source("code", pieces, tokenizer)
+    source = tokenise_source("code", pieces, tokenizer, tmp_path / "code")
     joined = [*tokenizer("import os\n")["input_ids"], *tokenizer("import sys\n")["input_ids"], eos]
     assert source.tokens.tolist() == [*joined, *tokenizer("return value")["input_ids"], eos]
     assert source.starts.tolist() == [0, len(joined), len(source.tokens)] and source.document_count == 2
-    assert source.digest == tokenise_source("other", pieces, tokenizer).digest
-    assert source.digest != tokenise_source("code", pieces[1:], tokenizer).digest
+    assert source.digest == tokenise_source("other", pieces, tokenizer, tmp_path / "other").digest
+    assert source.digest != tokenise_source("code", pieces[1:], tokenizer, tmp_path / "part").digest
     with pytest.raises(DataError, match="--code holds no text"):
-        tokenise_source("code", ["", " \n"], tokenizer)
+        tokenise_source("code", ["", " \n"], tokenizer, tmp_path / "none")

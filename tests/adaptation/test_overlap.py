@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cptquant.adaptation.overlap import OverlapFilter, hold_out_tail
+from cptquant.adaptation.overlap import OverlapFilter, survey, training_part
 from cptquant.adaptation.sources import SourceDocument
 
 WORDS = [f"w{n}" for n in range(60)]
@@ -33,21 +33,23 @@ def test_documents_are_dropped_from_the_share_on() -> None:
     many = SourceDocument(text(*WORDS[:15], *WORDS[30:42]))  # 3 of 15
     short = SourceDocument(text(*WORDS[:12]))
     found = cleaner.clean([few, many, short])
-    assert (found.kept, found.dropped, found.short) == ((few, short), 1, 1)
-    assert OverlapFilter([text(*WORDS[:15])], share=0.1).clean([few, many]).kept == ()
+    assert list(found) == [few, short] and (found.kept, found.dropped, found.short) == (2, 1, 1)
+    assert list(OverlapFilter([text(*WORDS[:15])], share=0.1).clean([few, many])) == []
 
 
 def test_a_dropped_end_ends_the_piece_before() -> None:
     pieces = [SourceDocument("kept", ends=False), SourceDocument(text(*WORDS[:20])), SourceDocument("next")]
     found = OverlapFilter([text(*WORDS[:20])]).clean(pieces)
-    assert found.kept == (SourceDocument("kept", ends=True), SourceDocument("next"))
+    assert tuple(found) == (SourceDocument("kept", ends=True), SourceDocument("next"))
 
 
 def test_the_tail_is_a_tenth_or_what_evaluation_needs() -> None:
     documents = [SourceDocument("x" * 10, ends=n % 2 == 1) for n in range(100)]
 
     def taken(wanted: int, fewest: int) -> int:
-        training, tail = hold_out_tail(documents, wanted=wanted, fewest=fewest)
+        found = survey(documents, wanted=wanted)
+        tail = found.tail(wanted=wanted, fewest=fewest)
+        training = list(training_part(documents, found, len(tail), "--domain"))
         assert [*training, *tail][: len(training) - 1] == documents[: len(training) - 1]
         assert not tail or training[-1].ends
         return len(tail)
@@ -56,4 +58,4 @@ def test_the_tail_is_a_tenth_or_what_evaluation_needs() -> None:
     assert taken(40, 0) == 4  # no more than wanted
     assert taken(10_000, 250) == 25  # more than a tenth where evaluation needs it
     assert taken(10_000, 5000) == 50  # never more than half
-    assert hold_out_tail(documents[:1], wanted=100, fewest=100)[1] == ()
+    assert survey(documents[:1], wanted=100).tail(wanted=100, fewest=100) == ()

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cptquant.adaptation.sources import SourceDocument, _pieces, embedded_documents, read_documents, read_records
+from cptquant.adaptation.sources import (
+    SourceDocument,
+    cut_into_pieces,
+    embedded_documents,
+    read_documents,
+    read_records,
+)
 from cptquant.core.errors import DataError
 
 
@@ -18,17 +24,17 @@ def texts(specs: list[Path], flag: str = "--domain") -> list[str]:
 
 @given(st.text(alphabet="ab \n\t", max_size=20_000))
 def test_pieces_of_plain_text_add_up_to_it(text: str) -> None:
-    pieces = list(_pieces(text))
+    pieces = list(cut_into_pieces([text]))
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True] * bool(pieces)
 
 
 def test_pieces_are_cut_at_empty_lines_else_at_line_ends() -> None:
     paragraphs = ["x" * 600 + "\n\n", "y" * 600 + "\n\n", "z" * 600]
-    assert [p.text for p in _pieces("".join(paragraphs))] == ["".join(paragraphs[:2]), paragraphs[2]]
+    assert [p.text for p in cut_into_pieces(paragraphs)] == ["".join(paragraphs[:2]), paragraphs[2]]
     lines = [f"{'C' * 90}\n"] * 40
-    assert all(p.text.endswith("\n") and len(p.text) < 1200 for p in _pieces("".join(lines)))
-    assert [len(p.text) for p in _pieces("q" * 20_000)] == [8000, 8000, 4000]
+    assert all(p.text.endswith("\n") and len(p.text) < 1200 for p in cut_into_pieces(lines))
+    assert [len(p.text) for p in cut_into_pieces(["q" * 20_000])] == [8000, 8000, 4000]
 
 
 def test_every_form_and_folders(tmp_path: Path) -> None:

@@ -201,6 +201,62 @@ def test_killed_it_goes_on_with_the_same_bits(
 
 
 @pytest.mark.slow
+def test_killed_in_both_trainings_of_stage_2_it_goes_on_with_the_same_bits(
+    cptquant: Command, folder: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+
+    def given(output: Path) -> list[object]:
+        more = {"align_instructions": 8, "align_preferences": 8, "align_epochs": 6, "align_rate": 1e-3}
+        return [folder, *flags(texts, output, tokens=512, **more)]
+
+    for kind in ("instructions", "preferences"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cptquant", "adapt", *map(str, given(broken))],
+            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 300
+        pattern = f"work/*/align-{kind}/training/checkpoint-*/progress.json"
+        while not list(broken.glob(pattern)) and time.monotonic() < deadline:
+            assert process.poll() is None, "it was done before it could be killed"
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert list(broken.glob(pattern)) and not (broken / "adaptation.json").exists()
+    assert list(broken.glob("work/*/align-*/selection.json")) and list(broken.glob("work/*/measured-adapted.json"))
+    for output in (straight, broken):
+        done = cptquant("adapt", *given(output))
+        assert done.code == 0, done.err
+    assert digest_folder(straight / "model") == digest_folder(broken / "model")
+    reports = [AdaptationReport.load(path / "adaptation.json") for path in (straight, broken)]
+    assert reports[0].measurements == reports[1].measurements
+    alignments = [[each.model_copy(update={"seconds": 0.0}) for each in report.alignment] for report in reports]
+    assert alignments[0] == alignments[1] and len(alignments[0]) == 2
+    assert reports[1].alignment[0].seconds > 0
+
+
+def test_text_that_stands_is_used_again(
+    cptquant: Command, folder: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    """A refused call leaves its tokens, any model may have the folder, and changed text is tokenised anew."""
+    output = tmp_path / "run"
+    refused = cptquant("adapt", folder, *flags(texts, output, tokens="200k"))
+    assert refused.code == 2 and "above --max-epochs 4" in refused.err
+    kept = {path.name: path.stat().st_mtime_ns for path in output.glob("work/text/*/tokens.i32")}
+    first = {path.name for path in output.glob("work/text/*")}
+    assert len(first) == 4 and kept
+    before = {path: path.stat().st_ino for path in output.glob("work/text/*/tokens.i32")}
+    assert cptquant("adapt", folder, *flags(texts, output, tokens="200k", ratio=0.5)).code == 2
+    assert {path: path.stat().st_ino for path in output.glob("work/text/*/tokens.i32")} == before
+    texts["domain"].write_text(texts["domain"].read_text(encoding="utf-8") + "\nmore = 1\n", encoding="utf-8")
+    assert cptquant("adapt", folder, *flags(texts, output, tokens="200k")).code == 2
+    second = {path.name for path in output.glob("work/text/*")}
+    assert len(second) == 4 and len({name for name in second - first if name.startswith("domain-")}) == 1
+    other = cptquant("adapt", "embedded:opt-mini", *flags(texts, output, tokens="200k"))
+    assert other.code == 2 and "above --max-epochs 4" in other.err
+
+
+@pytest.mark.slow
 def test_two_processes_train_the_same(folder: Path, texts: dict[str, Path], tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "dropout": 0.0}), encoding="utf-8")

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from cptquant.adaptation.ladder import build_ladder, new_model, read_config
-from cptquant.adaptation.mixture import Mixture, TokenSource
+from cptquant.adaptation.mixture import Mixture
+from cptquant.adaptation.token_files import TokenSource
 from cptquant.adaptation.trunk import Trunk, TrunkSettings, run_trunk
 from cptquant.core.errors import ModelError, UserError
 from cptquant.core.sweep import EvaluationPoint, SizeSpec, learning_rate

@@ -4,30 +4,25 @@
 
 After arXiv 2407.10804; the exact ratio of its equations 8 (SFT) and 9 (DPO) could not be read, this is our reading.
 Samples whose plain loss is high would teach knowledge instead: those above a quantile are left out first. Of the
-others, the N with the largest score are trained on: instructions by SFT, preferences by DPO, both with TRL. Both losses
-are means over the same tokens of the answer.
+others, the N with the largest score are trained on (`alignment_training.py`). Both losses are means over the same
+tokens of the answer.
 """
 
-import copy
 import json
-import math
 import random
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cptquant.adaptation.sources import Record
+from cptquant.adaptation.sources import Record, Records, take_records
 from cptquant.core.artifact import write_whole
 from cptquant.core.errors import DataError, ModelError, UserError
-from cptquant.models.load import quiet_transformers
-from cptquant.models.processes import process_count
 
 DEFAULT_TEMPLATE = (
     "{%- for message in messages -%}{{- '### ' + message['role'] + '\\n' + message['content'] -}}"
@@ -58,31 +53,14 @@ class Scored:
 
 @dataclass(frozen=True)
 class Selection:
-    """Attributes: chosen: by falling score. held_out: others, not trained on. candidates, dropped: how many."""
+    """Attributes: chosen: by falling score. held_out: others, not trained on. candidates, dropped: how many.
+    records: the candidates by index."""
 
     chosen: tuple[Scored, ...]
     held_out: tuple[Scored, ...]
     candidates: int
     dropped: int
-
-
-@dataclass(frozen=True)
-class AlignmentSettings:
-    """How both trainings run.
-
-    Attributes:
-        learning_rate: of SFT; DPO takes a tenth. epochs: over the chosen samples. beta: of DPO.
-        longest: tokens of a sample; what is longer is cut at the end.
-    """
-
-    learning_rate: float = 2e-5
-    epochs: float = 1.0
-    batch: int = 8
-    beta: float = 0.1
-    longest: int = 512
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    seed: int = 0
+    records: Mapping[int, Record]
 
 
 def check_alignment_package() -> None:
@@ -136,8 +114,8 @@ def _templated(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 
 
 def score_samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], indices: Sequence[int],
-    longest: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record] | Mapping[int, Record],
+    indices: Sequence[int], longest: int,
 ) -> list[Scored]:  # fmt: skip
     """Both losses of each sample that fits into `longest` tokens with its template and has an answer of some."""
     rows: list[tuple[int, list[list[int]], int]] = []
@@ -179,21 +157,26 @@ def _mean_loss(logits: Tensor, ids: list[int], answer: int) -> float:
 
 
 def select_samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], wanted: int, *,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record] | Records, wanted: int, *,
     longest: int, seed: int, quantile: float = PLAIN_LOSS_QUANTILE,
 ) -> Selection:  # fmt: skip
     """Score candidates, leave out the hard ones, keep those with the largest score.
+
+    Args:
+        records: of which no more than the candidates are held.
 
     Raises:
         DataError: fewer candidates than wanted after leaving out.
     """
     drawn = random.Random(seed)
     indices = drawn.sample(range(len(records)), min(len(records), wanted * CANDIDATES_PER_SAMPLE))
-    scored = score_samples(model, tokenizer, records, indices, longest)
+    candidates = take_records(records, indices)
+    scored = score_samples(model, tokenizer, candidates, indices, longest)
     limit = sorted(each.plain_nats for each in scored)[int(quantile * (len(scored) - 1))] if scored else 0.0
     easy = [each for each in scored if each.plain_nats <= limit]
     if len(easy) < wanted:
-        kind = "preferences" if records and records[0].rejected is not None else "instructions"
+        first = next(iter(candidates.values()), None)
+        kind = "preferences" if first is not None and first.rejected is not None else "instructions"
         raise DataError(
             f"--align-{kind} {wanted} asks for more than the {len(easy)} samples of --{kind} that remain after leaving "
             f"out the hardest quarter and what is longer than {longest} tokens; ask for fewer, or give more"
@@ -201,11 +184,34 @@ def select_samples(
     ranked = sorted(easy, key=lambda each: (-each.score, each.index))
     rest = ranked[wanted:]
     held_out = tuple(drawn.sample(rest, min(wanted, len(rest))))
-    return Selection(tuple(ranked[:wanted]), held_out, len(indices), len(indices) - len(easy))
+    return Selection(tuple(ranked[:wanted]), held_out, len(indices), len(indices) - len(easy), candidates)
 
 
-def write_selection(path: Path, selection: Selection, records: Sequence[Record]) -> None:
+def save_selection(path: Path, selection: Selection) -> None:
+    """Keep a selection for a training that goes on after a kill."""
+    kept = {key: value for key, value in asdict(selection).items() if key != "records"}
+    write_whole(path, json.dumps(kept).encode())
+
+
+def load_selection(path: Path, records: Sequence[Record] | Records) -> Selection | None:
+    """What `save_selection` kept, with its records; None if it is not there.
+
+    Args:
+        records: all of them, as they were when the selection was made.
+    """
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        chosen, held_out = (tuple(Scored(**each) for each in kept[name]) for name in ("chosen", "held_out"))
+        candidates, dropped = int(kept["candidates"]), int(kept["dropped"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    wanted = take_records(records, [each.index for each in (*chosen, *held_out)])
+    return Selection(chosen, held_out, candidates, dropped, wanted)
+
+
+def write_selection(path: Path, selection: Selection) -> None:
     """A JSON line for each chosen sample: its line in its file, score and losses."""
+    records = selection.records
     lines = [
         json.dumps(
             {
@@ -220,77 +226,3 @@ def write_selection(path: Path, selection: Selection, records: Sequence[Record])
         for each in selection.chosen
     ]
     write_whole(path, ("\n".join(lines) + "\n").encode())
-
-
-def align_(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], settings: AlignmentSettings,
-    folder: Path,
-) -> tuple[int, float | None]:  # fmt: skip
-    """Train on samples in the tokenizer's template: SFT, or DPO where the records have rejected answers.
-
-    Returns:
-        Steps, and the mean training loss.
-    """
-    preferences = records[0].rejected is not None
-    with warnings.catch_warnings(), quiet_transformers():
-        warnings.simplefilter("ignore")
-        from datasets import Dataset, disable_progress_bars
-        from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-
-        disable_progress_bars()
-        data = Dataset.from_list([_conversation(record) for record in records])
-        common = _trainer_arguments(settings, len(records), folder)
-        trainer: Any
-        if preferences:
-            arguments = DPOConfig(beta=settings.beta, learning_rate=settings.learning_rate / 10, **common)
-            frozen = copy.deepcopy(model).eval().requires_grad_(False)
-            trainer = DPOTrainer(
-                model=model, ref_model=frozen, args=arguments, train_dataset=data, processing_class=tokenizer
-            )
-        else:
-            arguments = SFTConfig(learning_rate=settings.learning_rate, completion_only_loss=True, **common)
-            trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
-        for callback in list(trainer.callback_handler.callbacks):
-            if type(callback).__name__ in ("PrinterCallback", "ProgressCallback", "RichProgressCallback"):
-                trainer.remove_callback(callback)
-        found = trainer.train()
-    loss = float(found.training_loss)
-    if not math.isfinite(loss):
-        raise UserError(
-            f"format alignment stopped: the loss on {'preferences' if preferences else 'instructions'} is {loss}; "
-            f"model/ holds the result of stage 1; lower --align-rate {settings.learning_rate:g} and run again"
-        )
-    return int(found.global_step), loss
-
-
-def _conversation(record: Record) -> dict[str, Any]:
-    def said(role: str, content: str) -> list[dict[str, str]]:
-        return [{"role": role, "content": content}]
-
-    prompt, answer = said("user", record.question), said("assistant", record.answer)
-    if record.rejected is None:
-        return {"prompt": prompt, "completion": answer}
-    return {"prompt": prompt, "chosen": answer, "rejected": said("assistant", record.rejected)}
-
-
-def _trainer_arguments(settings: AlignmentSettings, samples: int, folder: Path) -> dict[str, Any]:
-    on_gpu = torch.cuda.is_available()
-    steps = math.ceil(samples / settings.batch) * settings.epochs
-    return {
-        "output_dir": str(folder),
-        "num_train_epochs": settings.epochs,
-        "per_device_train_batch_size": max(1, settings.batch // process_count()),
-        "max_length": settings.longest,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": int(0.1 * steps),
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": settings.seed,
-        "data_seed": settings.seed,
-        "dataloader_pin_memory": False,
-        "gradient_checkpointing": settings.gradient_checkpointing,
-        "use_cpu": not on_gpu,
-        "bf16": settings.bf16,
-    }

@@ -1,4 +1,4 @@
-"""Tokenised sources and their mixture: windows by random access, so that a killed training goes on where it was.
+"""The mixture of tokenised sources: windows by random access, so that a killed training goes on where it was.
 
 Every window has all its tokens from one source. The order of sources keeps their shares after every prefix
 (`core/mixture.py`); each pass over a source is a new permutation of its windows, which depends on the seed, the
@@ -7,53 +7,19 @@ source's name and the pass alone: two mixtures of different shares read the same
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
-from cptquant.adaptation.sources import SourceDocument
-from cptquant.core.errors import DataError, ModelError
+from cptquant.adaptation.token_files import TokenSource
+from cptquant.core.errors import DataError
 from cptquant.core.mixture import SourceCount, apportion_windows, check_epochs
 from cptquant.models.losses import IGNORED
 
 MAX_EPOCHS = 4.0
 """Default of --max-epochs: up to about four passes, repeated text is worth nearly as much as new (arXiv 2305.16264)."""
-_BATCH_CHARACTERS = 1 << 18
-"""Text tokenised at once."""
-
-
-@dataclass(frozen=True)
-class TokenSource:
-    """One source, tokenised once.
-
-    Attributes:
-        name: "domain", "general", "instructions", "preferences", or a path's stem.
-        tokens: (n,) int32, every document followed by the tokenizer's end-of-sequence token where it has one.
-        starts: (documents + 1,) int64, where each document begins; the last entry is n.
-        digest: sha256 of both.
-    """
-
-    name: str
-    tokens: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    digest: str
-
-    @classmethod
-    def build(cls, name: str, tokens: NDArray[np.int32], starts: NDArray[np.int64]) -> "TokenSource":
-        """Make a source, with the digest of its content."""
-        content = hashlib.sha256(repr((len(tokens), len(starts))).encode())
-        content.update(np.ascontiguousarray(tokens).data)
-        content.update(np.ascontiguousarray(starts).data)
-        return cls(name, tokens, starts, content.hexdigest())
-
-    @property
-    def document_count(self) -> int:
-        """Documents; pieces of one plain text count once."""
-        return len(self.starts) - 1
 
 
 @dataclass(frozen=True)
@@ -71,63 +37,6 @@ class Window:
     labels: NDArray[np.int64]
     source: int
     position_ids: NDArray[np.int64] | None = None
-
-
-def tokenise_source(
-    name: str, texts: Iterable[str | SourceDocument], tokenizer: PreTrainedTokenizerBase, *, flag: str | None = None
-) -> TokenSource:
-    """Tokenise documents into one stream; a plain string is a document of its own.
-
-    Args:
-        flag: how the command line spells this source, for messages; `--NAME` if None.
-
-    Raises:
-        DataError: no text at all. ModelError: the tokenizer makes nothing of it.
-    """
-    separator = cast(int | None, tokenizer.eos_token_id)
-    parts: list[NDArray[np.int32]] = []
-    starts, total, begun = [0], 0, False
-    for ids, ends in _encoded(texts, tokenizer):
-        if ends and separator is not None:
-            ids = [*ids, separator]
-        parts.append(np.asarray(ids, dtype=np.int32))
-        total += len(ids)
-        begun = not ends
-        if ends:
-            starts.append(total)
-    if begun:
-        starts.append(total)
-    if not parts:
-        raise DataError(f"{flag or '--' + name} holds no text; give documents with words in them")
-    tokens = np.concatenate(parts)
-    if total <= (len(starts) - 1) * (separator is not None):
-        raise ModelError(f"the tokenizer makes no token of {flag or '--' + name}; copy the original's tokenizer files")
-    return TokenSource.build(name, tokens, np.asarray(starts, dtype=np.int64))
-
-
-def _encoded(
-    texts: Iterable[str | SourceDocument], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], bool]]:
-    """Token ids of every piece and whether its document ends there."""
-    batch: list[SourceDocument] = []
-    characters = 0
-    for text in texts:
-        document = SourceDocument(text) if isinstance(text, str) else text
-        if not document.text.strip():
-            continue
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield from _encode(batch, tokenizer)
-            batch, characters = [], 0
-    yield from _encode(batch, tokenizer)
-
-
-def _encode(batch: list[SourceDocument], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], bool]]:
-    if batch:
-        encoded = tokenizer([document.text for document in batch], add_special_tokens=False, verbose=False)
-        for ids, document in zip(encoded["input_ids"], batch, strict=True):
-            yield ids, document.ends
 
 
 class Mixture:

@@ -1,9 +1,16 @@
 """Read what is trained on: documents (domain, general) and records of questions with answers (instructions,
-preferences), which stage 1 reads as plain text without any template (arXiv 2407.10804)."""
+preferences), which stage 1 reads as plain text without any template (arXiv 2407.10804).
 
+Nothing is held but a piece, a row, or what the format gives at once (a parquet file's row group): files may be larger
+than memory, and are read again where they are needed again.
+"""
+
+import io
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from codecs import getincrementaldecoder
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +27,9 @@ _RECORDS = "give .jsonl or .parquet files, folders of them, or a folder written 
 _PIECE_CHARACTERS = 1000
 """Plain text has no documents; it is looked through for overlap in pieces of at least this size."""
 _LONGEST_PIECE = 8000
+_BLANK = re.compile(r"\n[ \t]*\n\s*")
+_BLOCK_BYTES = 1 << 16
+"""Read from a plain text at once."""
 
 _QUESTION_KEYS = ("instruction", "question", "prompt")
 _ANSWER_KEYS = ("response", "answer", "output", "completion")
@@ -79,45 +89,119 @@ def embedded_documents() -> Iterator[SourceDocument]:
         yield SourceDocument(document.text)
 
 
-def read_records(specs: Sequence[str], flag: str, *, preferences: bool) -> tuple[Record, ...]:
+class Records:
+    """Records of files, read anew at every use, in their order.
+
+    Raises:
+        DataError: missing, unreadable, of another form, none at all, or a record without the keys it needs, with its
+            line: all of it when the object is made.
+    """
+
+    def __init__(self, specs: Sequence[str], flag: str, *, preferences: bool) -> None:
+        self._specs, self._flag, self._preferences = tuple(specs), flag, preferences
+        self._count = sum(1 for _ in self)
+        if not self._count:
+            raise DataError(f"{flag} {', '.join(specs)} holds no records; {_RECORDS}")
+
+    def __iter__(self) -> Iterator[Record]:
+        for path in _files(self._specs, self._flag, _ENDINGS[1:]):
+            for row in _file_rows(path, self._flag, _RECORDS):
+                yield _record(row, self._preferences)
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def read_records(specs: Sequence[str], flag: str, *, preferences: bool) -> Records:
     """Instructions (a question key and an answer key) or preferences (a question key, "chosen", "rejected").
 
     Raises:
         DataError: missing, unreadable, of another form, or a record without the keys it needs, with its line.
     """
-    records = tuple(_record(row, preferences) for row in _rows(specs, flag, records=True))
-    if not records:
-        raise DataError(f"{flag} {', '.join(specs)} holds no records; {_RECORDS}")
-    return records
+    return Records(specs, flag, preferences=preferences)
+
+
+def take_records(records: Iterable[Record], indices: Collection[int]) -> dict[int, Record]:
+    """The records at some places, read in one pass that ends with the last of them."""
+    wanted = set(indices)
+    found: dict[int, Record] = {}
+    for index, record in enumerate(records) if wanted else ():
+        if index in wanted:
+            found[index] = record
+            if len(found) == len(wanted):
+                break
+    return found
+
+
+def json_parts(lists: Iterable[Iterable[Record]]) -> Iterator[str]:
+    """Canonical JSON of lists of records, piece by piece: what `digest_json` takes the digest of."""
+    yield "["
+    for number, records in enumerate(lists):
+        yield ", [" if number else "["
+        for index, record in enumerate(records):
+            yield (", " if index else "") + json.dumps(asdict(record), sort_keys=True, ensure_ascii=False)
+        yield "]"
+    yield "]"
 
 
 def _documents(specs: Sequence[str], flag: str) -> Iterator[SourceDocument]:
     for path in _files(specs, flag, _ENDINGS):
         if path.suffix == ".txt":
-            yield from _pieces(_read_plain(path, flag))
+            yield from cut_into_pieces(_read_plain(path, flag))
         else:
             yield from (SourceDocument(_text(row)) for row in _file_rows(path, flag, _ACCEPTED))
 
 
-def _read_plain(path: Path, flag: str) -> str:
+def _read_plain(path: Path, flag: str) -> Iterator[str]:
+    """The text of a file in blocks; ends of lines as Python's text files have them.
+
+    Raises:
+        DataError: unreadable, or no UTF-8, with the place of the byte.
+    """
+    decoder = io.IncrementalNewlineDecoder(getincrementaldecoder("utf-8")(), translate=True)
+    fed = 0
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                fed += len(block)
+                yield decoder.decode(block)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        byte = fed - len(error.object) + error.start  # the decoder had kept bytes of an unfinished character
+        raise DataError(
+            f"{flag} {path} cannot be read as UTF-8 text (byte {byte}: {error.reason}); {_ACCEPTED}"
+        ) from None
+    except OSError as error:
         raise DataError(f"{flag} {path} cannot be read as UTF-8 text ({error}); {_ACCEPTED}") from None
 
 
-def _pieces(text: str) -> Iterator[SourceDocument]:
-    start = 0
-    blank = re.compile(r"\n[ \t]*\n\s*")
-    while start < len(text):
-        end = len(text)
-        if start + _PIECE_CHARACTERS < end:
-            limit = min(end, start + _LONGEST_PIECE)
-            found = blank.search(text, start + _PIECE_CHARACTERS, limit)
-            line = text.find("\n", start + _PIECE_CHARACTERS, limit)
-            end = found.end() if found else line + 1 if line >= 0 else limit
-        yield SourceDocument(text[start:end], ends=end == len(text))
+def cut_into_pieces(blocks: Iterable[str]) -> Iterator[SourceDocument]:
+    """Pieces of one text that comes in blocks; where it is cut does not depend on the blocks.
+
+    A piece ends after the first empty line from its thousandth character on, else after the first end of a line, and
+    has at most 8000 characters, so no more than those and a block are ever held.
+    """
+    source = iter(blocks)
+    held, start, more = "", 0, True
+    while True:
+        while more and len(held) - start <= _LONGEST_PIECE:  # one more than the longest: whether the text goes on
+            block = next(source, None)
+            more = block is not None
+            held, start = held[start:] + (block or ""), 0
+        if start == len(held):
+            return
+        end = _piece_end(held, start)
+        yield SourceDocument(held[start:end], ends=not more and end == len(held))
         start = end
+
+
+def _piece_end(text: str, start: int) -> int:
+    if start + _PIECE_CHARACTERS >= len(text):
+        return len(text)
+    limit = min(len(text), start + _LONGEST_PIECE)
+    found = _BLANK.search(text, start + _PIECE_CHARACTERS, limit)
+    line = text.find("\n", start + _PIECE_CHARACTERS, limit)
+    return found.end() if found else line + 1 if line >= 0 else limit
 
 
 def _text(row: Row) -> str:
@@ -155,11 +239,6 @@ def _field(row: Row, fields: Mapping[str, Any], keys: Sequence[str]) -> str:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _rows(specs: Sequence[str], flag: str, *, records: bool) -> Iterator[Row]:
-    for path in _files(specs, flag, _ENDINGS[1:] if records else _ENDINGS):
-        yield from _file_rows(path, flag, _RECORDS)
 
 
 def _file_rows(path: Path, flag: str, accepted: str) -> Iterator[Row]:

@@ -1,9 +1,12 @@
 """Several processes of one training, as torchrun and accelerate launch start them: the first decides and writes."""
 
 import os
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from cptquant.core.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def process_count() -> int:
@@ -47,3 +50,10 @@ def tell(value: object) -> Any:
 
     PartialState(cpu=not torch.cuda.is_available())
     return cast(list[Any], broadcast_object_list([value]))[0]
+
+
+def in_turn(make: Callable[[], Result]) -> Result:
+    """Call in the first process, then in all others, which find the files that it left."""
+    made = make() if is_first() else None
+    tell(True)
+    return make() if made is None else made

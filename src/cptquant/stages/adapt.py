@@ -1,6 +1,7 @@
 """A model and texts -> a model adapted to a domain, with what it cost the rest (adaptation.json, model/)."""
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from cptquant.adaptation.mix_cpt import (
     TrainingSettings,
     train_causal,
 )
+from cptquant.adaptation.sources import json_parts
 from cptquant.adaptation.teacher import CachedTeacher, LiveTeacher, build_cache, round_to_8_bits_
 from cptquant.core.adaptation import AdaptationReport, AdaptationRequest, TeacherRecord
 from cptquant.core.artifact import digest_file, digest_json, output_error, write_whole
@@ -33,7 +35,7 @@ from cptquant.core.written_files import digest_folder, list_damage
 from cptquant.evaluation.evaluate import evaluate_models
 from cptquant.evaluation.tasks import QuestionSet, read_questions, score_questions, task_measurements
 from cptquant.models.load import LoadedModel, load_any, load_model, quiet_transformers, read_layout
-from cptquant.models.processes import check_launcher, is_first, tell
+from cptquant.models.processes import check_launcher, in_turn, is_first, tell
 from cptquant.reports.adaptation import write_adaptation_report
 from cptquant.stages.adapt_align import AlignmentJob, align_stage
 from cptquant.stages.adapt_check import check_adaptation, needs_teacher
@@ -67,14 +69,17 @@ class _Job:
             if request.teacher is None
             else read_layout(request.teacher, trust_remote_code=request.trust_remote_code).source_digest
         )
-        aligned = (text.instructions if request.align_instructions else (),
-                   text.preferences if request.align_preferences else ())  # fmt: skip
+        aligned = (text.instructions if request.align_instructions else None,
+                   text.preferences if request.align_preferences else None)  # fmt: skip
+        samples = hashlib.sha256()
+        for part in json_parts(records or () for records in aligned):
+            samples.update(part.encode())
         return {
             "request": request.model_dump_json(),
             "teacher": teacher,
             "chat template": digest_file(template) if template is not None and template.is_file() else "",
             "questions": digest_json([asdict(each) for each in self.questions]),
-            "samples": digest_json([[asdict(record) for record in records] for records in aligned]),
+            "samples": samples.hexdigest(),
             "model": self.model.layout.source_digest,
             "mixture": self.text.mixture.digest,
             **{f"held-out {name}": tokens.digest for name, tokens in self.text.held_out.items()},
@@ -84,7 +89,7 @@ class _Job:
     def alignment(self) -> AlignmentJob:
         """The part of it that is stage 2."""
         tokenizer, text = self.model.require_tokenizer(), self.text
-        return AlignmentJob(self.request, tokenizer, text.instructions, text.preferences, self.folder)
+        return AlignmentJob(self.request, tokenizer, text.instructions, text.preferences, self.folder, self.work)
 
     @property
     def work(self) -> Path:
@@ -106,18 +111,20 @@ def adapt_stage(
     """
     watch, progress = Stopwatch(), progress if is_first() else ignore_progress
     method = check_adaptation(request)
-    check_launcher("cptquant adapt", "the model would be spread over processes, and it is read and written whole")
+    check_launcher("cptquant adapt", "the model is read and written whole (why: docs/adaptation.md, Limits)")
     _open_folder(folder, request)
     model = load_model(request.model, trust_remote_code=request.trust_remote_code)
     _check_model(model, request)
     questions = tuple(read_questions(spec, request.task_limit) for spec in request.tasks)
     asked = [" ".join(answer) for each in questions for question in each.questions for answer in question.answers]
-    text = read_adaptation_text(model, request, method, asked)
-    job = _Job(folder, request, method, model, text, questions, progress)
     if is_first():
         write_whole(folder / _MARK, json.dumps({"model": request.model}).encode())
+    text = in_turn(lambda: read_adaptation_text(model, request, method, folder / "work/text", asked))
+    job = _Job(folder, request, method, model, text, questions, progress)
     finished = tell(_finished(job) if is_first() else None)
     if finished is not None:
+        if is_first():
+            shutil.rmtree(folder / "work", ignore_errors=True)
         return finished if is_first() else None
     for note in job.text.notes:
         progress(note, 1, 1)
@@ -130,7 +137,7 @@ def adapt_stage(
     if training.stopped:
         raise UserError(_diverged(training, job))
     _write_model(job, student)
-    measured = _measure(job, "adapted") if is_first() else []
+    measured = _measured_once(job, "adapted") if is_first() else []
     template, alignment = align_stage(job.alignment, student, progress)
     if alignment:
         _write_model(job, student)
@@ -166,7 +173,7 @@ def _open_folder(folder: Path, request: AdaptationRequest) -> None:
     mark = folder / _MARK
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"--output {folder} is a file; choose a folder")
-    if mark.is_file():
+    if mark.is_file() and not _only_text(folder):
         try:
             before = json.loads(mark.read_text(encoding="utf-8"))["model"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -176,7 +183,7 @@ def _open_folder(folder: Path, request: AdaptationRequest) -> None:
                 f"--output {folder} holds an adaptation of {before!r}, not of {request.model!r}; choose another folder "
                 "or remove it"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif not mark.is_file() and folder.is_dir() and any(folder.iterdir()):
         raise OutputError(f"--output {folder} is not empty and holds no adaptation; choose an empty folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,6 +191,12 @@ def _open_folder(folder: Path, request: AdaptationRequest) -> None:
         raise output_error(folder, error) from None
     if not os.access(folder, os.W_OK):
         raise OutputError(f"--output {folder} is not writable; choose another folder")
+
+
+def _only_text(folder: Path) -> bool:
+    """Whether nothing stands there but the tokens of a call that was refused: any model may have the folder."""
+    inside = {path.name for path in folder.iterdir()} - {_MARK}
+    return inside <= {"work"} and all(path.name == "text" for path in folder.glob("work/*"))
 
 
 def _check_model(model: LoadedModel, request: AdaptationRequest) -> None:
@@ -314,6 +327,23 @@ def _report(job: _Job, training: CausalTraining, teacher: TeacherRecord | None, 
         inputs=job.inputs,
         provenance=watch.provenance(seed=request.seed, threads=torch.get_num_threads()),
     )
+
+
+def _measured_once(job: _Job, subject: str) -> list[Measurement]:
+    """What a killed call measured of the same model, else measured now and kept for the next."""
+    path = job.work / f"measured-{subject}.json"
+    model = digest_json(dict(digest_folder(job.folder / MODEL)))
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["model"] == model:
+            return [Measurement.model_validate_json(json.dumps(each)) for each in kept["measurements"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    found = _measure(job, subject)
+    rows = [json.loads(each.model_dump_json()) for each in found]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps({"model": model, "measurements": rows}).encode())
+    return found
 
 
 def _measure(job: _Job, subject: str) -> list[Measurement]:

@@ -1,16 +1,25 @@
-"""Text of an adaptation: sources cleaned and tokenised, held-out text, and the mixture."""
+"""Text of an adaptation: sources cleaned and tokenised, held-out text, and the mixture.
+
+Every source is read twice: once to check, count and know it, and once to clean and tokenise it into a file of the run
+(`adaptation/token_files.py`). A later call that finds the file, or another process of the same training, reads once.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from cptquant.adaptation.methods import AdaptationMethod
-from cptquant.adaptation.mixture import Mixture, TokenSource, tokenise_source
-from cptquant.adaptation.overlap import OverlapFilter, hold_out_tail
-from cptquant.adaptation.sources import Record, SourceDocument, embedded_documents, read_documents, read_records
+from cptquant.adaptation.mixture import Mixture
+from cptquant.adaptation.overlap import Cleaning, OverlapFilter, Survey, survey, training_part
+from cptquant.adaptation.sources import Records, SourceDocument, embedded_documents, read_documents, read_records
+from cptquant.adaptation.token_files import TokenSource, find_source, source_key, tokenise_source
 from cptquant.core.adaptation import AdaptationRequest, SourceRecord
 from cptquant.core.errors import DataError
-from cptquant.core.mixture import check_epochs, divide_tokens
+from cptquant.core.mixture import CHAT_SOURCES, check_epochs, divide_tokens
 from cptquant.models.corpus import Document, Texts
 from cptquant.models.load import LoadedModel
 from cptquant.models.text import MINIMUM_EVALUATION_SEQUENCES, TokenSet, tokenize
@@ -31,59 +40,56 @@ class AdaptationText:
     mixture: Mixture
     held_out: dict[str, TokenSet]
     sources: tuple[SourceRecord, ...]
-    instructions: tuple[Record, ...]
-    preferences: tuple[Record, ...]
+    instructions: Records | None
+    preferences: Records | None
     notes: tuple[str, ...]
 
 
 @dataclass
 class _Reading:
-    """One source on its way."""
+    """One source on its way.
+
+    Attributes:
+        read: gives all its documents, as often as it is called. tail: the last of them, not trained on.
+    """
 
     name: str
     files: tuple[str, ...]
-    documents: tuple[SourceDocument, ...]
+    read: Callable[[], Iterable[SourceDocument]]
+    survey: Survey
     tail: tuple[SourceDocument, ...] = ()
-    dropped: int = 0
-    read: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.read = len(self.documents)
+    @property
+    def flag(self) -> str:
+        return f"--{self.name} {', '.join(self.files)}"
 
 
 def read_adaptation_text(
-    model: LoadedModel, request: AdaptationRequest, method: AdaptationMethod, asked: Sequence[str] = ()
+    model: LoadedModel, request: AdaptationRequest, method: AdaptationMethod, folder: Path, asked: Sequence[str] = ()
 ) -> AdaptationText:
     """Read, hold out, clean, tokenise and mix.
 
     Args:
+        folder: for the tokens of the sources, a folder each; those that stand are used again.
         asked: text of questions, which training documents must not hold either.
 
     Raises:
-        DataError: unusable text, too little of it, or too much asked of it.
+        DataError: unusable text, too little of it, or too much asked of it. OutputError: the disk is full.
     """
     tokenizer, notes = model.require_tokenizer(), list[str]()
-    instructions = (
-        read_records(request.instructions, "--instructions", preferences=False) if request.instructions else ()
-    )
-    preferences = read_records(request.preferences, "--preferences", preferences=True) if request.preferences else ()
-    readings = _read_sources(request, method, instructions, preferences, notes)
+    chat = {
+        name: read_records(getattr(request, name), f"--{name}", preferences=name == "preferences")
+        for name in CHAT_SOURCES if getattr(request, name)
+    }  # fmt: skip
+    readings = _read_sources(request, method, chat, notes)
     held_out = {name: text for name in ("domain", "general") if (text := _held_out(name, model, request, readings))}
     evaluation = [*asked, *(document.text for texts in held_out.values() for document in texts[1])]
     cleaner = OverlapFilter(evaluation, share=request.overlap)
-    for reading in readings.values():
-        cleaned = cleaner.clean(reading.documents)
-        reading.documents, reading.dropped = cleaned.kept, cleaned.dropped
-        if not cleaned.kept:
-            raise DataError(
-                f"--{reading.name}: every document overlaps with the evaluation text; give other --eval-domain or "
-                "--eval-general text"
-            )
     if tokenizer.eos_token_id is None:
         notes.append("the tokenizer has no end-of-sequence token: documents follow each other without a mark between")
     shares = divide_tokens(_ratio(request, method), request.chat_share if method.chat else 0.0, list(readings))
-    sources = [tokenise_source(name, readings[name].documents, tokenizer) for name in shares]
-    mixture = _mix(sources, list(shares.values()), request)
+    sources = {name: _tokenise(readings[name], cleaner, tokenizer, folder) for name in shares}
+    mixture = _mix(list(sources.values()), list(shares.values()), request)
     counts = {count.name: count for count in mixture.counts()}
     notes += [
         f"{name} text was read {count.epochs:.1f} times: it holds {count.held_tokens:,} tokens"
@@ -91,13 +97,13 @@ def read_adaptation_text(
     ]  # fmt: skip
     records = tuple(
         SourceRecord(
-            name=name, files=reading.files, documents=reading.read, dropped=reading.dropped,
-            held_out=len(reading.tail), count=counts[name],
+            name=name, files=reading.files, documents=reading.survey.documents,
+            dropped=sources[name].facts["dropped"], held_out=len(reading.tail), count=counts[name],
         )
         for name, reading in readings.items() if name in counts
     )  # fmt: skip
     tokens = {name: texts[0] for name, texts in held_out.items()}
-    return AdaptationText(mixture, tokens, records, instructions, preferences, tuple(notes))
+    return AdaptationText(mixture, tokens, records, chat.get("instructions"), chat.get("preferences"), tuple(notes))
 
 
 def _ratio(request: AdaptationRequest, method: AdaptationMethod) -> float:
@@ -105,26 +111,63 @@ def _ratio(request: AdaptationRequest, method: AdaptationMethod) -> float:
 
 
 def _read_sources(
-    request: AdaptationRequest, method: AdaptationMethod, instructions: Sequence[Record],
-    preferences: Sequence[Record], notes: list[str],
-) -> dict[str, _Reading]:  # fmt: skip
+    request: AdaptationRequest, method: AdaptationMethod, chat: dict[str, Records], notes: list[str]
+) -> dict[str, _Reading]:
+    kept = request.eval_sequences * request.window * _CHARACTERS_PER_TOKEN
+
+    def reading(name: str, files: tuple[str, ...], read: Callable[[], Iterable[SourceDocument]]) -> _Reading:
+        return _Reading(name, files, read, survey(read(), wanted=kept))
+
     found: dict[str, _Reading] = {}
     if request.domain:
-        found["domain"] = _Reading("domain", request.domain, tuple(read_documents(request.domain, "--domain")))
+        found["domain"] = reading("domain", request.domain, lambda: read_documents(request.domain, "--domain"))
     if request.general:
-        found["general"] = _Reading("general", request.general, tuple(read_documents(request.general, "--general")))
-    chat = {"instructions": instructions, "preferences": preferences} if method.chat else {}
-    for name, records in chat.items():
-        if records:
-            documents = tuple(SourceDocument(record.text) for record in records)
-            found[name] = _Reading(name, getattr(request, name), documents)
+        found["general"] = reading("general", request.general, lambda: read_documents(request.general, "--general"))
+    for name, records in chat.items() if method.chat else ():
+        found[name] = reading(name, getattr(request, name), _AsText(records))
     if method.general and "general" not in found and "general" in _wanted(request, method, found):
-        found["general"] = _Reading("general", ("embedded text",), tuple(embedded_documents()))
+        found["general"] = reading("general", ("embedded text",), embedded_documents)
         notes.append(
             "no --general text was given: the embedded text (modules of the Python standard library) stands in for it; "
             "for a model that was trained on other text give some of that"
         )
     return found
+
+
+@dataclass(frozen=True)
+class _AsText:
+    """Records as stage 1 reads them."""
+
+    records: Records
+
+    def __call__(self) -> Iterator[SourceDocument]:
+        return (SourceDocument(record.text) for record in self.records)
+
+
+def _tokenise(
+    reading: _Reading, cleaner: OverlapFilter, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> TokenSource:
+    """The part of a source that is trained on, from its file if that stands."""
+    key = source_key(reading.survey.digest, tokenizer, len(reading.tail), cleaner.digest)
+    found = find_source(reading.name, folder / f"{reading.name}-{key}")
+    if found is not None:
+        return found
+    for other in folder.glob(f"{reading.name}-*"):  # of another text or tokenizer, or cut short
+        shutil.rmtree(other, ignore_errors=True)
+    cleaning = cleaner.clean(training_part(reading.read(), reading.survey, len(reading.tail), reading.flag))
+    return tokenise_source(
+        reading.name, _some(cleaning, reading.name), tokenizer, folder / f"{reading.name}-{key}",
+        facts=lambda: {"dropped": cleaning.dropped, "short": cleaning.short},
+    )  # fmt: skip
+
+
+def _some(cleaning: Cleaning, name: str) -> Iterator[SourceDocument]:
+    yield from cleaning
+    if not cleaning.kept:
+        raise DataError(
+            f"--{name}: every document overlaps with the evaluation text; give other --eval-domain or --eval-general "
+            "text"
+        )
 
 
 def _wanted(request: AdaptationRequest, method: AdaptationMethod, found: dict[str, _Reading]) -> list[str]:
@@ -139,10 +182,9 @@ def _held_out(
     if spec is not None:
         documents, description = tuple(read_documents([spec], flag)), f"{name}: {spec}"
     elif name in readings:
-        reading = readings[name]
-        window = request.window * _CHARACTERS_PER_TOKEN
-        reading.documents, reading.tail = hold_out_tail(
-            reading.documents, wanted=request.eval_sequences * window, fewest=MINIMUM_EVALUATION_SEQUENCES * window
+        reading, window = readings[name], request.window * _CHARACTERS_PER_TOKEN
+        reading.tail = reading.survey.tail(
+            wanted=request.eval_sequences * window, fewest=MINIMUM_EVALUATION_SEQUENCES * window
         )
         documents, description = reading.tail, f"{name}: tail of {', '.join(reading.files)}, not trained on"
         if not documents:

@@ -1,15 +1,16 @@
 """A finished sweep and limits -> joint_plan.json: which size, share, tokens and bits; and carrying such a point out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cptquant.adaptation.mixture import TokenSource, tokenise_source
-from cptquant.adaptation.sources import read_documents
+from cptquant.adaptation.sources import SourceDocument, read_documents
+from cptquant.adaptation.token_files import TokenSource, tokenise_once
 from cptquant.core.artifact import output_error
 from cptquant.core.errors import ArtifactError, OutputError, UserError
 from cptquant.core.formats import QuantFormat
@@ -146,7 +147,8 @@ def save_plan(plan: JointPlan, output: Path) -> None:
 
 
 def _check_output(output: Path) -> None:
-    if output.is_dir() and any(output.iterdir()) and not (output / PLAN_FILE).is_file():
+    begun = {"law", "work"}  # a call that was refused later on
+    if output.is_dir() and {path.name for path in output.iterdir()} - begun and not (output / PLAN_FILE).is_file():
         raise OutputError(f"--output {output} is not empty and holds no joint plan; choose an empty folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -173,9 +175,15 @@ def planned_texts(request: PlanRequest, sweep: SweepFolder, domain: str) -> dict
     tokenizer = load_model(sweep.base(sweep.record.plan.sizes[0].name)).require_tokenizer()
     found: dict[str, TokenSource] = {}
     for name, (files, flag) in given.items():
-        documents = read_documents(files, flag) if files else read_corpus(sweep.record.plan.corpora[name], flag)
-        found[name] = tokenise_source(name, documents, tokenizer, flag=flag)
+        found[name] = tokenise_once(
+            name, partial(_planned_documents, sweep, name, files, flag), tokenizer, request.output / "work/text",
+            flag=flag,
+        )  # fmt: skip
     return found
+
+
+def _planned_documents(sweep: SweepFolder, corpus: str, files: Sequence[str], flag: str) -> Iterator[SourceDocument]:
+    return read_documents(files, flag) if files else read_corpus(sweep.record.plan.corpora[corpus], flag)
 
 
 def _bits(request: PlanRequest, sweep: SweepFolder) -> tuple[int, ...]:

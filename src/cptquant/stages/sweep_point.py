@@ -1,24 +1,18 @@
 """One more run beside those of a finished sweep: the same training up to one anneal, at a share and tokens chosen."""
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cptquant.adaptation.ladder import is_whole
-from cptquant.adaptation.mixture import Mixture, TokenSource
+from cptquant.adaptation.mixture import Mixture
+from cptquant.adaptation.token_files import TokenSource, is_source_of, open_source, save_source
 from cptquant.core.artifact import digest_json
 from cptquant.core.errors import ArtifactError
 from cptquant.core.sweep import GENERAL
 from cptquant.core.sweep_record import PointRecord, SweepRecord
 from cptquant.stages.sweep_setup import fixed_points
-from cptquant.stages.sweep_task import (
-    SweepTask,
-    TrainingSpec,
-    carry_out,
-    is_done,
-    load_source,
-    point_path,
-    save_source,
-)
+from cptquant.stages.sweep_task import SweepTask, TrainingSpec, carry_out, is_done, point_path
 
 ADAPTED = "adapted"
 _SHARE_ROUNDING = 1e-9
@@ -51,10 +45,10 @@ class SweepFolder:
 
     def source(self, corpus: str) -> TokenSource:
         """A corpus in tokens, as the sweep's tasks read it."""
-        found = [path for path in self._texts(f"{corpus}-*.npz") if not path.name.startswith(f"{corpus}-held-")]
+        found = [path for path in self._texts(f"{corpus}-*") if is_source_of(corpus, path)]
         if not found:
             raise self._lacks(f"tokens of {corpus}")
-        return load_source(corpus, found[-1])
+        return open_source(corpus, found[-1])
 
     def _text(self, pattern: str, what: str) -> Path:
         found = self._texts(pattern)
@@ -121,7 +115,7 @@ def train_point(sweep: SweepFolder, choice: RunChoice, parent: Path, label: str)
     parts = [mixture.digest, sweep.base(choice.size).name, training.model_dump(mode="json")]
     folder = parent / f"{label}-{digest_json([*parts, *(path.name for path in held.values())])[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
-    files = {source.name: folder / f"{source.name}.npz" for source in mixture.sources}
+    files = {source.name: source.folder or folder / source.name for source in mixture.sources}
     task = SweepTask(
         kind="run", id=label, folder=str(folder), model=str(sweep.base(choice.size)), model_key="",
         judged={name: str(path) for name, path in held.items()},
@@ -130,9 +124,10 @@ def train_point(sweep: SweepFolder, choice: RunChoice, parent: Path, label: str)
     )  # fmt: skip
     if not is_done(task) or (choice.keep and not is_whole(folder / ADAPTED)):
         point_path(folder, 0).unlink(missing_ok=True)
-        for source in mixture.sources:
+        own = [source for source in mixture.sources if source.folder is None]
+        for source in own:
             save_source(source, files[source.name])
         carry_out(task)
-        for path in files.values():
-            path.unlink()
+        for source in own:
+            shutil.rmtree(files[source.name])
     return PointRecord.load(point_path(folder, 0)), folder

@@ -1,16 +1,22 @@
 """Everything of a sweep that can be known, checked and counted before compute is spent: ladder, texts, tasks, cost."""
 
+import atexit
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cptquant.adaptation.ladder import Rung, build_ladder, load_trainable, new_model
-from cptquant.adaptation.mixture import Mixture, TokenSource, tokenise_source
+from cptquant.adaptation.mixture import Mixture
 from cptquant.adaptation.sources import SourceDocument, embedded_documents, read_documents
+from cptquant.adaptation.token_files import TokenSource, tokenise_once
 from cptquant.adaptation.trunk import Trunk, TrunkSettings
 from cptquant.core.artifact import digest_json
 from cptquant.core.errors import DataError, UserError
@@ -29,7 +35,7 @@ from cptquant.core.sweep import (
 from cptquant.models.arithmetic import describe_arithmetic
 from cptquant.models.load import load_model, read_layout
 from cptquant.models.text import MINIMUM_EVALUATION_SEQUENCES, TokenSet, read_texts, tokenize
-from cptquant.stages.sweep_task import SweepTask, TrainingSpec, save_source, save_windows
+from cptquant.stages.sweep_task import SweepTask, TrainingSpec, save_windows
 from cptquant.stages.task_pool import Task
 
 _FLOPS = 6
@@ -99,7 +105,7 @@ def set_up(plan: SweepPlan, output: Path, known_steps: dict[str, float] | None =
             do not belong together, windows longer than the model's positions.
     """
     ladder = build_ladder(plan.family, plan.sizes)
-    texts = read_corpora(plan)
+    texts = read_corpora(plan, _text_folder(output))
     grid, points = make_grid(plan), evaluation_points(plan)
     _check_epochs(plan, grid, texts)
     seconds = {
@@ -124,8 +130,26 @@ def _rung(ladder: Sequence[Rung], name: str) -> Rung:
     return next(rung for rung in ladder if rung.name == name)
 
 
-def read_corpora(plan: SweepPlan) -> Texts:
+def _text_folder(output: Path) -> Path:
+    """Where tokens go: to those of a sweep that has begun, else to a folder that ends with this process.
+
+    It stands beside the output, since temporary folders can be in memory.
+    """
+    kept = output / "work/text"
+    if kept.is_dir():
+        return kept
+    near = next((path for path in output.absolute().parents if path.is_dir()), None)
+    near = near if near is not None and os.access(near, os.W_OK) else None
+    scratch = tempfile.mkdtemp(prefix=".cptquant-text-", dir=near)
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return Path(scratch)
+
+
+def read_corpora(plan: SweepPlan, folder: Path) -> Texts:
     """Tokenise every corpus once, with the family's tokenizer.
+
+    Args:
+        folder: for tokens; those that stand are used again.
 
     Raises:
         DataError: missing, unreadable or tiny text; names the key of the plan.
@@ -140,7 +164,7 @@ def read_corpora(plan: SweepPlan) -> Texts:
     for name, corpus in plan.corpora.items():
         place = name if name == GENERAL else f"domains.{name}"
         train = f"{place}.train"
-        source = tokenise_source(name, read_corpus(corpus, train), tokenizer, flag=train)
+        source = tokenise_once(name, partial(read_corpus, corpus, train), tokenizer, folder, flag=train)
         if len(source.tokens) < LEAST_TOKENS:
             raise DataError(
                 f"{train} holds {len(source.tokens):,} tokens; a law of its share needs at least {LEAST_TOKENS:,}: "
@@ -250,15 +274,17 @@ class _Layout:
     texts: Texts
 
     def source_path(self, name: str) -> Path:
-        return self.output / "work/text" / f"{name}-{self.texts.sources[name].digest[:12]}.npz"
+        folder = self.texts.sources[name].folder
+        assert folder is not None
+        return self.output / "work/text" / folder.name
 
     def held_path(self, name: str) -> Path:
         return self.output / "work/text" / f"{name}-held-{self.texts.held[name].digest[:12]}.npz"
 
     def save_texts(self) -> None:
         for name in self.texts.sources:
-            if not self.source_path(name).is_file():
-                save_source(self.texts.sources[name], self.source_path(name))
+            if not self.source_path(name).is_dir():
+                shutil.move(str(self.texts.sources[name].folder), self.source_path(name))
             if not self.held_path(name).is_file():
                 save_windows(self.texts.held[name], self.held_path(name))
 

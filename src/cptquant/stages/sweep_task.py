@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cptquant.adaptation.ladder import Rung, is_whole, load_trainable, new_model, save_rung
-from cptquant.adaptation.mixture import Mixture, TokenSource
+from cptquant.adaptation.mixture import Mixture
+from cptquant.adaptation.token_files import open_source
 from cptquant.adaptation.trunk import Trunk, TrunkSettings, run_trunk
 from cptquant.core.artifact import Frozen
 from cptquant.core.errors import ArtifactError
@@ -37,7 +38,7 @@ class TrainingSpec(Frozen):
     """A mixture and how it is learned.
 
     Attributes:
-        sources: corpus -> file of its tokens (`save_source`). shares: corpus -> share of all tokens.
+        sources: corpus -> folder of its tokens (`token_files`). shares: corpus -> share of all tokens.
         windows_of: tokens of a window. tokens: of the whole mixture. points: where it is evaluated.
     """
 
@@ -240,7 +241,7 @@ def _make_run(task: SweepTask) -> None:
 def _trunk(model: PreTrainedModel, spec: TrainingSpec) -> Trunk:
     names = [name for name, share in spec.shares.items() if share > 0]
     mixture = Mixture(
-        [load_source(name, Path(spec.sources[name])) for name in names],
+        [open_source(name, Path(spec.sources[name])) for name in names],
         [spec.shares[name] for name in names],
         window_tokens=spec.window,
         total_tokens=spec.tokens,
@@ -291,17 +292,6 @@ def calibration_windows(mixture: Mixture, most: int = 64) -> TokenSet:
     rows = [torch.from_numpy(mixture[index].input_ids) for index in range(min(most, len(mixture)))]
     ids = torch.stack(rows)
     return TokenSet.build(ids, torch.ones_like(ids), None, torch.arange(len(ids)), "windows of the run's own mixture")
-
-
-def save_source(source: TokenSource, path: Path) -> None:
-    """Keep a tokenised corpus for the workers."""
-    _save(path, tokens=source.tokens, starts=source.starts)
-
-
-def load_source(name: str, path: Path) -> TokenSource:
-    """What `save_source` kept."""
-    with np.load(path) as found:
-        return TokenSource.build(name, found["tokens"], found["starts"])
 
 
 def save_windows(tokens: TokenSet, path: Path) -> None:
