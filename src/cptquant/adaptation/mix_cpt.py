@@ -316,7 +316,9 @@ class _Keeper(TrainerCallback):
 
     def _look(self, step: int) -> None:
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self._sums)
+            shared = self._sums.to(next(self._model.parameters()).device)  # NCCL sums what is on GPUs alone
+            torch.distributed.all_reduce(shared)
+            self._sums = shared.cpu()
         cross_entropy, divergence, counted = self._sums.tolist()
         self._sums.zero_()
         held_out = {
