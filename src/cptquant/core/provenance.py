@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -44,6 +45,12 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _command(argv: Sequence[str]) -> str:
+    """The call as a person would type it; `python -m cptquant` has the path of __main__.py for a name."""
+    name = argv[0].rsplit("/", 1)[-1]
+    return shlex.join(["cptquant" if name == "__main__.py" else name, *argv[1:]])
+
+
 class Stopwatch:
     """Times a stage and fills in its provenance."""
 
@@ -54,7 +61,7 @@ class Stopwatch:
         """Provenance of the stage that began when this stopwatch was made."""
         return Provenance(
             versions=installed_versions(),
-            command=" ".join([sys.argv[0].rsplit("/", 1)[-1], *sys.argv[1:]]),
+            command=_command(sys.argv),
             seed=seed,
             device=device,
             threads=threads,
