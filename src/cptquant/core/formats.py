@@ -276,8 +276,8 @@ class QuantFormat(BaseModel):
                 f"format {name!r} is not readable; write int<2..8>-g<group size>, int<2..8>-channel or "
                 "int<2..8>-tensor, with -asym for a zero point (int4-g64, int8-channel, int4-tensor-asym), "
                 "a block format of GGUF (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1), "
-                "slim<2..7>-g<group size> for groups of mixed width, an int format of at most 7 bits with -c<percent> "
-                "for columns corrected in 8 bits (int3-g64-c2), or float16, bfloat16"
+                "slim<2..7>-g<group size>[-sorted][-halves] for groups of mixed width, an int format of at most 7 bits "
+                "with -c<percent> for columns corrected in 8 bits (int3-g64-c2), or float16, bfloat16"
             )
         text = match["granularity"]
         return cls._checked(
