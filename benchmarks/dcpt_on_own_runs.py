@@ -163,10 +163,11 @@ def draw(found: dict[str, Any], data: dict[str, Observations], path: Path) -> No
         for row, loss in enumerate(("domain_nll", "general_nll")):
             axis = axes[row][column]
             predicted = held_out_predictions(rows, FORMS["dcpt"], loss, make_folds(rows, "r"), OPTIONS)
+            shown = np.isfinite(predicted)
             for size in np.unique(rows.size):
-                chosen = (rows.size == size) & np.isfinite(predicted)
+                chosen = (rows.size == size) & shown
                 axis.scatter(rows.losses[loss][chosen], predicted[chosen], s=14, label=f"{size / 1e6:.1f} M")
-            ends = [float(rows.losses[loss].min()), float(rows.losses[loss].max())]
+            ends = [float(rows.losses[loss][shown].min()), float(rows.losses[loss][shown].max())]
             axis.plot(ends, ends, color="grey", linewidth=0.8)
             r2 = found[domain]["fits"]["dcpt"][loss]["held out r"]["r2"]
             axis.set_title(f"{domain}, {loss}: left-out shares, R² {r2:.4f}")

@@ -394,6 +394,14 @@ def test_the_plan_states_what_leaving_columns_uncorrected_costs():
     )
 
 
+def test_of_several_formats_that_become_one_the_likest_is_named():
+    """176 columns hold neither groups of 64 nor two widths; nobody asked for the latter when they gave 4 bits."""
+    layout = make_layout([[(16, 176)]]).model_copy(update={"model_type": "llama"})
+    wanted = parse_formats("slim3-g64-halves", "int4-g64")
+    plan = allocate(layout, None, Budget.parse("8bpw@sites"), find_target("onnx"), Uniform(), formats=wanted)
+    assert plan.notes[1].startswith("int4-g64 was asked for, int4-g16 is what 1 site can hold")
+
+
 def test_the_plan_states_what_promotion_costs():
     layout = make_layout([[(16, 256), (16, 256)]]).model_copy(update={"model_type": "llama"})
     wanted = parse_formats("slim2-g64")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from engines_models.tiny_models import MODELS, quantize, save_model
 
-from cptquant.core.errors import BudgetError, EngineError, ModelError
+from cptquant.core.errors import ArtifactError, BudgetError, EngineError, ModelError
 from cptquant.models.load import load_model
 from cptquant.models.stream import ModelStream
 from cptquant.models.text import TokenSet
@@ -76,28 +76,63 @@ def test_float_activations_give_our_outputs(name, exported):
     assert (theirs - ours).abs().max() < 2e-4 * ours.abs().max()
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
-def test_two_widths_in_a_matrix(name, exported):
-    """Groups of 2 and of 4 bits are two products; the file has the bytes of the plan and reads back."""
+def check_matrices(exported, name, formats, storage) -> tuple[int, list[int]]:
+    """Outputs, legality, bytes and matrices read back; (sites of that storage, bits of every MatMulNBits)."""
     from cptquant.core.targets import find_target
     from cptquant.exporters.onnx.read_back import read_sites
 
-    model, formats, weights, written, file, twin = exported(name, HALVES)
+    model, chosen, weights, written, file, twin = exported(name, formats)
     tokens = make_tokens()
     ours, theirs = our_outputs(model, weights, tokens), run(twin, tokens)
     assert (theirs - ours).abs().max() < 2e-4 * ours.abs().max()
-    target, mixed = find_target("onnx"), [site for site, fmt in formats.items() if fmt.storage == "segments"]
-    assert len(mixed) >= 6 and all(
-        target.refusal(model.layout.site_by_name[site], formats[site]) is None for site in mixed
-    )
-    assert written.tensor_bytes == target.plan_bytes(model.layout, formats)
-    for site, matrix in read_sites(file, model.layout, formats):
+    target, sites = find_target("onnx"), model.layout.site_by_name
+    special = [site for site, fmt in chosen.items() if fmt.storage == storage]
+    assert all(target.refusal(sites[site], chosen[site]) is None for site in special)
+    assert written.tensor_bytes == target.plan_bytes(model.layout, chosen)
+    for site, matrix in read_sites(file, model.layout, chosen):
         assert torch.equal(matrix, weights.weight(site)), site
-    widths = [
+    return len(special), [
         attribute.i for node in onnx.load_model(file, load_external_data=False).graph.node
         for attribute in node.attribute if node.op_type == "MatMulNBits" and attribute.name == "bits"
     ]  # fmt: skip
-    assert widths.count(2) == len(mixed)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_two_widths_in_a_matrix(name, exported):
+    """Groups of 2 and of 4 bits are two products."""
+    mixed, widths = check_matrices(exported, name, HALVES, "segments")
+    assert mixed >= 6 and widths.count(2) == mixed
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_corrected_columns(name, exported):
+    """A float product beside that of the codes."""
+    corrected, _ = check_matrices(exported, name, CORRECTED, "columns")
+    assert corrected >= 8
+
+
+@pytest.mark.parametrize(
+    ("formats", "part", "said"),
+    [
+        (("slim3-g32-halves",), ".numbers", r"numbers are not each of 0 to \d+ once"),
+        (("slim3-g32-sorted-halves",), ".numbers", r"numbers are not each of 0 to \d+ once"),
+        (("int4-g32-c10",), ".correction.columns", r"ascending"),
+    ],
+)
+def test_damaged_numbers_of_columns_are_named(formats, part, said, exported, tmp_path):
+    from cptquant.exporters.onnx.read_back import read_sites
+
+    model, chosen, _, written, file, _ = exported("opt", formats)
+    for path in written.folder.glob("model.onnx*"):
+        shutil.copyfile(path, tmp_path / path.name)
+    tensor = next(t for t in onnx.load_model(file, load_external_data=False).graph.initializer if t.name.endswith(part))
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    data = bytearray((tmp_path / where["location"]).read_bytes())
+    start = int(where["offset"])
+    data[start : start + int(where["length"])] = bytes(int(where["length"]))
+    (tmp_path / where["location"]).write_bytes(data)
+    with pytest.raises(ArtifactError, match=rf"model.onnx is damaged at .*{said}.*; write it again with: cptquant"):
+        dict(read_sites(tmp_path / "model.onnx", model.layout, chosen))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
@@ -135,24 +170,6 @@ def test_matrices_of_one_input_with_the_same_halves_are_one_product(name, tmp_pa
     if name == "llama":
         path = "model.layers.0.self_attn."
         assert f"{path}q_proj+{path}k_proj+{path}v_proj.numbers" in names
-
-
-@pytest.mark.parametrize("name", sorted(MODELS))
-def test_corrected_columns(name, exported):
-    """A float product beside that of the codes; the file has the bytes of the plan and reads back."""
-    from cptquant.core.targets import find_target
-    from cptquant.exporters.onnx.read_back import read_sites
-
-    model, formats, weights, written, file, twin = exported(name, CORRECTED)
-    tokens = make_tokens()
-    ours, theirs = our_outputs(model, weights, tokens), run(twin, tokens)
-    assert (theirs - ours).abs().max() < 2e-4 * ours.abs().max()
-    target, corrected = find_target("onnx"), [site for site, fmt in formats.items() if fmt.storage == "columns"]
-    sites = model.layout.site_by_name
-    assert len(corrected) >= 8 and all(target.refusal(sites[site], formats[site]) is None for site in corrected)
-    assert written.tensor_bytes == target.plan_bytes(model.layout, formats)
-    for site, matrix in read_sites(file, model.layout, formats):
-        assert torch.equal(matrix, weights.weight(site)), site
 
 
 @pytest.mark.parametrize("name", ["bert-encoder", "bert-classifier"])

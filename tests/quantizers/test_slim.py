@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from cptquant.core.formats import QuantFormat
 from cptquant.packing.quantized_weight import decode, encode
 from cptquant.packing.segments import SegmentedWeight
+from cptquant.quantizers.descent import Rounded
 from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.grid import fit_grid
 from cptquant.quantizers.hessian_factor import factor_hessian
 from cptquant.quantizers.salience import group_salience, salience
 from cptquant.quantizers.slim import PUBLISHED, Slim
 from cptquant.quantizers.slim_allocation import allocate_bits, widths_for
+from cptquant.quantizers.slim_loop import SegmentLoop
 from cptquant.quantizers.slim_scale import ScaleSearch, fit_scale, objective
 from tests.quantizers.test_gptq import correlated_inputs, output_error
 
@@ -318,3 +320,25 @@ def test_halves_give_four_bits_to_the_salient_columns_of_all_matrices_of_an_inpu
     assert hessian.diagonal()[wide].mean() > 3 * hessian.diagonal().mean() / 2  # the large inputs
     narrow = Gptq()(weight, hessian, QuantFormat.parse("int2-g32"), torch.float16).weight.dequantize()
     assert output_error(weight, whole.weight.dequantize(), hessian) < output_error(weight, narrow, hessian) / 2
+
+
+def test_tall_matrices_with_halves_go_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian, _ = layer(11, 4, seed=5)
+    fmt, parts = QuantFormat.parse("slim3-g32-sorted-halves"), [weight[:4], weight[4:]]
+    whole = Slim().quantize_together(parts, hessian, fmt, torch.float16)
+    heights: list[int] = []
+    run = SegmentLoop.run
+
+    def seen(loop: SegmentLoop) -> Rounded:
+        rounded = run(loop)
+        heights.append(rounded.shifted.shape[1])
+        return rounded
+
+    monkeypatch.setattr(SegmentLoop, "run", seen)
+    monkeypatch.setattr("cptquant.quantizers.gptq.ROWS_ENTRIES", 3 * weight.shape[1])
+    monkeypatch.setattr("cptquant.quantizers.slim.ROWS_ENTRIES", 3 * weight.shape[1])
+    pieces = Slim().quantize_together(parts, hessian, fmt, torch.float16)
+    assert heights == [3, 3, 3, 2]
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one.weight.dequantize(), other.weight.dequantize())
+        assert one.relative_output_error == pytest.approx(other.relative_output_error, rel=1e-4)

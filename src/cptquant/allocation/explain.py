@@ -1,5 +1,7 @@
 """Sentences of a plan: where a site did not get what was asked for, and why."""
 
+from collections.abc import Sequence
+
 from cptquant.allocation.problem import Choice, Problem
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import Site
@@ -20,13 +22,19 @@ def _substitutions(problem: Problem, target: Target, choice: Choice) -> list[str
             continue  # a pair of a shared embedding and head: no one format was asked for
         for site, fmt in zip(group.sites, group.options[chosen].formats, strict=True):
             if not fmt.is_float and fmt.name not in asked:
-                found.setdefault((asked[0], fmt.name), []).append(site)
+                found.setdefault((_nearest(asked, fmt), fmt.name), []).append(site)
     return [
         f"{asked} was asked for, {held} is what {_count(sites)} can hold (first: {sites[0].name}, "
         f"{sites[0].out_features} x {sites[0].in_features})"
         f"{_promotion(problem, target, sites, QuantFormat.parse(asked), QuantFormat.parse(held))}"
         for (asked, held), sites in found.items()
     ]
+
+
+def _nearest(asked: Sequence[str], held: QuantFormat) -> str:
+    """Of the formats that a site holds in the same way, the one that is most like what it holds."""
+    formats = [QuantFormat.parse(name) for name in asked]
+    return max(formats, key=lambda fmt: (fmt.code_bits == held.code_bits, fmt.storage == held.storage)).name
 
 
 def _promotion(problem: Problem, target: Target, sites: list[Site], asked: QuantFormat, held: QuantFormat) -> str:

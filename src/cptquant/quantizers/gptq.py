@@ -108,20 +108,12 @@ class Gptq:
             return [self._quantize_corrected(weight.float(), factor, hessian, fmt, scale_dtype) for weight in weights]
         factor = factor_hessian(hessian, self.damping, by_activation=self.activation_order and not blocks)
         quantize = self._quantize_blocks if blocks else self._quantize
-        pieces: list[list[_Piece]] = [[] for _ in weights]
-        for stack in _stacks(weights, fmt):
+        pieces: list[list[Piece]] = [[] for _ in weights]
+        for stack in row_stacks(weights, fmt):
             done = quantize([weights[index][rows] for index, rows in stack], factor, hessian, fmt, scale_dtype)
             for (index, _), piece in zip(stack, done, strict=True):
                 pieces[index].append(piece)
-        return [
-            GptqResult(
-                join_rows([piece.weight for piece in parts]),
-                factor.outcome,
-                factor.damping,
-                _ratio(sum(piece.error for piece in parts), sum(piece.power for piece in parts)),
-            )
-            for parts in pieces
-        ]
+        return [join_pieces(parts, factor) for parts in pieces]
 
     def _quantize_corrected(
         self, weight: Tensor, factor: HessianFactor, hessian: Tensor, fmt: QuantFormat, dtype: torch.dtype
@@ -144,7 +136,7 @@ class Gptq:
 
     def _quantize(
         self, weights: Sequence[Tensor], factor: HessianFactor, hessian: Tensor, fmt: QuantFormat, dtype: torch.dtype
-    ) -> list["_Piece"]:
+    ) -> list["Piece"]:
         # Columns become rows of the transpose, so that the loop reads and writes memory in order.
         columns = torch.cat([weight.float().t() for weight in weights], dim=1)[factor.order].contiguous()
         loop = _Loop(columns, factor, fmt, dtype, self)
@@ -169,12 +161,14 @@ class Gptq:
                 _per_row(rounded.scales[:, lines], weight, fmt).to(dtype),
                 None if loop.zeros is None else _per_row(loop.zeros[:, lines], weight, fmt).to(torch.int8),
             )
-            pieces.append(_Piece(quantized, _power(error[:, rows], hessian), _power(columns[:, rows], hessian)))
+            pieces.append(
+                Piece(quantized, output_power(error[:, rows], hessian), output_power(columns[:, rows], hessian))
+            )
         return pieces
 
     def _quantize_blocks(
         self, weights: Sequence[Tensor], factor: HessianFactor, hessian: Tensor, fmt: QuantFormat, dtype: torch.dtype
-    ) -> list["_Piece"]:
+    ) -> list["Piece"]:
         """The same onto GGUF's blocks; their scales are float16 whatever `dtype` is."""
         layout = fmt.block_layout
         assert layout is not None
@@ -184,18 +178,18 @@ class Gptq:
         if self.descent_rounds:
             descend_blocks_(placed, columns, factor.damped, self.descent_rounds)
         error = placed.values().sub_(columns)
-        pieces: list[_Piece] = []
+        pieces: list[Piece] = []
         start = 0
         for weight in weights:
             rows = slice(start, start + weight.shape[0])
             start = rows.stop
             stored = placed.weight(rows, fmt)
-            pieces.append(_Piece(stored, _power(error[:, rows], hessian), _power(columns[:, rows], hessian)))
+            pieces.append(Piece(stored, output_power(error[:, rows], hessian), output_power(columns[:, rows], hessian)))
         return pieces
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Some rows of a matrix: tr(E H E') and tr(W H W') over them."""
 
     weight: StoredWeight
@@ -203,7 +197,13 @@ class _Piece:
     power: float
 
 
-def _stacks(weights: Sequence[Tensor], fmt: QuantFormat) -> list[list[tuple[int, slice]]]:
+def join_pieces(pieces: Sequence[Piece], factor: HessianFactor) -> GptqResult:
+    """One matrix from its rows."""
+    error = _ratio(sum(piece.error for piece in pieces), sum(piece.power for piece in pieces))
+    return GptqResult(join_rows([piece.weight for piece in pieces]), factor.outcome, factor.damping, error)
+
+
+def row_stacks(weights: Sequence[Tensor], fmt: QuantFormat) -> list[list[tuple[int, slice]]]:
     """Which rows of which matrix go through the loop together: [(matrix, rows), ...] a stack."""
     if fmt.granularity == "tensor":  # one scale for all rows of a matrix
         return [[(index, slice(0, weight.shape[0]))] for index, weight in enumerate(weights)]
@@ -237,10 +237,10 @@ def relative_output_error(
     hessian: Tensor,  # (in_features, in_features)
 ) -> float | None:
     """tr(E H E') / tr(W H W'): mean squared output error over mean squared output; None if the output is zero."""
-    return _ratio(_power(error, hessian), _power(weight, hessian))
+    return _ratio(output_power(error, hessian), output_power(weight, hessian))
 
 
-def _power(matrix: Tensor, hessian: Tensor) -> float:
+def output_power(matrix: Tensor, hessian: Tensor) -> float:
     """tr(M' H M), at least 0."""
     return max(0.0, float(torch.sum((hessian @ matrix).mul_(matrix), dtype=torch.float64)))
 

@@ -22,7 +22,7 @@ columns do. That costs 16 bits a column (packing/segments.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -30,8 +30,17 @@ from torch import Tensor
 
 from cptquant.core.formats import QuantFormat
 from cptquant.packing.segments import SegmentedWeight, group_size
-from cptquant.quantizers.descent import descend_
-from cptquant.quantizers.gptq import Gptq, GptqResult, relative_output_error
+from cptquant.quantizers.descent import Rounded, descend_
+from cptquant.quantizers.gptq import (
+    Gptq,
+    GptqResult,
+    Piece,
+    join_pieces,
+    output_power,
+    relative_output_error,
+    row_stacks,
+)
+from cptquant.quantizers.grid import ROWS_ENTRIES
 from cptquant.quantizers.hessian_factor import HessianFactor, factor_hessian
 from cptquant.quantizers.salience import group_salience
 from cptquant.quantizers.slim_allocation import Objective, Ranking, allocate_bits, widths_for
@@ -89,6 +98,8 @@ class Slim:
         reason = fmt.segments_refusal(weight.shape[1])
         if fmt.storage != "segments" or reason is not None:
             raise ValueError(reason or f"{fmt.name} has one width: use Gptq")
+        if fmt.halves:
+            return self.quantize_together([weight], hessian, fmt, scale_dtype)[0]
         order, factor = self._factor(weight, hessian, fmt)
         ordered, moved = weight.float(), inputs
         if order is not None:
@@ -96,16 +107,14 @@ class Slim:
         columns = ordered.t().contiguous()
         moments = hessian if order is None else hessian[order][:, order]
         ranking = self._rank(ordered, factor, fmt)
-        if self.objective == "finished" and self.fixed_pairs is None and not fmt.halves:
+        if self.objective == "finished" and self.fixed_pairs is None:
             candidates = range(len(ranking) // 2 + 1)
         else:
             candidates = [self._pairs(ordered, factor, fmt, ranking, moved, bias)]
         best: tuple[float | None, SegmentedWeight] | None = None
         for pairs in candidates:
             widths = widths_for(ranking, pairs, fmt.code_bits)
-            rounded = SegmentLoop(columns, factor, fmt, widths, scale_dtype, self.scale).run()
-            if self.descent_rounds:
-                descend_(rounded, columns, factor.damped, self.descent_rounds)
+            rounded = self._carry_out(columns, factor, fmt, widths, scale_dtype)
             error = relative_output_error(rounded.values().sub_(columns), columns, moments)
             if best is not None and (error is None or best[0] is None or error >= best[0]):
                 break
@@ -115,27 +124,46 @@ class Slim:
 
     def quantize_together(
         self,
-        weights: Sequence[Tensor],  # (out_features, in_features) each
+        weights: Sequence[Tensor],  # (out_features, in_features) each, any float dtype
         hessian: Tensor,  # (in_features, in_features) float32
         fmt: QuantFormat,  # with halves
         scale_dtype: torch.dtype,
     ) -> list[GptqResult]:
         """Matrices that read the same input, with one choice of columns, so that an engine takes each half once.
 
+        Rows go through the loop in pieces, as in `Gptq.quantize_together`, so that memory stays bounded.
+
         Raises:
             As a call.
         """
-        joined = self(torch.cat(list(weights)), hessian, fmt, scale_dtype)
-        assert isinstance(joined.weight, SegmentedWeight)
-        found: list[GptqResult] = []
-        start = 0
-        for weight in weights:
-            own = joined.weight.rows(slice(start, start + len(weight)))
-            start += len(weight)
-            columns = weight.float().t()
-            error = relative_output_error(own.dequantize().t() - columns, columns, hessian)
-            found.append(replace(joined, weight=own, relative_output_error=error))
-        return found
+        profile = _mean_squares(weights).sqrt()[None]  # salience is a mean of squares over rows: one row stands for all
+        order, factor = self._factor(profile, hessian, fmt)
+        columns = slice(None) if order is None else order
+        moments = hessian[columns][:, columns]
+        ranking = self._rank(profile[:, columns], factor, fmt)
+        widths = widths_for(ranking, len(ranking) // 2, fmt.code_bits)
+        pieces: list[list[Piece]] = [[] for _ in weights]
+        for stack in row_stacks(weights, fmt):
+            lines = torch.cat([weights[index][rows].float()[:, columns] for index, rows in stack]).t().contiguous()
+            rounded = self._carry_out(lines, factor, fmt, widths, scale_dtype)
+            error = rounded.values().sub_(lines)
+            stored = assemble(rounded, fmt, widths, scale_dtype, order)
+            start = 0
+            for index, rows in stack:
+                own = slice(start, start + rows.stop - rows.start)
+                start = own.stop
+                powers = (output_power(part[:, own], moments) for part in (error, lines))
+                pieces[index].append(Piece(stored.rows(own), *powers))
+        return [join_pieces(parts, factor) for parts in pieces]
+
+    def _carry_out(
+        self, columns: Tensor, factor: HessianFactor, fmt: QuantFormat, widths: Sequence[int], dtype: torch.dtype
+    ) -> Rounded:
+        """GPTQ and descent on columns (in_features, out_features) in the order of the factor."""
+        rounded = SegmentLoop(columns, factor, fmt, widths, dtype, self.scale).run()
+        if self.descent_rounds:
+            descend_(rounded, columns, factor.damped, self.descent_rounds)
+        return rounded
 
     def _pairs(
         self,
@@ -147,8 +175,6 @@ class Slim:
         bias: Tensor | None,
     ) -> int:
         """p, fixed or by SBA."""
-        if fmt.halves:
-            return len(ranking) // 2
         if self.fixed_pairs is not None or self.objective == "finished":
             return min(self.fixed_pairs or 0, len(ranking) // 2)
         return allocate_bits(
@@ -186,3 +212,10 @@ def column_salience(
     upper = factor.feedback + torch.eye(len(factor.pivots))
     inverse_diagonal = (upper.square() / factor.pivots[:, None]).sum(dim=0)
     return weight.square().mean(dim=0) / inverse_diagonal
+
+
+def _mean_squares(weights: Sequence[Tensor]) -> Tensor:
+    """Mean of w^2 over all rows, float32 (in_features,), a bounded number of rows at a time."""
+    step = max(1, ROWS_ENTRIES // weights[0].shape[1])
+    parts = [part.float().square().sum(dim=0) for weight in weights for part in weight.split(step)]
+    return torch.stack(parts).sum(dim=0) / sum(len(weight) for weight in weights)

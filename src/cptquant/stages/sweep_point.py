@@ -60,7 +60,7 @@ class SweepFolder:
         return sorted((self.folder / "work/text").glob(pattern), key=lambda path: path.stat().st_mtime)
 
     def _lacks(self, what: str) -> ArtifactError:
-        return ArtifactError(f"{self.folder}/work/text holds no {what}; run the sweep again")
+        return ArtifactError(f"{self.folder / 'work/text'} holds no {what}; run the sweep again")
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,10 @@ def read_sites(
         fmt = formats[site.name]
         if fmt.is_float:
             continue
-        dequantized = _dequantized(file, site, fmt, layout)
+        try:
+            dequantized = _dequantized(file, site, fmt, layout)
+        except (ValueError, IndexError, RuntimeError) as error:  # numbers of groups or columns that are none
+            raise ArtifactError(f"{file.path} is damaged at {site.name} ({error}); {_REMEDY}") from None
         if layout.model_type == "gpt_neox" and site.role == "qkv":
             restored = torch.empty_like(dequantized)
             restored[gpt_neox_row_order(layout.hidden_size, _heads(file))] = dequantized
