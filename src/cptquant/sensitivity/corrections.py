@@ -6,8 +6,8 @@ correction leaves of the output error of rounding (`ColumnSearch`), from the sec
 original model.
 
 The root because GPTQ and its descent make up for much of the same error: over 11 sites of two models, codes of 2, 3 and
-4 bits and 1, 2 and 4 % of the columns (99 cells, benchmarks/columns_construction.py), it is 3 % too high in the mean and
-off by 10 % (standard deviation of the logarithm), at a small part of GPTQ's seconds.
+4 bits and 1, 2 and 4 % of the columns (99 cells, benchmarks/columns_construction.py), it is 3 % too high in the mean,
+and off by 10 % (standard deviation of the logarithm), at a small part of GPTQ's seconds.
 """
 
 from collections.abc import Mapping, Sequence
