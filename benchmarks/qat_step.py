@@ -27,12 +27,12 @@ from cptquant.core.formats import QuantFormat
 from cptquant.models.checkpoint_weights import MemoryWeights
 from cptquant.models.load import LoadedModel, load_model
 from cptquant.models.stream import read_weight
+from cptquant.quantizers.blocks.surrogates import Surrogate
+from cptquant.quantizers.blocks.trained_layer import Trains
 from cptquant.quantizers.rtn import Rtn
 from cptquant.recovery.grid_optimizer import GridAdam
 from cptquant.recovery.lesson import Lesson, Weights
 from cptquant.recovery.student import Student, StudentOptions, build_student
-from cptquant.recovery.surrogates import Surrogate
-from cptquant.recovery.trained_layer import Trains
 
 VARIANTS: dict[str, StudentOptions | None] = {
     "fine-tuning": None,

@@ -19,8 +19,8 @@ from cptquant.models.text import TokenSet, load_tokens
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.packing.shards import ShardFolder
 from cptquant.pipeline import quantize_model
-from cptquant.recovery.blockwise import Start as BlockStart
-from cptquant.recovery.blockwise import train_blocks
+from cptquant.quantizers.blocks.blockwise import Start as BlockStart
+from cptquant.quantizers.blocks.blockwise import train_blocks
 from cptquant.recovery.end_to_end import Material, run_end_to_end, split_text
 from cptquant.recovery.methods import BLOCK_BY_BLOCK, block_by_block, end_to_end
 from cptquant.stages.recovery_pieces import Parent, open_parent

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from quantizers.blocks.toys import PACE, Changed, slow_errors, toy, train
 from quantizers.test_quantize import make_tokens
-from recovery.toys import PACE, Changed, slow_errors, toy, train
 from torch import nn
 
 from cptquant.core.formats import QuantFormat
@@ -16,15 +16,15 @@ from cptquant.core.layout import Site
 from cptquant.models.checkpoint_weights import MemoryWeights
 from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight, StoredWeight
 from cptquant.packing.segments import SegmentedWeight
+from cptquant.quantizers.blocks.block_training import Pace, Targets, relative_error, train_block
+from cptquant.quantizers.blocks.blockwise import Start
+from cptquant.quantizers.blocks.open_block import OpenBlock
+from cptquant.quantizers.blocks.surrogates import Surrogate
+from cptquant.quantizers.blocks.trained_layer import TrainedLinear, Trains
 from cptquant.quantizers.grid import round_to_grid
 from cptquant.quantizers.rtn import Rtn
 from cptquant.quantizers.slim_round import round_to_segments
-from cptquant.recovery.block_training import Pace, Targets, relative_error, train_block
-from cptquant.recovery.blockwise import Start
 from cptquant.recovery.clipping import PUBLISHED_FIRST, ClippedLinear, LearnedClipping
-from cptquant.recovery.open_block import OpenBlock
-from cptquant.recovery.surrogates import Surrogate
-from cptquant.recovery.trained_layer import TrainedLinear, Trains
 
 FORMATS = ("int3-g16", "int2-g16-asym", "int4-channel", "int4-channel-asym", "int4-tensor-asym", "int3-g24")
 

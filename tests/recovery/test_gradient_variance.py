@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantizers.blocks.toys import Changed, rounded, toy
 from quantizers.test_quantize import make_tokens
-from recovery.toys import Changed, rounded, toy
 
 from cptquant.core.errors import DataError
 from cptquant.models.text import TokenSet

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from quantizers.blocks.toys import PACE, rounded, toy, train
 from quantizers.test_quantize import make_tokens
-from recovery.toys import PACE, rounded, toy, train
 
 from cptquant.models.checkpoint_weights import MemoryWeights
-from cptquant.recovery.blockwise import Start
+from cptquant.quantizers.blocks.blockwise import Start
 from cptquant.recovery.norm_tweaking import PUBLISHED, NormTweaking, statistics_distance
 
 

@@ -15,6 +15,7 @@ from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
+from cptquant.quantizers.blocks.trained_layer import Trains
 from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.quantize import quantize_sites
 from cptquant.quantizers.refine import FinishedInMemory
@@ -23,7 +24,6 @@ from cptquant.recovery.end_to_end import EndToEnd, Material, Recovered, fit_step
 from cptquant.recovery.grid_optimizer import GridAdam
 from cptquant.recovery.lesson import Lesson, Weights
 from cptquant.recovery.student import StudentOptions, build_student, frozen_sites
-from cptquant.recovery.trained_layer import Trains
 from cptquant.recovery.training import Diverged, Schedule, SequenceData
 
 POOR = Gptq(coarse_products=False, clip_search=False, diagonal_importance=False, descent_rounds=0)

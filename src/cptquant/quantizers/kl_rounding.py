@@ -49,13 +49,13 @@ from torch import Tensor, nn
 from cptquant.core.errors import DataError
 from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import LoadedModel
-from cptquant.models.own_text import NO_DOCUMENT
 from cptquant.models.stream import ModelStream, QuantizedSource, read_weight, site_modules
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.followed_text import FollowedText, StateDistance
 from cptquant.quantizers.goes_on import GoesOn
 from cptquant.quantizers.gptq import Gptq
+from cptquant.quantizers.held_out import split_held_out
 from cptquant.quantizers.hessian import collect_block_hessians
 from cptquant.quantizers.learned_codes import Learnable, LearnedWeight
 from cptquant.quantizers.variables import Variable, gradients_of, learning_of
@@ -143,23 +143,6 @@ def learn_model(
         )
     held, learned = split_held_out(tokens, method.held_out, method.seed)
     return _WholeModel(model, start, method, learned, held).run(progress)
-
-
-def split_held_out(tokens: TokenSet, share: float, seed: int) -> tuple[TokenSet, TokenSet]:
-    """(held out, learned on); the held-out sequences are spread evenly over what the model did not write itself.
-
-    Args:
-        tokens: two sequences or more. share: of the person's sequences that is held out, at least one sequence.
-        seed: of the order of what is learned on.
-    """
-    given = int((tokens.documents != NO_DOCUMENT).sum())  # these come first
-    held = min(max(1, round(share * given)), max(1, given // 2))
-    chosen = torch.linspace(0, given - 1, held + 2)[1:-1].round().long() if held < given - 1 else torch.tensor([0])
-    rest = torch.ones(tokens.sequence_count, dtype=torch.bool)
-    rest[chosen] = False
-    left = rest.nonzero().flatten()
-    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))
-    return tokens.subset(chosen), tokens.subset(left[order])  # batches of both kinds of text
 
 
 def _some(tokens: TokenSet) -> TokenSet:

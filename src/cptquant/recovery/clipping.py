@@ -29,12 +29,12 @@ from cptquant.core.errors import UserError
 from cptquant.core.layout import Site
 from cptquant.packing.block_weight import BlockWeight
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.recovery.block_training import Pace, Targets, relative_error
-from cptquant.recovery.fake_quantize import fake_quantize, nearest_codes
-from cptquant.recovery.open_block import Group, Moving, OpenBlock
-from cptquant.recovery.surrogates import Surrogate
-from cptquant.recovery.trained_grid import TrainedGrid, grouped, in_stored_order
-from cptquant.recovery.trained_layer import as_stored, replaced
+from cptquant.quantizers.blocks.block_training import Pace, Targets, relative_error
+from cptquant.quantizers.blocks.fake_quantize import fake_quantize, nearest_codes
+from cptquant.quantizers.blocks.open_block import Group, Moving, OpenBlock
+from cptquant.quantizers.blocks.surrogates import Surrogate
+from cptquant.quantizers.blocks.trained_grid import TrainedGrid, grouped, in_stored_order
+from cptquant.quantizers.blocks.trained_layer import as_stored, replaced
 
 PUBLISHED_FIRST = 4.0
 """Of gamma and beta: sig(4) = .982."""

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cptquant.quantizers.blocks.trained_layer import TrainedLinear
 from cptquant.recovery.student import Student
-from cptquant.recovery.trained_layer import TrainedLinear
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ from typing import Any, cast
 
 from cptquant.core.errors import UserError
 from cptquant.core.recovery import RecoveryRequest
-from cptquant.recovery.block_ap import BlockAp
-from cptquant.recovery.block_training import BlockMethod
+from cptquant.quantizers.blocks.block_ap import BlockAp
+from cptquant.quantizers.blocks.block_training import BlockMethod
+from cptquant.quantizers.blocks.surrogates import Surrogate
+from cptquant.quantizers.blocks.trained_layer import Trains
 from cptquant.recovery.clipping import LearnedClipping
 from cptquant.recovery.code_steps import CodeSteps
 from cptquant.recovery.end_to_end import EndToEnd
 from cptquant.recovery.lesson import Weights
 from cptquant.recovery.norm_tweaking import NormTweaking
 from cptquant.recovery.student import StudentOptions
-from cptquant.recovery.surrogates import Surrogate
-from cptquant.recovery.trained_layer import Trains
 from cptquant.recovery.training import Schedule
 
 _SCALES = Trains(latent=False)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from cptquant.core.layout import Site
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.recovery.block_training import Pace, Targets, relative_error
-from cptquant.recovery.open_block import Group, Moving, OpenBlock
+from cptquant.quantizers.blocks.block_training import Pace, Targets, relative_error
+from cptquant.quantizers.blocks.open_block import Group, Moving, OpenBlock
 
 
 @dataclass(frozen=True)

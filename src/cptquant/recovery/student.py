@@ -14,8 +14,8 @@ from cptquant.core.layout import ModelLayout
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import QuantizedSource, read_weight, write_weight_
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.recovery.surrogates import Surrogate
-from cptquant.recovery.trained_layer import TrainedLinear, Trains
+from cptquant.quantizers.blocks.surrogates import Surrogate
+from cptquant.quantizers.blocks.trained_layer import TrainedLinear, Trains
 
 FROZEN = Trains(latent=False, steps=False, zeros=False)
 _DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "attn_pdrop", "hidden_dropout", "layerdrop")

@@ -10,8 +10,8 @@ from cptquant.models.arithmetic import describe_arithmetic
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.packing.shards import ShardFolder
-from cptquant.recovery.block_training import BlockLook, BlockMethod, FinishedBlock
-from cptquant.recovery.blockwise import Start, train_blocks
+from cptquant.quantizers.blocks.block_training import BlockLook, BlockMethod, FinishedBlock
+from cptquant.quantizers.blocks.blockwise import Start, train_blocks
 from cptquant.recovery.methods import block_by_block
 from cptquant.recovery.student import frozen_sites
 from cptquant.stages.own_text import with_own_text

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from cptquant.core.errors import UserError
-from cptquant.recovery.clamp_gradient import through_clamp
-from cptquant.recovery.surrogates import (
+from cptquant.quantizers.blocks.clamp_gradient import through_clamp
+from cptquant.quantizers.blocks.surrogates import (
     Surrogate,
     round_slope,
     rounded_surrogate,

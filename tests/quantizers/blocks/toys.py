@@ -13,10 +13,10 @@ from cptquant.models.load import LoadedModel, load_model
 from cptquant.models.stream import ModelStream
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.quantizers.kl_rounding import split_held_out
+from cptquant.quantizers.blocks.block_training import BlockLook, BlockMethod, FinishedBlock, Pace
+from cptquant.quantizers.blocks.blockwise import Start, train_blocks
+from cptquant.quantizers.held_out import split_held_out
 from cptquant.quantizers.rtn import Rtn
-from cptquant.recovery.block_training import BlockLook, BlockMethod, FinishedBlock, Pace
-from cptquant.recovery.blockwise import Start, train_blocks
 
 PACE = Pace(epochs=4, batch_sequences=2, checks=4, held_out=0.25, coarse_products=False)
 

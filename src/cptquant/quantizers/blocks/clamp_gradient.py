@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from cptquant.recovery.surrogates import Limit, Surrogate
+from cptquant.quantizers.blocks.surrogates import Limit, Surrogate
 
 _LARGEST_EXPONENT = 60.0
 _SHUT = {torch.float32: 25.0, torch.float64: 60.0}

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cptquant.recovery.clamp_gradient import through_clamp
-from cptquant.recovery.surrogates import Limit, Surrogate, slope_of_distance_, soft_clamp
+from cptquant.quantizers.blocks.clamp_gradient import through_clamp
+from cptquant.quantizers.blocks.surrogates import Limit, Surrogate, slope_of_distance_, soft_clamp
 
 _BLOCK_ELEMENTS = 1 << 16
 

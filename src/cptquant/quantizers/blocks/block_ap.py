@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from cptquant.core.layout import Site
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.recovery.block_training import Pace, Targets, relative_error
-from cptquant.recovery.open_block import Group, Moving, OpenBlock
-from cptquant.recovery.surrogates import Surrogate
-from cptquant.recovery.trained_layer import TrainedLinear, Trains
+from cptquant.quantizers.blocks.block_training import Pace, Targets, relative_error
+from cptquant.quantizers.blocks.open_block import Group, Moving, OpenBlock
+from cptquant.quantizers.blocks.surrogates import Surrogate
+from cptquant.quantizers.blocks.trained_layer import TrainedLinear, Trains
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from cptquant.packing.block_weight import BlockWeight
 from cptquant.packing.quantized_weight import QuantizedWeight
 from cptquant.packing.segments import SegmentedWeight
 from cptquant.quantizers.block_grid import round_to_blocks
+from cptquant.quantizers.blocks.surrogates import Surrogate
+from cptquant.quantizers.blocks.trained_grid import TrainedGrid, start_latent
+from cptquant.quantizers.blocks.trained_layer import TrainedLinear, Trains, quantize_tokens
 from cptquant.quantizers.slim_round import round_to_segments
-from cptquant.recovery.surrogates import Surrogate
-from cptquant.recovery.trained_grid import TrainedGrid, start_latent
-from cptquant.recovery.trained_layer import TrainedLinear, Trains, quantize_tokens
 
 FORMATS = ("int2-g16", "int3-g32", "int4-channel", "int4-g16-asym", "int8-tensor", "int3-g24")
 CODES_ONLY = Trains(latent=False)

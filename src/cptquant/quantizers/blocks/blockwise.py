@@ -22,10 +22,10 @@ from cptquant.models.load import LoadedModel
 from cptquant.models.stream import QuantizedSource, read_weight
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.quantizers.kl_rounding import split_held_out
+from cptquant.quantizers.blocks.block_training import BlockLook, BlockMethod, FinishedBlock, SideBySide, train_block
+from cptquant.quantizers.blocks.open_block import OpenBlock
+from cptquant.quantizers.held_out import split_held_out
 from cptquant.quantizers.output_divergence import mask_for_task
-from cptquant.recovery.block_training import BlockLook, BlockMethod, FinishedBlock, SideBySide, train_block
-from cptquant.recovery.open_block import OpenBlock
 
 
 @dataclass(frozen=True)

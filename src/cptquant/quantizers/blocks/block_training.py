@@ -18,7 +18,7 @@ from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, WeightSource
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.recovery.open_block import Moving, OpenBlock
+from cptquant.quantizers.blocks.open_block import Moving, OpenBlock
 
 _TINY = 1e-30
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.recovery.fake_quantize import fake_quantize, nearest_codes
-from cptquant.recovery.surrogates import Surrogate
-from cptquant.recovery.trained_grid import TrainedGrid, grouped, start_latent
+from cptquant.quantizers.blocks.fake_quantize import fake_quantize, nearest_codes
+from cptquant.quantizers.blocks.surrogates import Surrogate
+from cptquant.quantizers.blocks.trained_grid import TrainedGrid, grouped, start_latent
 
 
 @dataclass(frozen=True)

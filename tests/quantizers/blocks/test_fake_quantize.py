@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cptquant.core.formats import QuantFormat
 from cptquant.packing.quantized_weight import QuantizedWeight
-from cptquant.recovery.fake_quantize import fake_quantize, nearest_codes
-from cptquant.recovery.surrogates import Limit, Surrogate, rounded_surrogate, soft_clamp
+from cptquant.quantizers.blocks.fake_quantize import fake_quantize, nearest_codes
+from cptquant.quantizers.blocks.surrogates import Limit, Surrogate, rounded_surrogate, soft_clamp
 
 SURROGATES = {
     "ste-hard": Surrogate(),
@@ -111,7 +111,7 @@ def test_any_shape(shape: tuple[int, int, int], bits: int, name: str, seed: int)
 
 @pytest.mark.parametrize("name", SURROGATES)
 def test_rows_in_several_blocks_and_strides_of_any_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cptquant.recovery.fake_quantize._BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("cptquant.quantizers.blocks.fake_quantize._BLOCK_ELEMENTS", 100)
     weight, scale, zero, low, high = _planted((7, 3, 16), 3, seed=3)
     turned = weight.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     assert not turned.is_contiguous()

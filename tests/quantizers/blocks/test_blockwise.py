@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantizers.blocks.toys import PACE, Changed, rounded, slow_errors, toy, train
 from quantizers.test_kl_rounding import planted
 from quantizers.test_quantize import make_tokens
-from recovery.toys import PACE, Changed, rounded, slow_errors, toy, train
 
 from cptquant.core.errors import DataError, UserError
 from cptquant.models.checkpoint_weights import MemoryWeights
 from cptquant.packing.quantized_weight import StoredWeight
-from cptquant.recovery.block_ap import BlockAp
-from cptquant.recovery.block_training import BlockLook, Pace, Targets
-from cptquant.recovery.blockwise import Start
+from cptquant.quantizers.blocks.block_ap import BlockAp
+from cptquant.quantizers.blocks.block_training import BlockLook, Pace, Targets
+from cptquant.quantizers.blocks.blockwise import Start
 from cptquant.recovery.clipping import LearnedClipping
 from cptquant.recovery.norm_tweaking import NormTweaking
 from cptquant.recovery.student import frozen_sites
