@@ -26,8 +26,9 @@ from results_file import FOLDER, REPOSITORY, model_folder, write_results
 from ruler import Ruler, cut_windows
 
 RECIPES = {
-    "cptquant gptq": "--quantizer gptq",
+    "cptquant gptq": "--quantizer gptq --own-text 0",
     "cptquant gptq, own text": "--quantizer gptq --own-text 256",
+    "cptquant block-ap": "--quantizer block-ap",  # the default of models of this size
     "cptquant kl-rounding": "--quantizer kl-rounding",
 }
 BUDGETS = (2.5, 3.0, 3.5, 4.0)

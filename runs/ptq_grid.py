@@ -105,7 +105,7 @@ def measure(
         weights = subjects[f"{name} {method}"] = Weights()
         quantize_sites(
             model, plan, find_quantizer(method.split()[0]),
-            texts["own text" if method == "gptq + own text" else "calibration"],
+            texts["own text" if method.endswith("own text") else "calibration"],
             lambda _index, block, _records, to=weights: to.update(block),
         )  # fmt: skip
     found = {(m.name, m.subject): m for m in evaluate(model, subjects, texts["test"])}
@@ -175,7 +175,7 @@ def _texts(model: LoadedModel, choices: argparse.Namespace) -> dict[str, TokenSe
         return load_tokens(model, source, split, sequences=sequences, length=LENGTH, seed=SEED)
 
     texts = {"calibration": given("calibration", CALIBRATION), "test": given("test", TEST)}
-    if "gptq + own text" in choices.methods:
+    if any(method.endswith("own text") for method in choices.methods):
         text = given("calibration", GIVEN)
         texts["own text"] = join_texts(text, write_own_text(model, text, OWN, seed=SEED))
     return texts

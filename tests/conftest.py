@@ -11,6 +11,8 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from cptquant.cli.main import main
+from cptquant.quantizers.learned_blocks import LearnedBlocks
+from cptquant.quantizers.methods import QUANTIZERS
 
 
 @dataclass
@@ -38,6 +40,12 @@ def cptquant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def _short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default quantizer as it is, on less text; what a process of its own runs is not shortened."""
+    monkeypatch.setitem(QUANTIZERS, "block-ap", LearnedBlocks(sequences=24))
 
 
 @pytest.fixture

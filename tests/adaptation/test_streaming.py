@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference_text
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cptquant.adaptation.overlap import OverlapFilter, survey, training_part
@@ -152,6 +152,7 @@ def test_cleaning_keeps_what_it_kept(documents: list[SourceDocument], evaluation
 
 
 @SAME_FOLDER
+@example(documents=[SourceDocument("a", ends=False)], separator=0)
 @given(DOCUMENTS, st.sampled_from([None, 0]))
 def test_tokens_on_disk_are_those_in_memory(
     tmp_path: Path, documents: list[SourceDocument], separator: int | None

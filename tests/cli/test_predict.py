@@ -91,7 +91,7 @@ def test_gptq_is_what_quantize_would_do(cptquant: Callable, folder: Path, law: P
         (("--own-text", 255), ("--own-text 255: the law was fitted on 256 sequences; give 0, or 256 or more",)),
         (("--own-text", -1), ("--own-text -1: the law was fitted on 256 sequences",)),
         (("--own-text", 256, "--quantizer", "rtn"), ("--quantizer rtn reads no text; leave the flag out",)),
-        (("--quantizer", "awq"), ("--quantizer 'awq' is unknown; choose one of: rtn, gptq, or both",)),
+        (("--quantizer", "awq"), ("--quantizer 'awq' is unknown; choose among: rtn, gptq, block-ap",)),
         (("--budget", "lots"), ("--budget 'lots' is not readable",)),
         (("--seed", -1), ("--seed -1 is out of range; give 0 to",)),
         (("--law", "nowhere.json"), ("nowhere.json does not exist", "cptquant law fit ptq")),

@@ -25,7 +25,7 @@ from cptquant.quantizers.kl_rounding import KlRounding
 from cptquant.stages import estimate, predict, variants
 from cptquant.stages.plan_source import find_plan
 
-QUICK = ("--calibration-sequences", 4, "--eval-sequences", 8, "--sequence-length", 32)
+QUICK = ("--quantizer", "gptq", "--calibration-sequences", 4, "--eval-sequences", 8, "--sequence-length", 32)
 BUDGET = "3bpw@sites"
 
 
@@ -112,22 +112,26 @@ def test_defaults(folder: Path) -> None:
     layout = read_layout(folder)
     for quantizer, own, expected, name in (
         ("gptq", None, 256, "gptq + own text"), ("gptq", 0, 0, "gptq"), ("gptq", 7, 7, "gptq + own text"),
-        ("signround", None, 0, "signround"),
+        ("signround", None, 0, "signround"), ("block-ap", None, 256, "block-ap + own text"),
+        (None, None, 256, "block-ap + own text"),
         ("kl-rounding", None, 768, "kl-rounding + own text"), ("kl-rounding", 0, 0, "kl-rounding"),
         ("rtn", 0, 0, "rtn"),
     ):  # fmt: skip
         settings = RunSettings(model="m", quantizer=quantizer, own_text=own)
         assert settings.own_text_for(layout) == expected and settings.carried_out_with(layout) == name
+    assert RunSettings(model="m").quantizer_for(layout) == "block-ap"
     large, encoder = (layout.model_copy(update=u) for u in ({"parameters": 50_000_000}, {"task": "encoder"}))
-    for quantizer, of_large in (("gptq", 0), ("kl-rounding", 768)):
+    for quantizer, of_large in (("gptq", 0), ("block-ap", 0), ("kl-rounding", 768)):
         settings = RunSettings(model="m", quantizer=quantizer)
         assert settings.own_text_for(large) == of_large and settings.own_text_for(encoder) == 0
-        without = settings.settled(0, "why not")
+        without = settings.settled(quantizer, 0, "why not")
         assert without.own_text_for(layout) == 0 and without.carried_out_with(layout) == quantizer
-        assert without.own_text_note == "why not"
+        assert without.own_text_note(layout) == "why not"
         asked = without.model_copy(update={"own_text": 9})
-        assert asked.own_text_for(layout) == 9 and asked.own_text_note == ""
+        assert asked.own_text_for(layout) == 9 and asked.own_text_note(layout) == ""
     assert RunSettings(model="m", own_text=256).own_text_for(large) == 256
+    for other in (large, encoder):
+        assert RunSettings(model="m").quantizer_for(other) == "gptq"
 
 
 def test_by_default_it_is_read_and_forecast(cptquant: Callable, folder: Path, tmp_path: Path) -> None:
@@ -157,7 +161,7 @@ def test_a_model_that_cannot_write_goes_without_and_says_so(
     reason = "OPTForCausalLM cannot go on from keys and values kept in a cache (forward() got an unexpected keyword"
     assert "calibrated on the given text alone: " in outcome.err and reason in outcome.err
     settings, manifest = RunSettings.load(run / "settings.json"), Manifest.load(run / "manifest.json")
-    assert settings.own_text is None and reason in settings.own_text_note
+    assert settings.own_text is None and reason in settings.own_text_note(read_layout(folder))
     assert manifest.quantizer == "gptq" and reason in manifest.settings["own_text"]
     assert {row.method for row in PtqForecast.load(run / "forecast.json").rows} == {"gptq"}
     assert reason.split(" (")[0] in (run / "report.html").read_text()
@@ -176,7 +180,7 @@ def test_a_model_that_cannot_write_goes_without_and_says_so(
     assert cptquant("measure", swaps, *wanted).code == 0
     outcome = cptquant("allocate", swaps, "--budget", "4bpw@sites", "--refine-swaps", 1)
     assert outcome.code == 0 and "calibrated on the given text alone: " in outcome.err
-    assert reason in RunSettings.load(swaps / "settings.json").own_text_note
+    assert reason in RunSettings.load(swaps / "settings.json").own_text_note(read_layout(folder))
     refused = cptquant("quantize", folder, "--output", tmp_path / "asked", *flags, "--own-text", 4)
     assert refused.code == 2 and "use --own-text 0, which calibrates on the given text alone" in refused.err
     assert not (tmp_path / "asked/sensitivity.json").exists()  # before compute is spent
@@ -185,7 +189,7 @@ def test_a_model_that_cannot_write_goes_without_and_says_so(
 def _as_before(run: Path) -> None:
     """settings.json as it was written before own text was a default of GPTQ."""
     settings = json.loads((run / "settings.json").read_text())
-    settings["own_text"] = None
+    settings["own_text"], settings["quantizer"] = None, "gptq"
     del settings["own_text_default"]
     (run / "settings.json").write_text(json.dumps(settings))
 
@@ -217,7 +221,9 @@ def test_a_run_begun_before_keeps_its_bits(cptquant: Callable, folder: Path, tmp
         if name != "of a killed one":
             assert (run / "manifest.json").read_bytes() == manifest
         if name != "evaluated":
-            assert told in outcome.err and told in RunSettings.load(run / "settings.json").own_text_note
+            assert told in outcome.err and told in RunSettings.load(run / "settings.json").own_text_note(
+                read_layout(folder)
+            )
             assert {row.method for row in PtqForecast.load(run / "forecast.json").rows} == {"gptq"}
 
     # asked for, it is added; a run that had quantized nothing yet takes the new default, and keeps it
@@ -257,7 +263,7 @@ def test_a_baseline_far_behind_is_not_learned(cptquant: Callable, folder: Path, 
         assert outcome.code == 0, outcome.err
         reports[limit] = EvaluationReport.load(run / "evaluation.json")
         uniform = Manifest.load(run / "manifest-uniform.json")
-        assert uniform.quantizer == ("gptq + own text" if limit < 1 else "kl-rounding + own text")
+        assert uniform.quantizer == ("gptq" if limit < 1 else "kl-rounding + own text")
         assert any(record.learning for record in uniform.sites) == (limit > 1)
         assert Manifest.load(run / "manifest.json").quantizer == "kl-rounding + own text"
         told = "uniform bits were not learned: after GPTQ their kl_nats_per_token on validation text is"
@@ -270,18 +276,22 @@ def test_a_baseline_far_behind_is_not_learned(cptquant: Callable, folder: Path, 
 
 def test_fast_is_what_its_flags_say(cptquant: Callable, folder: Path, tmp_path: Path) -> None:
     assert (
-        cptquant("quantize", folder, "--budget", "10bpw", "--output", tmp_path / "run", "--fast", *QUICK[:2]).code == 0
+        cptquant("quantize", folder, "--budget", "10bpw", "--output", tmp_path / "run", "--fast", *QUICK[2:4]).code == 0
     )
     settings = RunSettings.load(tmp_path / "run/settings.json")
     assert (settings.calibration_sequences, settings.eval_sequences) == (4, 32)  # the first was given
+    assert settings.quantizer == "gptq"
     assert settings.baselines == ("uniform",) and settings.predict is False and settings.own_text == 0
     assert not (tmp_path / "run/forecast.json").exists() and not (tmp_path / "run/plan-random.json").exists()
     learned = RunSettings(model=str(folder), quantizer="kl-rounding")
     (tmp_path / "learned").mkdir()
     learned.save(tmp_path / "learned/settings.json")
     for model, flags, own in (
-        (str(folder), {}, {"own_text": 0}), (str(folder), {"quantizer": "kl-rounding"}, {}),
-        (str(tmp_path / "learned"), {}, {}), (str(tmp_path / "learned"), {"quantizer": "gptq"}, {"own_text": 0}),
+        (str(folder), {}, {"quantizer": "gptq", "own_text": 0}),
+        (str(folder), {"quantizer": "kl-rounding"}, {"quantizer": "kl-rounding"}),
+        (str(folder), {"quantizer": "block-ap"}, {"quantizer": "block-ap"}),
+        (str(tmp_path / "learned"), {}, {"quantizer": "kl-rounding"}),
+        (str(tmp_path / "learned"), {"quantizer": "gptq"}, {"quantizer": "gptq", "own_text": 0}),
     ):  # fmt: skip
         assert fast_changes(model, flags) == FAST | own
 

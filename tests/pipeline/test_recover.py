@@ -40,6 +40,7 @@ def parent(cptquant: Callable, folder: Path, tmp_path: Path) -> Path:
 
 def quantized(cptquant: Callable, model: Path, run: Path, *flags: object) -> Path:
     budget = () if "--budget" in flags else ("--budget", "2.4bpw@sites")
+    budget += () if "--quantizer" in flags else ("--quantizer", "gptq")  # which leaves more to win than training does
     outcome = cptquant(
         "quantize", model, *budget, *flags, "--output", run, "--no-predict", "--baselines", "uniform", *TEXT
     )

@@ -16,9 +16,9 @@ from cptquant.models.stream import ModelStream
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight
 from cptquant.quantizers.blocks.trained_layer import Trains
+from cptquant.quantizers.first_pass import FinishedInMemory
 from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.quantize import quantize_sites
-from cptquant.quantizers.refine import FinishedInMemory
 from cptquant.recovery.code_steps import CodeSteps
 from cptquant.recovery.end_to_end import EndToEnd, Material, Recovered, fit_steps, run_end_to_end, split_text
 from cptquant.recovery.grid_optimizer import GridAdam

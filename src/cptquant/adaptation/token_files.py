@@ -88,7 +88,7 @@ def tokenise_source(
         written = _write_stream(partial, texts, tokenizer)
         if not written.pieces:
             raise DataError(f"{flag or '--' + name} holds no text; give documents with words in them")
-        if written.tokens <= written.documents * (tokenizer.eos_token_id is not None):
+        if not written.words:
             raise ModelError(
                 f"the tokenizer makes no token of {flag or '--' + name}; copy the original's tokenizer files"
             )
@@ -167,10 +167,11 @@ def source_key(text_digest: str, tokenizer: PreTrainedTokenizerBase, *more: obje
 
 @dataclass
 class _Written:
-    """Counts of a stream on its way."""
+    """Counts of a stream on its way; words are its tokens without separators."""
 
     pieces: int = 0
     tokens: int = 0
+    words: int = 0
     documents: int = 0
 
 
@@ -182,6 +183,7 @@ def _write_stream(
     with open(folder / _TOKENS, "wb") as tokens, open(folder / _STARTS, "wb") as starts:
         starts.write(np.zeros(1, "<i8").tobytes())
         for ids, ends in _encoded(texts, tokenizer):
+            written.words += len(ids)
             if ends and separator is not None:
                 ids = [*ids, separator]
             tokens.write(np.asarray(ids, dtype="<i4").tobytes())

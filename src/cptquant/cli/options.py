@@ -71,7 +71,10 @@ Allocator = Annotated[
         show_default=False,
     ),
 ]
-_QUANTIZER_HELP = "gptq, rtn, signround or kl-rounding (learned rounding after GPTQ).  [default: gptq]"
+_QUANTIZER_HELP = (
+    "gptq, rtn, or learned after GPTQ: signround, block-ap, kl-rounding.  [default: block-ap for causal language "
+    "models below 50M parameters, else gptq]"
+)
 Quantizer = Annotated[str | None, typer.Option("--quantizer", help=_QUANTIZER_HELP, show_default=False)]
 TargetName = Annotated[
     str | None,
@@ -125,7 +128,7 @@ OwnText = Annotated[
     typer.Option(
         "--own-text",
         help="Sequences that the model writes itself, added to the calibration text when quantizing; 0 for none.  "
-        "[default: gptq 256 below 50M parameters; kl-rounding 768; else 0]",
+        "[default: gptq and block-ap 256 below 50M parameters; kl-rounding 768; else 0]",
         show_default=False,
     ),
 ]

@@ -11,13 +11,21 @@ _Formats = Annotated[
     str, typer.Option("--formats", help="Widths, each taken with every --group, or whole names such as int4-channel.")
 ]
 _Group = Annotated[str, typer.Option("--group", help="Columns that share a scale, comma-separated, or channel.")]
-_Quantizer = Annotated[str, typer.Option("--quantizer", help="gptq (as quantize would, see --own-text), rtn, or both.")]
+_Quantizer = Annotated[
+    str | None,
+    typer.Option(
+        "--quantizer",
+        help="rtn, gptq, block-ap, or several, as quantize would do each (see --own-text).  [default: rtn, gptq and "
+        "what quantize does by default]",
+        show_default=False,
+    ),
+]
 _OwnText = Annotated[
     int | None,
     typer.Option(
         "--own-text",
-        help="As of quantize, for gptq: sequences that the model writes itself; 0, or 256 and more for a law whose "
-        "table has `gptq + own text`.  [default: that of quantize]",
+        help="As of quantize: sequences that the model writes itself; 0, or 256 and more for a law whose "
+        "table has that, as `gptq + own text`.  [default: that of quantize]",
         show_default=False,
     ),
 ]
@@ -49,7 +57,7 @@ def predict(
     formats: _Formats = "int2,int3,int4",
     group: _Group = "64",
     budget: options.BudgetText = None,
-    quantizer: _Quantizer = "rtn,gptq",
+    quantizer: _Quantizer = None,
     own_text: _OwnText = None,
     law: _Law = None,
     form: _Form = None,
@@ -69,6 +77,7 @@ def predict(
     from cptquant.stages.predict import ForecastRequest, predict_model
 
     chosen = options.given(
+        quantizers=None if quantizer is None else _split(quantizer),
         budget=budget,
         own_text=own_text,
         law=law,
@@ -80,9 +89,7 @@ def predict(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    request = ForecastRequest(
-        model=model, formats=_split(formats), groups=_split(group), quantizers=_split(quantizer), **chosen
-    )  # type: ignore[arg-type]
+    request = ForecastRequest(model=model, formats=_split(formats), groups=_split(group), **chosen)  # type: ignore[arg-type]
     if output is not None:
         check_writable(output)
     with watch(quiet=as_json) as progress:

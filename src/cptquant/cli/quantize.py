@@ -16,13 +16,14 @@ FAST: dict[str, object] = {
     "baselines": ("uniform",),
     "predict": False,
 }
-"""What `--fast` stands for, with `own_text` 0 unless learning needs it; flags that are given go before it."""
+"""What `--fast` stands for, with GPTQ, and `own_text` 0 unless learning needs it; flags that are given go before it."""
 _Fast = Annotated[
     bool,
     typer.Option(
         "--fast",
-        help="Half the text, none of the model's own, no forecast, no random baseline: --calibration-sequences 64 "
-        "--eval-sequences 32 --own-text 0 (but for kl-rounding) --baselines uniform --no-predict, each unless given.",
+        help="GPTQ on half the text, none of the model's own, no forecast, no random baseline: --quantizer gptq "
+        "--calibration-sequences 64 --eval-sequences 32 --own-text 0 (but for block-ap and kl-rounding) --baselines "
+        "uniform --no-predict, each unless given.",
     ),
 ]
 _Baselines = Annotated[
@@ -30,8 +31,8 @@ _Baselines = Annotated[
     typer.Option(
         "--baselines",
         help="Also quantize and evaluate at no more bytes: uniform, random, and under --target gguf preset (types of "
-        "llama.cpp's presets). The guard needs uniform and preset.  [default: all below 50M parameters, else and for "
-        "kl-rounding without random]",
+        "llama.cpp's presets). The guard needs uniform and preset.  [default: all but random; for gptq and rtn "
+        "below 50M parameters random too]",
         show_default=False,
     ),
 ]
@@ -141,12 +142,13 @@ def quantize(
 
 
 def fast_changes(model: str, changes: dict[str, object]) -> dict[str, object]:
-    """Learned rounding keeps its own text, without which it learns the given text by heart."""
+    """Learning keeps its own text, without which it learns the given text by heart."""
     from cptquant.core.settings import RunSettings
 
     before = RunSettings.load(Path(model) / "settings.json") if _is_run(model) else RunSettings(model=model)
-    learned = changes.get("quantizer", before.quantizer) == "kl-rounding"
-    return FAST if learned else FAST | {"own_text": 0}
+    quantizer = changes.get("quantizer", before.quantizer) or "gptq"
+    learned = quantizer in ("block-ap", "kl-rounding")
+    return FAST | {"quantizer": quantizer} | ({} if learned else {"own_text": 0})
 
 
 def _wants_forecast(predict: bool | None, record: Path | None, tokens_seen: float | None) -> bool | None:

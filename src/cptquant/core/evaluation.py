@@ -46,6 +46,7 @@ class EvaluationReport(Artifact):
         written: which subject's weights are in checkpoint/: "quantized", or what the guard chose instead ("uniform",
             "preset", "unrefined", "parent": what a recovery started from).
         guard: one sentence on how the plan compares with the others at no more bytes.
+        unlearned: baselines that stayed as GPTQ left them, where the run's quantizer learns.
     """
 
     SCHEMA: ClassVar[str] = "cptquant.evaluation"
@@ -55,6 +56,14 @@ class EvaluationReport(Artifact):
     settings: dict[str, str | int | float | bool | None] = {}
     written: str | None = None
     guard: str = ""
+    unlearned: tuple[str, ...] = ()
+
+    def carried_out(self, plan: str) -> bool:
+        """Whether what was measured under a plan's name is that plan, quantized as the run quantizes.
+
+        Not where the guard wrote another in its place, or a baseline was given up before learning.
+        """
+        return plan not in self.unlearned and (plan != "quantized" or self.written in (None, "quantized"))
 
     def find(self, name: str, subject: str) -> Measurement | None:
         """The measurement of that name and subject, or None."""

@@ -4,11 +4,11 @@ from typing import ClassVar, Literal
 
 from cptquant.core.artifact import Artifact, Frozen
 
-Method = Literal["rtn", "gptq", "gptq + own text"]
-METHODS: tuple[Method, ...] = ("rtn", "gptq", "gptq + own text")
+Method = Literal["rtn", "gptq", "gptq + own text", "block-ap + own text"]
+METHODS: tuple[Method, ...] = ("rtn", "gptq", "gptq + own text", "block-ap + own text")
 """What the PTQ law tells apart, spelled as `RunSettings.carried_out_with` spells it."""
 FITTED_OWN_TEXT = 256
-"""Own sequences behind its third method (runs/ptq_grid.py); a run with fewer is none of these."""
+"""Own sequences behind those methods (runs/ptq_grid.py); a run with fewer is none of these."""
 
 
 class PlanFeatures(Frozen):

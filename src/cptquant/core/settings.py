@@ -12,9 +12,11 @@ from cptquant.core.targets import find_target
 
 BASELINES = ("uniform", "random", "preset")
 _SMALL_MODEL_PARAMETERS = 50_000_000
-OWN_TEXT = {"gptq": 256, "kl-rounding": 768}
+LEARNING = ("signround", "block-ap", "kl-rounding")
+"""Quantizers that learn after GPTQ, many times as long as GPTQ takes."""
+OWN_TEXT = {"gptq": 256, "block-ap": 256, "kl-rounding": 768}
 """Sequences the model writes for its calibration where nothing was asked for (decision 0009): learning then sees each
-about once; of `gptq` as many as the PTQ law and the frontier's prior were fitted with."""
+about once; of `gptq` and `block-ap` as many as the PTQ law and the frontier's prior were fitted with."""
 
 
 class OwnTextDefault(Frozen):
@@ -33,6 +35,7 @@ class RunSettings(Artifact):
         formats: candidate formats beside 16 bits; None means the target's own (`Target.default_formats`).
         calibration, eval_text: the person's own text; None means the embedded text.
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
+    quantizer: None decides by size (`quantizer_for`).
     own_text: sequences that a causal language model writes itself, added to the calibration text when quantizing; None
         decides by quantizer and size (`own_text_for`).
     own_text_default: quantizer -> what None came to in this run, so that it keeps its bits; no flag, settled by
@@ -52,7 +55,7 @@ class RunSettings(Artifact):
     context: int | None = None
     sensitivity: str = "tdmpq"
     allocator: str = "knapsack"
-    quantizer: str = "gptq"
+    quantizer: str | None = None
     target: str = "transformers"
     formats: tuple[str, ...] | None = None
     calibration: str | None = None
@@ -112,6 +115,15 @@ class RunSettings(Artifact):
             raise UserError("--budget and --memory were both given; --memory already decides the bytes of the weights")
         return memory_budget(layout, self.memory, self.context, self.target)
 
+    def quantizer_for(self, layout: ModelLayout) -> str:
+        """The quantizer: what was asked for, else block-wise training for causal language models below 50M parameters,
+        which write text for it. Above, training takes many times as long as GPTQ on a CPU; other kinds of models were
+        not measured (decision 0012)."""
+        if self.quantizer is not None:
+            return self.quantizer
+        small = layout.parameters < _SMALL_MODEL_PARAMETERS
+        return "block-ap" if small and layout.task == "causal_lm" else "gptq"
+
     def own_text_for(self, layout: ModelLayout) -> int:
         """How many sequences the model writes for its own calibration.
 
@@ -121,7 +133,8 @@ class RunSettings(Artifact):
         Raises:
             UserError: asked for of another kind of model, or of a quantizer that reads no text.
         """
-        if self.own_text and self.quantizer == "rtn":
+        quantizer = self.quantizer_for(layout)
+        if self.own_text and quantizer == "rtn":
             raise UserError(f"--own-text {self.own_text}: --quantizer rtn reads no text; leave the flag out")
         if layout.task != "causal_lm":
             if self.own_text:
@@ -132,25 +145,24 @@ class RunSettings(Artifact):
             return 0
         if self.own_text is not None:
             return self.own_text
-        if self.quantizer in self.own_text_default:
-            return self.own_text_default[self.quantizer].sequences
-        small = layout.parameters < _SMALL_MODEL_PARAMETERS or self.quantizer == "kl-rounding"
-        return OWN_TEXT.get(self.quantizer, 0) if small else 0
+        if quantizer in self.own_text_default:
+            return self.own_text_default[quantizer].sequences
+        small = layout.parameters < _SMALL_MODEL_PARAMETERS or quantizer == "kl-rounding"
+        return OWN_TEXT.get(quantizer, 0) if small else 0
 
-    @property
-    def own_text_note(self) -> str:
+    def own_text_note(self, layout: ModelLayout) -> str:
         """Why the default's own text is left out in this run; empty where it is not."""
-        settled = self.own_text_default.get(self.quantizer)
+        settled = self.own_text_default.get(self.quantizer_for(layout))
         return "" if self.own_text is not None or settled is None else settled.note
 
-    def settled(self, sequences: int, note: str = "") -> "RunSettings":
-        """A copy in which the quantizer's default of own text is fixed."""
+    def settled(self, quantizer: str, sequences: int, note: str = "") -> "RunSettings":
+        """A copy in which a quantizer's default of own text is fixed."""
         found = OwnTextDefault(sequences=sequences, note=note)
-        return self.model_copy(update={"own_text_default": {**self.own_text_default, self.quantizer: found}})
+        return self.model_copy(update={"own_text_default": {**self.own_text_default, quantizer: found}})
 
     def carried_out_with(self, layout: ModelLayout, quantizer: str | None = None) -> str:
         """The quantizer (None: the run's own) as records name it: losses with and without own text do not compare."""
-        return (quantizer or self.quantizer) + (" + own text" if self.own_text_for(layout) else "")
+        return (quantizer or self.quantizer_for(layout)) + (" + own text" if self.own_text_for(layout) else "")
 
     def forecasts(self, layout: ModelLayout) -> bool:
         """Whether losses are predicted: for causal language models, which the law knows; by default below 50M
@@ -168,5 +180,5 @@ class RunSettings(Artifact):
         if self.baselines is not None:
             return self.baselines
         guard = ("uniform", "preset") if self.target == "gguf" else ("uniform",)
-        cheap = layout.parameters < _SMALL_MODEL_PARAMETERS and self.quantizer != "kl-rounding"
+        cheap = layout.parameters < _SMALL_MODEL_PARAMETERS and self.quantizer_for(layout) not in LEARNING
         return (*guard, "random") if cheap else guard

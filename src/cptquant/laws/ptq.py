@@ -65,6 +65,10 @@ class PtqLawFit(Artifact):
                 raise ValueError(f"the law {name!r} lacks {law.lacking()}")
         return self
 
+    def knows(self, method: str) -> bool:
+        """Whether all its forms were fitted on plans carried out so."""
+        return all(method in law.intercepts for law in self.laws.values())
+
     def predict(self, features: PlanFeatures, form: str | None = None) -> PtqPrediction:
         """Predict one plan under one method.
 

@@ -6,6 +6,12 @@ from cptquant.models.own_text import NO_DOCUMENT
 from cptquant.models.text import TokenSet
 
 
+def given_text(tokens: TokenSet) -> TokenSet:
+    """What the person gave, without what the model wrote itself; all where it wrote everything."""
+    given = (tokens.documents != NO_DOCUMENT).nonzero().flatten()
+    return tokens if len(given) in (0, tokens.sequence_count) else tokens.subset(given)
+
+
 def split_held_out(tokens: TokenSet, share: float, seed: int) -> tuple[TokenSet, TokenSet]:
     """(held out, learned on); the held-out sequences are spread evenly over what the model did not write itself.
 

@@ -57,6 +57,7 @@ from cptquant.quantizers.goes_on import GoesOn
 from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.held_out import split_held_out
 from cptquant.quantizers.hessian import collect_block_hessians
+from cptquant.quantizers.learned_blocks import LearnedBlocks
 from cptquant.quantizers.learned_codes import Learnable, LearnedWeight
 from cptquant.quantizers.variables import Variable, gradients_of, learning_of
 
@@ -87,10 +88,10 @@ class KlRounding(GoesOn):
         seed: of the order of the batches.
     """
 
-    start: Gptq = field(default_factory=Gptq)
+    start: Gptq | GoesOn = field(default_factory=lambda: LearnedBlocks(sequences=1024))
     steps: int = 120
     batch_sequences: int = 8
-    code_rate: float = 0.002
+    code_rate: float = 0.0005
     scale_rate: float = 5e-4
     state_weight: float = 8.0
     momentum: float = 0.9

@@ -8,9 +8,11 @@ from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream
 from cptquant.models.text import TokenSet
+from cptquant.quantizers.first_pass import FinishedInMemory
 from cptquant.quantizers.kl_rounding import KlRounding
-from cptquant.quantizers.methods import Quantizer, spelling_of
-from cptquant.quantizers.refine import FinishedInMemory, refine_sites
+from cptquant.quantizers.learned_blocks import LearnedBlocks, learn_blocks
+from cptquant.quantizers.methods import Quantizer, spelling_of, start_of, start_text
+from cptquant.quantizers.refine import refine_sites
 from cptquant.quantizers.results import Sink
 from cptquant.quantizers.rtn import Rtn
 from cptquant.quantizers.signround import SignRound
@@ -32,8 +34,9 @@ def quantize_sites(
 
     GPTQ goes through the blocks in order; each sees the inputs that the blocks before it, already quantized, produce.
     Embeddings come first (they are the stream's input) and are rounded to nearest. Round-to-nearest looks at no text.
-    SignRound learns each block after GPTQ; KL rounding learns all blocks after the last (`refine_sites`), so it hands
-    nothing over before.
+    SignRound learns each block after GPTQ. Block-AP trains block after block once GPTQ has gone through all, on the
+    given text (`learn_blocks`). KL rounding learns all blocks after the last, from Block-AP (`refine_sites`), so it
+    hands nothing over before.
 
     The result depends on model, plan, quantizer and tokens only: a run resumed after any block gives the same bits.
     Memory: one block in float32, the Hessians of its inputs, and the stream (tokens x width float32).
@@ -42,8 +45,8 @@ def quantize_sites(
         model: never changed. plan: a format for every site. tokens: calibration text, needed by GPTQ.
         quantizer: GPTQ does SliM-LLM on sites with groups of mixed width; give `Slim` to set its options.
         sink: called once per block in order, then once with None for the sites outside the blocks.
-        resume: blocks that are finished already; `sink` is not called for them again. KL rounding resumes from a
-            finished first pass, see `refine_sites`, and ignores this.
+        resume: blocks that are finished already; `sink` is not called for them again. Block-AP makes its first pass
+            again; KL rounding resumes from a finished one, see `refine_sites`, and ignores this.
         progress: called with (blocks done, blocks in all) after each block.
 
     Raises:
@@ -60,12 +63,15 @@ def quantize_sites(
             f"--quantizer {spelling_of(quantizer)} needs calibration text: give --calibration FILE, or use "
             "--quantizer rtn"
         )
-    if isinstance(quantizer, KlRounding):
+    if isinstance(quantizer, LearnedBlocks | KlRounding):
         first = FinishedInMemory()
-        quantize_sites(model, plan, quantizer.start, tokens, first.keep)
-        refine_sites(model, quantizer, tokens, first, sink, progress)
+        quantize_sites(model, plan, start_of(quantizer), start_text(quantizer, tokens), first.keep)
+        if isinstance(quantizer, LearnedBlocks):
+            learn_blocks(model, quantizer, tokens, first, sink, resume=resume, progress=progress)
+        else:
+            refine_sites(model, quantizer, tokens, first, sink, progress)
         return
-    start = quantizer.start if isinstance(quantizer, SignRound) else quantizer
+    start = quantizer.first if isinstance(quantizer, SignRound) else quantizer
     task = SiteTask(model, plan, start, sink, dict(resume or {}))
     task.slim = slim or task.slim
     _go_through_blocks(task, model, tokens, quantizer if isinstance(quantizer, SignRound) else None, progress)

@@ -1,53 +1,15 @@
-"""The second pass of a quantizer that starts from a finished solution: learn, compare, hand over, say what happened."""
+"""The second pass of a quantizer that learns the whole model from a finished solution, and hands it over."""
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
 
-from torch import Tensor
-
-from cptquant.core.errors import ArtifactError
-from cptquant.core.manifest import LearningRecord, SiteRecord
+from cptquant.core.manifest import SiteRecord
 from cptquant.models.load import LoadedModel
-from cptquant.models.stream import QuantizedSource, read_weight
+from cptquant.models.stream import read_weight
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
+from cptquant.quantizers.first_pass import FinishedSites, finished_records, with_learning
 from cptquant.quantizers.kl_rounding import KlRounding, learn_model
-from cptquant.quantizers.results import Sink, relative_error
-
-
-@runtime_checkable
-class FinishedSites(QuantizedSource, Protocol):
-    """A finished first pass: weights and records of all sites."""
-
-    def records(self) -> list[SiteRecord]:
-        """One record a site."""
-        ...
-
-
-class FinishedInMemory:
-    """A sink of `quantize_sites` that serves as a finished first pass."""
-
-    def __init__(self) -> None:
-        self._weights: dict[str, StoredWeight] = {}
-        self._records: list[SiteRecord] = []
-
-    def keep(self, block_index: int | None, weights: dict[str, StoredWeight], records: list[SiteRecord]) -> None:
-        """Take a finished block."""
-        self._weights.update(weights)
-        self._records.extend(records)
-
-    def quantized(self, site_name: str) -> StoredWeight | None:
-        """Codes and scales of a site."""
-        return self._weights.get(site_name)
-
-    def weight(self, site_name: str) -> Tensor | None:
-        """Float32 (out_features, in_features)."""
-        found = self.quantized(site_name)
-        return None if found is None else found.dequantize()
-
-    def records(self) -> list[SiteRecord]:
-        """All records so far."""
-        return self._records
+from cptquant.quantizers.results import Sink
 
 
 def refine_sites(
@@ -63,12 +25,7 @@ def refine_sites(
     Raises:
         DataError: too few sequences. ArtifactError: the first pass is not finished.
     """
-    record_of = {record.site: record for record in first.records()}
-    absent = [site.name for site in model.layout.sites if site.name not in record_of]
-    if absent:
-        raise ArtifactError(
-            f"the first pass has no record of {absent[0]} ({len(absent)} sites are missing); run the command again"
-        )
+    record_of = finished_records(model, first)
     learned = learn_model(model, first, method, tokens, progress)
     for index in [*range(model.layout.block_count), None]:
         sites = [site for site in model.layout.sites if site.block_index == index]
@@ -86,22 +43,3 @@ def refine_sites(
                 weights[site.name] = stored
             records.append(record)
         sink(index, weights, records)
-
-
-def with_learning(
-    record: SiteRecord,
-    original: Tensor,  # (out_features, in_features), any float dtype
-    start: StoredWeight,
-    learned: StoredWeight,
-    measure: tuple[str, float, float],  # what was minimised; its held-out value before and after
-) -> SiteRecord:
-    """A record of the first pass, with what learning changed; errors that no longer hold are dropped."""
-    changed = float((start.codes != learned.codes).float().mean())
-    name, before, after = measure
-    learning = LearningRecord(objective=name, held_out_before=before, held_out_after=after, codes_changed=changed)
-    if learned is start:
-        return record.model_copy(update={"learning": learning})
-    error = relative_error(original, learned)
-    return record.model_copy(
-        update={"learning": learning, "relative_weight_error": error, "relative_output_error": None}
-    )

@@ -40,7 +40,7 @@ class SignRound(GoesOn):
         checks: how often the held-out batch is looked at. seed: of the order of the batches.
     """
 
-    start: Gptq = field(default_factory=Gptq)
+    start: Gptq | GoesOn = field(default_factory=Gptq)
     steps: int = 200
     code_rate: float = 1 / 200
     scale_rate: float = 1 / 2000

@@ -16,10 +16,10 @@ from cptquant.models.load import LoadedModel
 from cptquant.models.stream import ModelStream, read_weight, site_modules, write_weight_
 from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
+from cptquant.quantizers.first_pass import with_learning
 from cptquant.quantizers.gptq import Gptq, GptqResult
 from cptquant.quantizers.hessian import InputHessians, Sample, collect_block_hessians, collect_outer_hessians
 from cptquant.quantizers.learned_codes import Learnable, LearnedWeight
-from cptquant.quantizers.refine import with_learning
 from cptquant.quantizers.results import Results, Sink, relative_error
 from cptquant.quantizers.rtn import Rtn
 from cptquant.quantizers.signround import SignRound, learn_block

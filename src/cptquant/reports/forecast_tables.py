@@ -5,7 +5,12 @@ from cptquant.core.forecast import Interval, PtqForecast
 from cptquant.reports.quantities import spell_bytes, spell_number
 from cptquant.reports.tables import TextTable, render_text
 
-METHOD_LABELS = {"rtn": "round to nearest", "gptq": "GPTQ", "gptq + own text": "GPTQ, own text"}
+METHOD_LABELS = {
+    "rtn": "round to nearest",
+    "gptq": "GPTQ",
+    "gptq + own text": "GPTQ, own text",
+    "block-ap + own text": "Block-AP, own text",
+}
 
 
 def spell_interval(interval: Interval) -> str:
@@ -59,8 +64,8 @@ def beside_measured(forecast: PtqForecast, evaluation: EvaluationReport) -> list
     """Variant, quantity, predicted with interval, measured with error, and whether the interval holds it."""
     rows: list[list[str]] = []
     for row in forecast.rows:
-        if row.plan == "quantized" and evaluation.written not in (None, "quantized"):
-            continue  # the guard wrote something else: the plan itself was not evaluated
+        if not evaluation.carried_out(row.plan):
+            continue
         for label, field, name in _MEASURED:
             found = evaluation.find(name, row.plan)
             if found is None:

@@ -12,7 +12,7 @@ from cptquant.core.targets import find_target
 from cptquant.engines.llamacpp_python import find_llamacpp
 
 SENSITIVITY_METHODS = ("cmpq", "pmpq", "tdmpq", "path", "sketch", "ablation")
-QUANTIZERS = ("gptq", "rtn", "signround", "kl-rounding")
+QUANTIZERS = ("gptq", "rtn", "signround", "block-ap", "kl-rounding")
 _LARGEST_SEED = 2**63 - 1
 """Larger ones overflow the frameworks' generators."""
 _MOST_OWN_TEXT = 65_536
@@ -39,7 +39,8 @@ def check_choices(settings: RunSettings, texts: tuple[str, ...] = TEXTS) -> None
     settings.check_formats()
     find_allocator(settings.allocator)
     _check_name("--sensitivity", settings.sensitivity, SENSITIVITY_METHODS)
-    _check_name("--quantizer", settings.quantizer, QUANTIZERS)
+    if settings.quantizer is not None:
+        _check_name("--quantizer", settings.quantizer, QUANTIZERS)
     check_seed(settings.seed)
     if settings.own_text is not None and not 0 <= settings.own_text <= _MOST_OWN_TEXT:
         raise UserError(

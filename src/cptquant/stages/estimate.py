@@ -22,7 +22,8 @@ from cptquant.core.targets import candidate_formats, find_target
 from cptquant.models.arithmetic import coarse_products
 from cptquant.models.load import read_layout
 from cptquant.quantizers.kl_rounding import KlRounding
-from cptquant.quantizers.methods import find_quantizer
+from cptquant.quantizers.learned_blocks import LearnedBlocks
+from cptquant.quantizers.methods import Quantizer, find_quantizer
 from cptquant.quantizers.signround import SignRound
 from cptquant.sensitivity.path_integral import PathIntegral
 from cptquant.sensitivity.sketch import OUTPUT_ENTRIES, Sketch
@@ -65,6 +66,7 @@ def estimate_run(settings: RunSettings) -> RunEstimate:
     """
     check_choices(settings)
     layout = read_layout(settings.model, trust_remote_code=settings.trust_remote_code)
+    settings = settings.model_copy(update={"quantizer": settings.quantizer_for(layout)})
     budget, target = settings.budget_for(layout), find_target(settings.target)
     check_target(layout, settings.target)
     check_budget(layout, budget, target, settings.formats_for(layout))
@@ -176,7 +178,7 @@ def _quantize_seconds(
     if settings.quantizer != "rtn":
         seconds += sequences * length * (2 * cost.block_pass + cost.hessian) / coarse_speed
         seconds += (cost.factor + _DESCENT_PRODUCTS * cost.update) / speed + _SECONDS_PER_COLUMN * cost.columns
-    return seconds + _learning_seconds(settings, cost, length, coarse_speed)
+    return seconds + _learning_seconds(settings, cost, sequences, length, coarse_speed)
 
 
 def _sequences(layout: ModelLayout, settings: RunSettings) -> int:
@@ -184,18 +186,38 @@ def _sequences(layout: ModelLayout, settings: RunSettings) -> int:
     return settings.calibration_sequences + settings.own_text_for(layout)
 
 
-def _learning_seconds(settings: RunSettings, cost: _Counts, length: int, coarse_speed: float) -> float:
+def _learning_seconds(settings: RunSettings, cost: _Counts, sequences: int, length: int, coarse_speed: float) -> float:
     """Gradient steps of learned rounding: a pass forth and back (three passes' products), one of the original where the
     whole model is learned, and the step itself."""
-    method = find_quantizer(settings.quantizer)
-    if not isinstance(method, SignRound | KlRounding):
+    method = _quantizer(settings)
+    if isinstance(method, KlRounding) and isinstance(method.start, LearnedBlocks):
+        seconds = _training_seconds(method.start, sequences, cost, length, coarse_speed)
+    elif isinstance(method, LearnedBlocks):
+        return _training_seconds(method, sequences, cost, length, coarse_speed)
+    elif not isinstance(method, SignRound | KlRounding):
         return 0.0
+    else:
+        seconds = 0.0
     per_token = 3 * cost.block_pass
-    sequences = 8
+    batch = 8
     if isinstance(method, KlRounding):
-        per_token, sequences = per_token + cost.block_pass + 4 * cost.outer_pass, method.batch_sequences
-    per_step = sequences * length * per_token / coarse_speed + _SECONDS_PER_LEARNED_WEIGHT * cost.block_weights
-    return method.steps * per_step
+        per_token, batch = per_token + cost.block_pass + 4 * cost.outer_pass, method.batch_sequences
+    per_step = batch * length * per_token / coarse_speed + _SECONDS_PER_LEARNED_WEIGHT * cost.block_weights
+    return seconds + method.steps * per_step
+
+
+def _training_seconds(method: LearnedBlocks, sequences: int, cost: _Counts, length: int, coarse_speed: float) -> float:
+    """Block-AP: gradient steps as above, and one pass of the original and of the quantized block over its text."""
+    seen = min(sequences, method.sequences)
+    passes = method.passes(seen)
+    products = seen * length * (3 * passes + 2) * cost.block_pass / coarse_speed
+    steps = passes * seen / method.method.pace.batch_sequences
+    return products + steps * _SECONDS_PER_LEARNED_WEIGHT * cost.block_weights
+
+
+def _quantizer(settings: RunSettings) -> Quantizer:
+    assert settings.quantizer is not None  # `estimate_run` has settled it
+    return find_quantizer(settings.quantizer)
 
 
 def _measure_seconds(
@@ -254,7 +276,10 @@ def _peak_bytes(layout: ModelLayout, settings: RunSettings, variants: int) -> in
     inputs = min(32 * layout.block_count * width // 2, 256 << 20)
     measure = 4 * block + changes + inputs + 2 * outer_codes + 3 * logits
     quantize = 3 * block + 8 * widest + 2 * _sequences(layout, settings) * width + _STACK_BYTES
-    method = find_quantizer(settings.quantizer)
+    method = _quantizer(settings)
+    if isinstance(method, LearnedBlocks):
+        activations = _ACTIVATIONS_PER_WIDTH * method.method.pace.batch_sequences * width
+        quantize = max(quantize, 8 * block + 2 * _sequences(layout, settings) * width + activations)
     if isinstance(method, KlRounding):
         activations = _ACTIVATIONS_PER_WIDTH * layout.block_count * method.batch_sequences * width
         weights = _LEARNED_BYTES_PER_WEIGHT * sum(site.weight_count for site in layout.block_sites)

@@ -119,6 +119,7 @@ def evaluate_stage(
             settings=evaluation_settings(layout.task, run.test),
             written=written,
             guard=guard,
+            unlearned=tuple(name for name, variant in variants.items() if variant.note),
         )
 
     return run.stage("evaluation.json", EvaluationReport, inputs, make)

@@ -30,7 +30,8 @@ def settle_own_text(run: "Run") -> None:
     if run.own_text_settled:
         return
     run.own_text_settled = True
-    settings, count, note = run.settings, run.settings.own_text_for(run.model.layout), run.settings.own_text_note
+    settings, layout = run.settings, run.model.layout
+    count, note = settings.own_text_for(layout), settings.own_text_note(layout)
     try:
         _ = run.quantizer_text
     except OwnTextError as error:
@@ -39,8 +40,9 @@ def settle_own_text(run: "Run") -> None:
         count, note = 0, error.reason
     if note:
         run.progress(f"calibrated on the given text alone: {note}", 1, 1)
-    if settings.own_text is None and settings.quantizer != "rtn":
-        run.settings = settings.settled(count, note)
+    quantizer = settings.quantizer_for(layout)
+    if settings.own_text is None and quantizer != "rtn":
+        run.settings = settings.settled(quantizer, count, note)
     if run.settings.own_text_default != RunSettings.load(run.folder / "settings.json").own_text_default:
         run.keep_settings()
 

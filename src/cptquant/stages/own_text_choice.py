@@ -10,7 +10,8 @@ BEGUN_BEFORE = "this run was begun before GPTQ read own text by default; --own-t
 def carry_own_text(folder: Path, settings: RunSettings) -> RunSettings:
     """Settings for a run folder, with what its run settled on (`RunSettings.own_text_default`).
 
-    A run that quantized with GPTQ before that was written down read no own text, and keeps its bits.
+    A run that quantized with GPTQ before that was written down read no own text, and keeps its bits. So does one that
+    was begun when GPTQ was the default quantizer, or with another that is not named again.
 
     Raises:
         ArtifactError: settings.json is damaged.
@@ -20,8 +21,11 @@ def carry_own_text(folder: Path, settings: RunSettings) -> RunSettings:
     before = RunSettings.load(folder / "settings.json")
     asked = before.own_text is not None or before.quantizer != "gptq"
     if "gptq" in OWN_TEXT and not asked and "gptq" not in before.own_text_default and _quantized(folder):
-        before = before.settled(0, BEGUN_BEFORE)
-    return settings.model_copy(update={"own_text_default": before.own_text_default})
+        before = before.settled("gptq", 0, BEGUN_BEFORE)
+    carried: dict[str, object] = {"own_text_default": before.own_text_default}
+    if settings.quantizer is None and before.quantizer is not None and _quantized(folder):
+        carried["quantizer"] = before.quantizer
+    return settings.model_copy(update=carried)
 
 
 def _quantized(folder: Path) -> bool:

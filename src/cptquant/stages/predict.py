@@ -29,7 +29,8 @@ from cptquant.sensitivity.model_noise import MOMENT_SEQUENCES, measure_landscape
 from cptquant.stages.check import check_seed
 from cptquant.stages.run import Run
 
-QUANTIZERS = ("rtn", "gptq")
+QUANTIZERS = ("rtn", "gptq", "block-ap")
+_LEARNED: Method = "block-ap + own text"
 Formats = Mapping[str, QuantFormat]
 """Site name -> format: a plan."""
 
@@ -41,8 +42,8 @@ class ForecastRequest:
     Attributes:
         formats: widths such as `int3`, taken with every one of `groups`, or whole names such as `int4-channel`.
         groups: columns that share a scale, or `channel`. budget: of a mixed plan, None for none.
-        quantizers: `rtn`, `gptq`. own_text: as of `quantize`: sequences the model writes for GPTQ, 0 for none; None for
-            what `quantize` does by default with this model.
+        quantizers: `rtn`, `gptq`, `block-ap`; None for the first two and what `quantize` does by default with this
+            model. own_text: as of `quantize`: sequences the model writes, 0 for none; None for what it does by default.
         law: file of a fitted law, None for the one that comes with the package.
         form: of the law, None for its own. calibration: text, None for the embedded one.
         tokens_seen: training tokens of the model, where known.
@@ -52,7 +53,7 @@ class ForecastRequest:
     formats: tuple[str, ...] = ("int2", "int3", "int4")
     groups: tuple[str, ...] = ("64",)
     budget: str | None = None
-    quantizers: tuple[str, ...] = ("rtn", "gptq")
+    quantizers: tuple[str, ...] | None = None
     own_text: int | None = None
     law: Path | None = None
     form: str | None = None
@@ -93,7 +94,7 @@ def predict_model(request: ForecastRequest, progress: Progress = ignore_progress
     find_target(request.target)
     check_seed(request.seed)
     law = load_ptq_law(request.law)
-    methods = _methods(request, read_layout(request.model, trust_remote_code=request.trust_remote_code))
+    methods = _methods(request, read_layout(request.model, trust_remote_code=request.trust_remote_code), law)
     _check_law(law, request, methods)
     model = load_model(request.model, trust_remote_code=request.trust_remote_code)
     if budget is not None:
@@ -138,18 +139,18 @@ def _check_law(law: PtqLawFit, request: ForecastRequest, methods: Sequence[Metho
     unknown = [method for method in methods if method not in law.laws[form].intercepts]
     if unknown:
         fitted = sorted(law.laws[form].intercepts)
-        own = unknown[0] == "gptq + own text"
+        name, own = unknown[0].removesuffix(" + own text"), unknown[0].endswith("own text")
         raise UserError(
-            f"--quantizer {'gptq with own text' if own else unknown[0]}: this law was fitted on {', '.join(fitted)} "
-            f"alone; {'give --own-text 0' if own and 'gptq' in fitted else 'choose that'}"
+            f"--quantizer {name}{' with own text' if own else ''}: this law was fitted on {', '.join(fitted)} alone; "
+            f"{'give --own-text 0' if own and name in fitted else 'choose that'}"
         )
 
 
 def _check_quantizers(request: ForecastRequest) -> None:
-    names = request.quantizers
+    names = QUANTIZERS if request.quantizers is None else request.quantizers
     if not names or any(name not in QUANTIZERS for name in names):
-        raise UserError(f"--quantizer {','.join(names)!r} is unknown; choose one of: {', '.join(QUANTIZERS)}, or both")
-    if request.own_text and "gptq" not in names:
+        raise UserError(f"--quantizer {','.join(names)!r} is unknown; choose among: {', '.join(QUANTIZERS)}")
+    if request.own_text and not {"gptq", "block-ap"}.intersection(names):
         raise UserError(f"--own-text {request.own_text}: --quantizer rtn reads no text; leave the flag out")
     if request.own_text is not None and request.own_text != 0 and request.own_text < FITTED_OWN_TEXT:
         raise UserError(
@@ -158,15 +159,23 @@ def _check_quantizers(request: ForecastRequest) -> None:
         )
 
 
-def _methods(request: ForecastRequest, layout: ModelLayout) -> tuple[Method, ...]:
+def _methods(request: ForecastRequest, layout: ModelLayout, law: PtqLawFit) -> tuple[Method, ...]:
     """What `quantize` would do with each quantizer, in the law's words."""
     found: list[Method] = []
+    names = request.quantizers or ("rtn", "gptq", RunSettings(model=request.model).quantizer_for(layout))
     for name in QUANTIZERS:
-        if name in request.quantizers:
-            own_text = request.own_text if name == "gptq" else None
+        if name in names:
+            own_text = None if name == "rtn" else request.own_text
             method = _method_of(RunSettings(model=request.model, quantizer=name, own_text=own_text), layout)
-            assert method is not None  # neither learned rounding nor too little own text
-            found.append(method)
+            if request.quantizers is None and method == _LEARNED and not law.knows(_LEARNED):
+                continue  # a law of one's own may hold fewer methods than quantize has
+            if method is not None:
+                found.append(method)
+            elif request.quantizers is not None:
+                raise UserError(
+                    f"--quantizer {name}: the law knows it with text that the model writes itself; give --own-text "
+                    f"{FITTED_OWN_TEXT}, or choose gptq"
+                )
     return tuple(found)
 
 
@@ -215,7 +224,7 @@ def _mixed_plan(
     layout: ModelLayout, noise: ModelNoise, formats: Sequence[QuantFormat], budget: Budget, request: ForecastRequest
 ) -> dict[str, dict[str, QuantFormat]]:
     """The knapsack's plan for the second-order damages that were measured, GPTQ's where it is among the methods."""
-    compensated = "gptq" in request.quantizers
+    compensated = request.quantizers is None or request.quantizers != ("rtn",)
     damages = {
         name: {
             fmt: Damage(value=found.taylor_kl_nats * (found.gptq_ratio if compensated else 1.0))
@@ -334,8 +343,8 @@ def record_run(folder: Path, table: Path, *, tokens_seen: float | None = None) -
     observations: list[PtqObservation] = []
     for row in forecast.rows:
         subject = "quantized" if row.plan == evaluation.written else row.plan
-        if row.plan == "quantized" and evaluation.written not in (None, "quantized"):
-            continue  # the guard wrote something else: the plan itself was not evaluated
+        if not evaluation.carried_out(row.plan):
+            continue
         kl, rise = (evaluation.find(m, subject) for m in ("kl_nats_per_token", "nll_increase_nats_per_token"))
         original = evaluation.find("nll_nats_per_token", "original")
         if kl is None or rise is None or original is None:

@@ -12,11 +12,20 @@ from cptquant.core.plan import Plan
 from cptquant.core.written_files import digest_folder, list_damage, size_folder
 from cptquant.exporters.export import find_exporter
 from cptquant.models.arithmetic import describe_arithmetic
+from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.packing.shards import ShardFolder
 from cptquant.quantizers.goes_on import GoesOn
 from cptquant.quantizers.kl_rounding import KlRounding
-from cptquant.quantizers.methods import Quantizer, find_quantizer, spelling_of
+from cptquant.quantizers.learned_blocks import LearnedBlocks, learn_blocks
+from cptquant.quantizers.methods import (
+    Quantizer,
+    find_quantizer,
+    first_pass,
+    spelling_of,
+    start_of,
+    start_text,
+)
 from cptquant.quantizers.quantize import quantize_sites
 from cptquant.quantizers.refine import refine_sites
 from cptquant.stages.allocate import check_plan
@@ -36,6 +45,14 @@ class Variant:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Work:
+    """A quantizer and the text it reads."""
+
+    quantizer: Quantizer
+    text: TokenSet
+
+
 def quantize_stage(
     run: Run,
     layout: ModelLayout,
@@ -43,7 +60,7 @@ def quantize_stage(
     name: str = "quantized",
     *,
     manifest: str | None = None,
-    quantizer: Quantizer | None = None,
+    work: Work | None = None,
 ) -> ShardFolder:
     """plan.json -> quantized pieces under work/ (one file a block, with records) and manifest.json.
 
@@ -52,25 +69,27 @@ def quantize_stage(
 
     Args:
         name: for progress, and of the manifest. manifest: its file where the name does not say it.
-        quantizer: the run's own where None.
+        work: the run's own where None.
     """
     check_plan(plan, layout)
     find_exporter(plan.target).check(run.model, find_context(layout, run.settings.context))
-    label = run.settings.carried_out_with(layout, None if quantizer is None else spelling_of(quantizer))
-    quantizer = quantizer or find_quantizer(run.settings.quantizer)
+    work = work or Work(find_quantizer(run.settings.quantizer_for(layout)), run.quantizer_text)
+    quantizer, label = work.quantizer, spelling_of(work.quantizer)
+    if work.text.sequence_count > run.calibration.sequence_count:
+        label = run.settings.carried_out_with(layout, label)
     file_name = manifest or manifest_name(name)
-    inputs, shards = _open_pieces(run, layout, plan, quantizer)
+    inputs, shards = _open_pieces(run, layout, plan, work)
     labels = [block_label(index) for index in range(layout.block_count)]
 
     def make() -> Manifest:
-        _make_pieces(run, layout, plan, quantizer, shards, name)
+        _make_pieces(run, layout, plan, work, shards, name)
         records = {record.site: record for record in shards.records()}
         return Manifest(
             quantizer=label,
             settings={
                 "options": repr(quantizer),
-                "calibration": run.quantizer_text.description,
-                **({"own_text": f"none: {note}"} if (note := run.settings.own_text_note) else {}),
+                "calibration": work.text.description,
+                **({"own_text": f"none: {note}"} if (note := run.settings.own_text_note(layout)) else {}),
                 "arithmetic": inputs["arithmetic"],
                 **_describe_learning(quantizer, list(records.values())),
             },
@@ -87,12 +106,10 @@ def quantize_stage(
 
 
 def first_pass_stage(run: Run, layout: ModelLayout, plan: Plan, name: str) -> ShardFolder:
-    """As `quantize_stage`, up to what learning on the whole model starts from."""
-    quantizer = find_quantizer(run.settings.quantizer)
-    if not isinstance(quantizer, KlRounding):
-        raise TypeError(f"{run.settings.quantizer} has no first pass of its own")
+    """As `quantize_stage`, up to what learning starts from: GPTQ."""
     manifest = "work/manifest-start.json" if name == "quantized" else manifest_name(name)
-    return quantize_stage(run, layout, plan, name, manifest=manifest, quantizer=quantizer.start)
+    work = Work(*first_pass(find_quantizer(run.settings.quantizer_for(layout)), run.quantizer_text))
+    return quantize_stage(run, layout, plan, name, manifest=manifest, work=work)
 
 
 def manifest_name(name: str) -> str:
@@ -100,13 +117,13 @@ def manifest_name(name: str) -> str:
     return "manifest.json" if name == "quantized" else f"manifest-{name}.json"
 
 
-def _open_pieces(run: Run, layout: ModelLayout, plan: Plan, quantizer: Quantizer) -> tuple[dict[str, str], ShardFolder]:
+def _open_pieces(run: Run, layout: ModelLayout, plan: Plan, work: Work) -> tuple[dict[str, str], ShardFolder]:
     """What the pieces depend on, and the folder named after it."""
     inputs = {
         "plan": digest_json(plan.formats),
-        "tokens": run.quantizer_text.digest,
-        "quantizer": repr(quantizer),
-        "arithmetic": describe_arithmetic(getattr(quantizer, "coarse_products", False)),
+        "tokens": work.text.digest,
+        "quantizer": repr(work.quantizer),
+        "arithmetic": describe_arithmetic(getattr(work.quantizer, "coarse_products", False)),
         "layout": layout.digest(),
     }
     shapes = {site.name: (site.out_features, site.in_features) for site in layout.sites}
@@ -116,31 +133,37 @@ def _open_pieces(run: Run, layout: ModelLayout, plan: Plan, quantizer: Quantizer
     return inputs, shards
 
 
-def _make_pieces(
-    run: Run, layout: ModelLayout, plan: Plan, quantizer: Quantizer, shards: ShardFolder, name: str
-) -> None:
+def _make_pieces(run: Run, layout: ModelLayout, plan: Plan, work: Work, shards: ShardFolder, name: str) -> None:
     """Fill the folder, from where an earlier call was killed.
 
-    KL rounding first makes an ordinary GPTQ run with pieces of its own, shared with `--quantizer gptq`; a run killed
-    while learning learns again from there, with the same result.
+    What learning goes on from has pieces of its own: GPTQ on the given text, shared with `--quantizer gptq --own-text
+    0`, and Block-AP, shared with `--quantizer block-ap` on the same text. Block-AP goes on after the last finished
+    block; a run killed in KL rounding learns again from there, with the same result.
     """
+    quantizer, text = work.quantizer, work.text
 
     def keep(index: int | None, weights: dict[str, StoredWeight], records: list[SiteRecord]) -> None:
         shards.save(block_label(index), weights, records)
 
     labels = [block_label(index) for index in range(layout.block_count)]
-    if isinstance(quantizer, KlRounding):
-        _, first = _open_pieces(run, layout, plan, quantizer.start)
+    finished = {index: shards.piece(label) for index, label in enumerate(labels) if label in shards.labels}
+    if isinstance(quantizer, LearnedBlocks | KlRounding):
+        start = Work(start_of(quantizer), start_text(quantizer, text))
+        _, first = _open_pieces(run, layout, plan, start)
         if not first.labels.issuperset([*labels, block_label(None)]):
-            _make_pieces(run, layout, plan, quantizer.start, first, name)
-        refine_sites(
-            run.model, quantizer, run.quantizer_text, first, keep,
-            lambda done, total: run.progress(f"learn rounding ({name})", done, total),
-        )  # fmt: skip
+            _make_pieces(run, layout, plan, start, first, name)
+        told = f"{'train blocks' if isinstance(quantizer, LearnedBlocks) else 'learn rounding'} ({name})"
+
+        def progress(done: int, total: int) -> None:
+            run.progress(told, done, total)
+
+        if isinstance(quantizer, LearnedBlocks):
+            learn_blocks(run.model, quantizer, text, first, keep, resume=finished, progress=progress)
+        else:
+            refine_sites(run.model, quantizer, text, first, keep, progress)
         return
     quantize_sites(
-        run.model, plan, quantizer, run.quantizer_text, keep,
-        resume={index: shards.piece(label) for index, label in enumerate(labels) if label in shards.labels},
+        run.model, plan, quantizer, text, keep, resume=finished,
         progress=lambda done, total: run.progress(f"quantize ({name})", done, total),
     )  # fmt: skip
 

@@ -30,13 +30,14 @@ from cptquant.models.text import TokenSet
 from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.alternatives import Alternatives, quantize_alternatives
 from cptquant.quantizers.gptq import Gptq
-from cptquant.quantizers.methods import find_quantizer
+from cptquant.quantizers.methods import find_quantizer, first_pass
 from cptquant.quantizers.rtn import Rtn
+from cptquant.quantizers.signround import SignRound
 from cptquant.sensitivity.perturbation import original_weight
 from cptquant.sensitivity.plan_loss import Change, PlanLoss
 from cptquant.stages.allocate import UNREFINED, allocate_stage
 from cptquant.stages.own_text import settle_own_text
-from cptquant.stages.quantize import quantize_stage
+from cptquant.stages.quantize import Work, quantize_stage
 from cptquant.stages.run import Run
 
 _MINIMUM_SEQUENCES = 16
@@ -183,19 +184,22 @@ class _Given:
 def _refinement(run: Run, layout: ModelLayout, problem: Problem, plan: Plan) -> Refinement:
     """refinement.json."""
     settings = run.settings
-    search, wanted = SwapSearch(rounds=settings.refine_swaps), find_quantizer(settings.quantizer)
-    quantizer = wanted if isinstance(wanted, Gptq | Rtn) else wanted.start
+    search = SwapSearch(rounds=settings.refine_swaps)
+    quantizer, tokens = first_pass(find_quantizer(settings.quantizer_for(layout)), run.quantizer_text)
+    if isinstance(quantizer, SignRound):
+        quantizer = quantizer.first
+    assert isinstance(quantizer, Gptq | Rtn)
     inputs = {
         "plan": plan.digest(),
-        "tokens": run.quantizer_text.digest,
+        "tokens": tokens.digest,
         "quantizer": repr(quantizer),
         "search": repr(search),
         "seed": str(settings.seed),
     }
 
     def make() -> Refinement:
-        shards = quantize_stage(run, layout, plan, "unrefined", quantizer=quantizer)
-        start = QuantizedPlan(plan, shards, quantizer, run.quantizer_text)
+        shards = quantize_stage(run, layout, plan, "unrefined", work=Work(quantizer, tokens))
+        start = QuantizedPlan(plan, shards, quantizer, tokens)
         refined = search_swaps(run.model, problem, start, search, seed=settings.seed, progress=run.progress)
         rounds, choice = list[SwapRound](), tuple(chosen_option(group, plan) for group in problem.groups)
         for found in refined.rounds:
@@ -213,7 +217,7 @@ def _refinement(run: Run, layout: ModelLayout, problem: Problem, plan: Plan) -> 
             choice = after if found.taken else choice
         return Refinement(
             search=repr(search),
-            text=run.quantizer_text.description,
+            text=tokens.description,
             unit="nats/token" if layout.task != "sequence_classification" else "nats/example",
             rounds=tuple(rounds),
             formats={name: fmt.name for name, fmt in problem.formats(refined.choice).items()},

@@ -71,6 +71,8 @@ class Run:
         if not os.access(folder, os.W_OK):
             raise OutputError(f"--output {folder} is not writable; choose another folder")
         run = cls(folder, carry_own_text(folder, settings), progress)
+        if settings.quantizer != run.settings.quantizer:
+            progress(f"this run was begun with --quantizer {run.settings.quantizer} and goes on with it", 1, 1)
         if keep or not path.exists():
             run.keep_settings()
         return run

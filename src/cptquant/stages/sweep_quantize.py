@@ -10,9 +10,9 @@ from cptquant.core.sweep_record import QuantizedRecord
 from cptquant.evaluation.evaluate import evaluate
 from cptquant.models.load import LoadedModel
 from cptquant.models.text import TokenSet
+from cptquant.quantizers.first_pass import FinishedInMemory
 from cptquant.quantizers.methods import find_quantizer
 from cptquant.quantizers.quantize import quantize_sites
-from cptquant.quantizers.refine import FinishedInMemory
 from cptquant.stages.predict import uniform_plan
 
 TARGET = "transformers"

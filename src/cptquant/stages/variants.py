@@ -7,6 +7,7 @@ from cptquant.core.layout import ModelLayout
 from cptquant.core.plan import Plan
 from cptquant.evaluation.evaluate import evaluate
 from cptquant.quantizers.kl_rounding import KlRounding
+from cptquant.quantizers.learned_blocks import LearnedBlocks
 from cptquant.quantizers.methods import find_quantizer
 from cptquant.stages.quantize import Variant, first_pass_stage, quantize_stage
 from cptquant.stages.run import Run
@@ -19,10 +20,11 @@ brought 0.5 to 0.75 times the start's distance to plans of all kinds, never so m
 def quantize_variants(run: Run, layout: ModelLayout, plans: Mapping[str, Plan]) -> dict[str, Variant]:
     """Each plan quantized the same way, except baselines that are beaten before the costly part.
 
-    Learning on the whole model takes many times as long as GPTQ before it, so both are judged on validation text after
-    GPTQ, and a baseline that is far behind stays as GPTQ left it; its variant and the report say so.
+    Learning takes many times as long as GPTQ before it, so both are judged on validation text after GPTQ, and a
+    baseline that is far behind stays as GPTQ left it; its variant and the report say so.
     """
-    notes = _beaten(run, layout, plans) if isinstance(find_quantizer(run.settings.quantizer), KlRounding) else {}
+    learns = isinstance(find_quantizer(run.settings.quantizer_for(layout)), LearnedBlocks | KlRounding)
+    notes = _beaten(run, layout, plans) if learns else {}
     found: dict[str, Variant] = {}
     for name, plan in plans.items():
         stage = first_pass_stage if name in notes else quantize_stage
