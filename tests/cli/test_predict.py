@@ -44,7 +44,7 @@ def test_every_plan_has_an_interval(cptquant: Callable, folder: Path, law: Path,
     assert [(row["plan"], row["method"]) for row in found["rows"]] == [
         (plan, method)
         for plan in ("int3-g16", "int3-g32", "int4-channel", "budget 13bpw")
-        for method in ("rtn", "gptq + own text")
+        for method in ("rtn", "gptq + own text", "block-ap + own text")
     ]
     for row in found["rows"]:
         for name in ("kl_nats", "nll_nats", "perplexity"):
@@ -75,7 +75,7 @@ def test_gptq_is_what_quantize_would_do(cptquant: Callable, folder: Path, law: P
     # features are alike, so the two differ by the planted intercepts
     planted = PLANTED["gptq"] - PLANTED["gptq + own text"]
     assert math.log(given["gptq"] / default["gptq + own text"]) == pytest.approx(planted, abs=0.05)
-    two = [row for row in planted_table(noise=0.1) if row.features.method != "gptq + own text"]
+    two = [row for row in planted_table(noise=0.1) if "own text" not in row.features.method]
     fit_observations(two, form="full", source="two.csv").save(tmp_path / "two.json")
     refused = cptquant("predict", folder, "--law", tmp_path / "two.json")
     told = "--quantizer gptq with own text: this law was fitted on gptq, rtn alone; give --own-text 0"

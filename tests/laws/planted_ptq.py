@@ -7,7 +7,7 @@ import numpy as np
 from cptquant.core.forecast import PlanFeatures
 from cptquant.laws.ptq_table import PtqObservation
 
-PLANTED = {"rtn": 0.1, "gptq": -0.2, "gptq + own text": -0.35}
+PLANTED = {"rtn": 0.1, "gptq": -0.2, "gptq + own text": -0.35, "block-ap + own text": -0.6}
 POWER, BEND, CORRECTION = 1.05, 0.8, 0.9
 PER_KL, PER_SLOPE = 1.02, 0.7
 

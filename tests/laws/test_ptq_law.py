@@ -137,13 +137,15 @@ def test_rows_without_landscape_leave_the_other_forms():
 def test_refusals():
     rows = planted_table()
     with pytest.raises(
-        DataError, match=r"planted has 48 usable rows of 2 families; a PTQ law needs at least 24 rows of"
+        DataError, match=r"planted has 64 usable rows of 2 families; a PTQ law needs at least 24 rows of"
     ):
         fit_observations(planted_table(families=2), form="full", source="planted")
     with pytest.raises(DataError, match=r"--form .cubic. is unknown; choose one of: error, curvature, taylor"):
         fit_observations(rows, form="cubic", source="planted")
     fit = fit_observations(rows, form="full", source="planted")
-    with pytest.raises(DataError, match=r"was fitted on gptq, gptq \+ own text, rtn, not on 'awq'"):
+    with pytest.raises(
+        DataError, match=r"was fitted on block-ap \+ own text, gptq, gptq \+ own text, rtn, not on 'awq'"
+    ):
         fit.predict(rows[0].features.model_copy(update={"method": "awq"}))
 
 

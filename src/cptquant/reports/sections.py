@@ -14,6 +14,7 @@ from cptquant.reports.figures.comparison import VariantPoint, draw_distances, dr
 from cptquant.reports.figures.depth import draw_block_scores, draw_curve_panels, draw_role_panels
 from cptquant.reports.figures.errors import draw_errors, role_legend
 from cptquant.reports.figures.grids import HeatMap, draw_heat_map, draw_plan
+from cptquant.reports.figures.learning import draw_block_training
 from cptquant.reports.headline import SUBJECT_LABELS, damage_points, spell_distance, spell_plain
 from cptquant.reports.quantities import (
     METHOD_NAMES,
@@ -203,6 +204,7 @@ class ErrorSection:
     quantizer: str
     output_errors: str | None
     weight_errors: str | None
+    block_errors: str | None
     legend: list[tuple[str, int]]
     columns: list[str]
     rows: list[list[Cell]]
@@ -215,12 +217,19 @@ def error_section(record: RunRecord) -> ErrorSection | None:
     manifest = record.written_manifest
     if manifest is None:
         return None
+    in_blocks = {site.name for site in record.layout.block_sites}
+    drawn = any(
+        found.relative_output_error for found in manifest.sites if found.site in in_blocks
+    )  # none if all learned
     output_label = "relative output error of every site, by block"
     weight_label = "relative weight error of every site, by block"
     return ErrorSection(
         quantizer=manifest.quantizer.upper(),
-        output_errors=draw_errors(manifest, record.layout, lambda r: r.relative_output_error, output_label),
+        output_errors=draw_errors(manifest, record.layout, lambda r: r.relative_output_error, output_label)
+        if drawn
+        else None,
         weight_errors=draw_errors(manifest, record.layout, lambda r: r.relative_weight_error, weight_label),
+        block_errors=draw_block_training(manifest, record.layout, "error of every block's output, by block"),
         legend=role_legend(record.layout),
         columns=["Site", "Block", "Role", "Format", "Weight error", "Output error", "Damping", "Outcome"],
         rows=_error_rows(manifest, record.layout),
