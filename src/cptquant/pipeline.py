@@ -266,7 +266,7 @@ def run_plan(
         if point.bits < FLOAT_BITS:
             result = quantize_model(
                 str(adapted.model), _point_budget(point), adapted.folder / "quantized", progress, allocator="uniform",
-                formats=(point.format,), target=plan.target, calibration=str(adapted.calibration),
+                formats=(point.format,), quantizer="gptq", target=plan.target, calibration=str(adapted.calibration),
                 eval_text=validation_text(request, plan), baselines=(), predict=False, seed=request.seed,
             )  # fmt: skip
             checkpoint, size_bytes = result.checkpoint, result.plan.size_bytes

@@ -35,7 +35,8 @@ class RunSettings(Artifact):
         formats: candidate formats beside 16 bits; None means the target's own (`Target.default_formats`).
         calibration, eval_text: the person's own text; None means the embedded text.
         calibration_sequences, eval_sequences, sequence_length: how much of it is used, in windows of tokens.
-    quantizer: None decides by size (`quantizer_for`).
+    quantizer: None decides by size (`quantizer_for`). quantizer_default: what None came to in this run, so that it
+        keeps its bits; no flag.
     own_text: sequences that a causal language model writes itself, added to the calibration text when quantizing; None
         decides by quantizer and size (`own_text_for`).
     own_text_default: quantizer -> what None came to in this run, so that it keeps its bits; no flag, settled by
@@ -56,6 +57,7 @@ class RunSettings(Artifact):
     sensitivity: str = "tdmpq"
     allocator: str = "knapsack"
     quantizer: str | None = None
+    quantizer_default: str | None = None
     target: str = "transformers"
     formats: tuple[str, ...] | None = None
     calibration: str | None = None
@@ -119,8 +121,9 @@ class RunSettings(Artifact):
         """The quantizer: what was asked for, else block-wise training for causal language models below 50M parameters,
         which write text for it. Above, training takes many times as long as GPTQ on a CPU; other kinds of models were
         not measured (decision 0012)."""
-        if self.quantizer is not None:
-            return self.quantizer
+        named = self.quantizer or self.quantizer_default
+        if named is not None:
+            return named
         small = layout.parameters < _SMALL_MODEL_PARAMETERS
         return "block-ap" if small and layout.task == "causal_lm" else "gptq"
 

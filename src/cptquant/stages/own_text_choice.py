@@ -8,7 +8,7 @@ BEGUN_BEFORE = "this run was begun before GPTQ read own text by default; --own-t
 
 
 def carry_own_text(folder: Path, settings: RunSettings) -> RunSettings:
-    """Settings for a run folder, with what its run settled on (`RunSettings.own_text_default`).
+    """Settings for a run folder, with what its run settled on (`RunSettings.own_text_default`, `quantizer_default`).
 
     A run that quantized with GPTQ before that was written down read no own text, and keeps its bits. So does one that
     was begun when GPTQ was the default quantizer, or with another that is not named again.
@@ -22,9 +22,8 @@ def carry_own_text(folder: Path, settings: RunSettings) -> RunSettings:
     asked = before.own_text is not None or before.quantizer != "gptq"
     if "gptq" in OWN_TEXT and not asked and "gptq" not in before.own_text_default and _quantized(folder):
         before = before.settled("gptq", 0, BEGUN_BEFORE)
-    carried: dict[str, object] = {"own_text_default": before.own_text_default}
-    if settings.quantizer is None and before.quantizer is not None and _quantized(folder):
-        carried["quantizer"] = before.quantizer
+    begun = before.quantizer if _quantized(folder) else None
+    carried = {"own_text_default": before.own_text_default, "quantizer_default": begun or before.quantizer_default}
     return settings.model_copy(update=carried)
 
 

@@ -71,8 +71,9 @@ class Run:
         if not os.access(folder, os.W_OK):
             raise OutputError(f"--output {folder} is not writable; choose another folder")
         run = cls(folder, carry_own_text(folder, settings), progress)
-        if settings.quantizer != run.settings.quantizer:
-            progress(f"this run was begun with --quantizer {run.settings.quantizer} and goes on with it", 1, 1)
+        begun = RunSettings.load(path).quantizer if path.exists() else None
+        if settings.quantizer is None and begun is not None and begun == run.settings.quantizer_default:
+            progress(f"this run was begun with --quantizer {begun} and goes on with it", 1, 1)
         if keep or not path.exists():
             run.keep_settings()
         return run
