@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def settle_own_text(run: "Run") -> None:
     """Write the model's own text before anything is predicted or quantized, or find that the run goes without it.
 
-    What the defaults of own text and of the quantizer came to is written into settings.json and holds for the run. Where
-    own text is the default only, a model that cannot write is no error: settings.json, progress, manifest and report say
-    why the given text is all that is read, and every label and forecast of the run follows from that.
+    What the defaults of own text and of the quantizer came to is written into settings.json and holds for the run.
+    Where own text is the default only, a model that cannot write is no error: settings.json, progress, manifest and
+    report say why the given text is all that is read, and every label and forecast of the run follows from that.
 
     Raises:
         OwnTextError: the model cannot write, and own text was asked for. DataError: unusable calibration text.
