@@ -61,7 +61,9 @@ def test_nine_of_ten_new_points_lie_inside_when_the_prior_is_right(points):
     assert inside / 4000 == pytest.approx(0.9, abs=4 * math.sqrt(0.09 / 4000))
 
 
-@pytest.mark.parametrize(("method", "factor"), [("rtn", 1.2), ("gptq", 1.5), ("gptq + own text", 1.5)])
+@pytest.mark.parametrize(
+    ("method", "factor"), [("rtn", 1.2), ("gptq", 1.5), ("gptq + own text", 1.5), ("block-ap + own text", 1.6)]
+)
 def test_families_left_out_are_covered(method, factor):
     """What frontier.json claims, on the package's own table: three plans of a family calibrate, the rest are judged."""
     rows = [row for row in usable_observations(read_observations(SHIPPED)) if row.features.method == method]
@@ -85,10 +87,12 @@ def test_families_left_out_are_covered(method, factor):
     assert np.median(factors) < factor, "a band that covers everything says nothing"
 
 
-def test_a_default_of_gptq_is_one_that_law_and_prior_know():
-    """Forecasts and bands of the default must not fall away."""
-    known = "gptq + own text" in load_ptq_law().laws["full"].intercepts and observed_prior("gptq + own text")
-    assert OWN_TEXT.get("gptq") in ((None, FITTED_OWN_TEXT) if known else (None,))
+@pytest.mark.parametrize("quantizer", ("gptq", "block-ap"))
+def test_defaults_are_what_law_and_prior_know(quantizer: str):
+    """Forecasts and bands of the defaults must not fall away."""
+    method = f"{quantizer} + own text"
+    assert load_ptq_law().knows(method) and observed_prior(method) is not None
+    assert OWN_TEXT[quantizer] == FITTED_OWN_TEXT
 
 
 def test_the_observed_prior_is_what_the_table_shows():

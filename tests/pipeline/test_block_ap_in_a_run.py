@@ -42,6 +42,7 @@ def test_the_default(limit: float, cptquant: Callable, folder: Path, tmp_path: P
     assert manifest.quantizer == "block-ap + own text" and "squared error of the block's output" in str(manifest)
     assert "and 256 windows of 32 tokens the model wrote itself" in manifest.settings["calibration"]
     assert uniform.quantizer == ("gptq" if limit < 1 else "block-ap + own text")
+    assert ("the model wrote itself" in uniform.settings["calibration"]) == (limit > 1)
     evaluation, forecast = EvaluationReport.load(run / "evaluation.json"), PtqForecast.load(run / "forecast.json")
     assert evaluation.unlearned == (("uniform",) if limit < 1 else ())
     assert {row.method for row in forecast.rows} == {"block-ap + own text"}

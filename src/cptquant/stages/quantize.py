@@ -52,6 +52,11 @@ class Work:
     quantizer: Quantizer
     text: TokenSet
 
+    @classmethod
+    def of_start(cls, run: Run, quantizer: Quantizer, text: TokenSet) -> "Work":
+        """What learning starts from; where that reads what was given alone, the run's own text with its description."""
+        return cls(quantizer, run.calibration if text.digest == run.calibration.digest else text)
+
 
 def quantize_stage(
     run: Run,
@@ -108,7 +113,7 @@ def quantize_stage(
 def first_pass_stage(run: Run, layout: ModelLayout, plan: Plan, name: str) -> ShardFolder:
     """As `quantize_stage`, up to what learning starts from: GPTQ."""
     manifest = "work/manifest-start.json" if name == "quantized" else manifest_name(name)
-    work = Work(*first_pass(find_quantizer(run.settings.quantizer_for(layout)), run.quantizer_text))
+    work = Work.of_start(run, *first_pass(find_quantizer(run.settings.quantizer_for(layout)), run.quantizer_text))
     return quantize_stage(run, layout, plan, name, manifest=manifest, work=work)
 
 
@@ -148,7 +153,7 @@ def _make_pieces(run: Run, layout: ModelLayout, plan: Plan, work: Work, shards: 
     labels = [block_label(index) for index in range(layout.block_count)]
     finished = {index: shards.piece(label) for index, label in enumerate(labels) if label in shards.labels}
     if isinstance(quantizer, LearnedBlocks | KlRounding):
-        start = Work(start_of(quantizer), start_text(quantizer, text))
+        start = Work.of_start(run, start_of(quantizer), start_text(quantizer, text))
         _, first = _open_pieces(run, layout, plan, start)
         if not first.labels.issuperset([*labels, block_label(None)]):
             _make_pieces(run, layout, plan, start, first, name)
