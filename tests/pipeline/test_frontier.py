@@ -17,7 +17,9 @@ from cptquant.core.plan import Plan
 from cptquant.stages.calibration import find_measured
 from cptquant.stages.frontier import FrontierRequest, frontier_model
 
-QUICK = ("--calibration-sequences", 8, "--eval-sequences", 8, "--sequence-length", 32, "--own-text", 0)
+QUICK = (
+    "--calibration-sequences", 8, "--eval-sequences", 8, "--sequence-length", 32, "--own-text", 0, "--quantizer", "gptq",
+)  # fmt: skip
 QUICKLY = {"formats": ("int2-g16", "int3-g16", "int4-g16", "int8-g16"), "calibration_sequences": 8, "eval_sequences": 8,
            "sequence_length": 32, "quantizer": "rtn"}  # fmt: skip
 FLAGS = ("--formats", "int2-g16,int3-g16,int4-g16,int8-g16", *QUICK)
