@@ -18,7 +18,8 @@ from cptquant.stages.calibration import find_measured
 from cptquant.stages.frontier import FrontierRequest, frontier_model
 
 QUICK = (
-    "--calibration-sequences", 8, "--eval-sequences", 8, "--sequence-length", 32, "--own-text", 0, "--quantizer", "gptq",
+    "--calibration-sequences", 8, "--eval-sequences", 8, "--sequence-length", 32, "--own-text", 0,
+    "--quantizer", "gptq",
 )  # fmt: skip
 QUICKLY = {"formats": ("int2-g16", "int3-g16", "int4-g16", "int8-g16"), "calibration_sequences": 8, "eval_sequences": 8,
            "sequence_length": 32, "quantizer": "rtn"}  # fmt: skip
@@ -200,7 +201,7 @@ def test_damaged_files_of_a_frontier_are_made_again(traced: Path) -> None:
 def test_choices_are_checked_before_anything_is_measured(
     cptquant: Callable, folder: Path, tmp_path: Path, flags: tuple, fragments: tuple
 ) -> None:
-    refused(cptquant("frontier", folder, "--output", tmp_path / "run", *flags, *QUICK), *fragments)
+    refused(cptquant("frontier", folder, "--output", tmp_path / "run", *QUICK, *flags), *fragments)
     assert not (tmp_path / "run/sensitivity.json").exists()
 
 
