@@ -51,12 +51,8 @@ def test_gptq_reads_the_given_text_and_blocks_all_of_it(tmp_path: Path) -> None:
 
 def test_how_much_text_a_block_sees() -> None:
     method = LearnedBlocks()
-    for sequences, read, passes in ((64, 64, 2.0), (192, 192, 2.0), (256, 256, 1.5), (384, 384, 1.0), (900, 384, 1.0)):
-        text = method.text_from(make_tokens(sequences, length=4))
-        assert text.sequence_count == read
-        assert method.method_on(text).pace.epochs == pytest.approx(passes)
-    everything = make_tokens(900, length=4)
-    assert torch.equal(method.text_from(everything).input_ids, everything.input_ids[:384])
+    for sequences, passes in ((64, 2.0), (192, 2.0), (256, 1.5), (384, 1.0), (900, 1.0)):
+        assert method.method_on(make_tokens(sequences, length=4)).pace.epochs == pytest.approx(passes)
 
 
 def test_spellings() -> None:

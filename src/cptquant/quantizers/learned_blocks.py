@@ -39,7 +39,7 @@ class LearnedBlocks(GoesOn):
     Attributes:
         start: makes the solution training starts from, on the given text.
         method: what moves in a block, how fast and how long.
-        sequences: that a block sees, the given ones first; fewer are passed over twice at most.
+        sequences: that a block sees at least; fewer are passed over again, twice in all at most.
     """
 
     start: Gptq | GoesOn = field(default_factory=Gptq)
@@ -48,17 +48,13 @@ class LearnedBlocks(GoesOn):
     )
     sequences: int = 384
 
-    def text_from(self, tokens: TokenSet) -> TokenSet:
-        """What blocks are trained on."""
-        return tokens if tokens.sequence_count <= self.sequences else tokens.subset(slice(0, self.sequences))
-
     def method_on(self, text: TokenSet) -> BlockAp:
         """The method with as many passes as that text needs."""
         return replace(self.method, pace=replace(self.method.pace, epochs=self.passes(text.sequence_count)))
 
     def passes(self, sequences: int) -> float:
         """Over so much text."""
-        return min(2.0, self.sequences / max(1, sequences))
+        return min(2.0, max(1.0, self.sequences / max(1, sequences)))
 
 
 def learn_blocks(
@@ -99,9 +95,8 @@ def learn_blocks(
             records.append(record)
         sink(index, weights, records)
 
-    text = method.text_from(tokens)
     train_blocks(
-        model, Start(first, {}), method.method_on(text), text, keep,
+        model, Start(first, {}), method.method_on(tokens), tokens, keep,
         resume={index: FinishedBlock(weights, {}) for index, weights in (resume or {}).items()},
         progress=progress or (lambda _done, _total: None),
     )  # fmt: skip

@@ -208,10 +208,9 @@ def _learning_seconds(settings: RunSettings, cost: _Counts, sequences: int, leng
 
 def _training_seconds(method: LearnedBlocks, sequences: int, cost: _Counts, length: int, coarse_speed: float) -> float:
     """Block-AP: gradient steps as above, and one pass of the original and of the quantized block over its text."""
-    seen = min(sequences, method.sequences)
-    passes = method.passes(seen)
-    products = seen * length * (3 * passes + 2) * cost.block_pass / coarse_speed
-    steps = passes * seen / method.method.pace.batch_sequences
+    passes = method.passes(sequences)
+    products = sequences * length * (3 * passes + 2) * cost.block_pass / coarse_speed
+    steps = passes * sequences / method.method.pace.batch_sequences
     return products + steps * _SECONDS_PER_LEARNED_WEIGHT * cost.block_weights
 
 
