@@ -13,11 +13,13 @@ from quantizers.test_quantize import Collected, assert_same_bits, make_model, ma
 from cptquant.core.errors import ArtifactError, DataError
 from cptquant.models.own_text import NO_DOCUMENT, join_texts
 from cptquant.models.text import TokenSet
+from cptquant.quantizers.blocks.block_ap import BlockAp
 from cptquant.quantizers.first_pass import FinishedInMemory
 from cptquant.quantizers.held_out import given_text, split_held_out
 from cptquant.quantizers.kl_rounding import KlRounding
 from cptquant.quantizers.learned_blocks import LearnedBlocks, learn_blocks
 from cptquant.quantizers.methods import find_quantizer, first_pass, spelling_of
+from cptquant.stages.quantize import _describe_learning
 
 
 def own(sequences: int) -> TokenSet:
@@ -42,10 +44,11 @@ def test_gptq_reads_the_given_text_and_blocks_all_of_it(tmp_path: Path) -> None:
     # what each block's output loses on the sequences held out of training, by two plain streams
     pace = TRAINED.method.pace
     before, after = (slow_errors(model, Changed(found.weights, {}), both, pace) for found in (first, trained))
-    assert after[0] < 0.95 * before[0] and after[-1] < before[-1]
-    told = [record.learning for record in trained.records.values() if record.learning is not None]
-    assert {entry.objective for entry in told} == {"squared error of the block's output"}
-    assert min(entry.held_out_after for entry in told) == pytest.approx(min(after), rel=1e-3)
+    assert after[0] < before[0] and after[-1] < before[-1]
+    for site in model.layout.block_sites:
+        told = trained.records[site.name].learning
+        assert told is not None and told.objective == "squared error of the block's output" and not told.stopped
+        assert told.held_out_after == pytest.approx(after[site.block_index], rel=1e-3)
     assert split_held_out(both, pace.held_out, 0)[0].sequence_count == 2  # of the given twelve, an eighth
 
 
@@ -73,6 +76,19 @@ def test_refused(tmp_path: Path) -> None:
         run(model, plan, TRAINED, make_tokens().subset([0]))
     with pytest.raises(ArtifactError, match=r"the first pass has no record of .* sites are missing\); run the command"):
         learn_blocks(model, TRAINED, make_tokens(), FinishedInMemory(), lambda *_: None)
+
+
+def test_a_loss_that_is_no_number_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = make_model("llama", tmp_path), make_tokens()
+    plan = make_plan(model, linear="int3-g16")
+    monkeypatch.setattr(BlockAp, "loss", lambda _self, output, _targets: output.sum() * float("nan"))
+    found, first = run(model, plan, TRAINED, tokens), run(model, plan, POOR, tokens)
+    assert_same_bits(found.weights, first.weights)
+    for site in model.layout.block_sites:
+        learning = found.records[site.name].learning
+        assert learning is not None and learning.stopped.startswith("training stopped at step 1 of ")
+    told = _describe_learning(TRAINED, list(found.records.values()))["learning"]
+    assert "the loss is nan" in told and f"(at {len(model.layout.block_sites)} sites)" in told
 
 
 def test_where_no_step_helps_the_start_is_handed_over(tmp_path: Path) -> None:

@@ -40,12 +40,14 @@ class LearningRecord(Frozen):
         objective: what was minimised. held_out_before, held_out_after: its value on calibration sequences that were not
             learned on, with the first solution and with the one taken (equal where the first was kept).
         codes_changed: share of the site's codes that differ from the first solution's; 0 where it was kept.
+        stopped: why learning ended early; empty where it did not.
     """
 
     objective: str
     held_out_before: float
     held_out_after: float
     codes_changed: float
+    stopped: str = ""
 
 
 class SiteRecord(Frozen):

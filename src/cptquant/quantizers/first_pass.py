@@ -68,11 +68,15 @@ def with_learning(
     start: StoredWeight,
     learned: StoredWeight,
     measure: tuple[str, float, float],  # what was minimised; its held-out value before and after
+    *,
+    stopped: str = "",  # why learning ended early
 ) -> SiteRecord:
     """A record of the first pass, with what learning changed; errors that no longer hold are dropped."""
     changed = float((start.codes != learned.codes).float().mean())
     name, before, after = measure
-    learning = LearningRecord(objective=name, held_out_before=before, held_out_after=after, codes_changed=changed)
+    learning = LearningRecord(
+        objective=name, held_out_before=before, held_out_after=after, codes_changed=changed, stopped=stopped
+    )
     if learned is start:
         return record.model_copy(update={"learning": learning})
     error = relative_error(original, learned)

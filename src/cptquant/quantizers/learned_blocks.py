@@ -1,8 +1,8 @@
 """GPTQ, then Block-AP: weights, steps and zero points of one block after the other trained on the block's output.
 
 GPTQ's solution is the start of EfficientQAT's first phase (arXiv 2407.11062, section 3.2; blocks/block_ap.py), with one
-pass over the given text and what the model writes itself (models/own_text.py). On that text it does what rounding
-learned on the KL of the whole model did in three times the time, and a block at a time bounds its memory
+pass over the given text and what the model writes itself (models/own_text.py). On that text it comes close to rounding
+learned on the KL of the whole model in less than half the time, and a block at a time bounds its memory
 (docs/decisions/0012).
 
 GPTQ reads the given text alone: own text in its second moments as well was no clear gain for what is trained after it.
@@ -91,7 +91,7 @@ def learn_blocks(
             record, start, found = record_of[site.name], first.quantized(site.name), weights.get(site.name)
             if start is not None and found is not None:
                 original = read_weight(model.module.get_submodule(site.name), site).detach()
-                record = with_learning(record, original, start, found, measure)
+                record = with_learning(record, original, start, found, measure, stopped=look.stopped)
             records.append(record)
         sink(index, weights, records)
 

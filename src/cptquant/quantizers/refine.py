@@ -11,6 +11,9 @@ from cptquant.quantizers.first_pass import FinishedSites, finished_records, with
 from cptquant.quantizers.kl_rounding import KlRounding, learn_model
 from cptquant.quantizers.results import Sink
 
+DIVERGENCE = "divergence of the outputs"
+"""The objective in the records of what was learned."""
+
 
 def refine_sites(
     model: LoadedModel,
@@ -36,7 +39,7 @@ def refine_sites(
             found = learned.weights.get(site.name)
             if stored is not None and found is not None:
                 original = read_weight(model.module.get_submodule(site.name), site).detach()
-                measure = ("divergence of the outputs", learned.held_out_before, learned.held_out_after)
+                measure = (DIVERGENCE, learned.held_out_before, learned.held_out_after)
                 record = with_learning(record, original, stored, found, measure)
                 stored = found
             if stored is not None:

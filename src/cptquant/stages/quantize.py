@@ -27,7 +27,7 @@ from cptquant.quantizers.methods import (
     start_text,
 )
 from cptquant.quantizers.quantize import quantize_sites
-from cptquant.quantizers.refine import refine_sites
+from cptquant.quantizers.refine import DIVERGENCE, refine_sites
 from cptquant.stages.allocate import check_plan
 from cptquant.stages.run import Run
 
@@ -180,9 +180,13 @@ def _describe_learning(quantizer: Quantizer, records: list[SiteRecord]) -> dict[
     """
     if not isinstance(quantizer, GoesOn):
         return {}
-    learned = [record.learning for record in records if record.learning is not None]
-    if not learned:
+    found = [record.learning for record in records if record.learning is not None]
+    if not found:
         return {"learning": "no site could be learned: all have 16 bits or groups of mixed width"}
+    # KL rounding leaves groups of mixed width as its start trained them, with that start's objective.
+    objectives = {entry.objective for entry in found}
+    last = DIVERGENCE if DIVERGENCE in objectives else found[0].objective
+    learned = [entry for entry in found if entry.objective == last]
     before = sum(entry.held_out_before for entry in learned) / len(learned)
     after = sum(entry.held_out_after for entry in learned) / len(learned)
     kept = sum(entry.held_out_after >= entry.held_out_before for entry in learned)
@@ -192,9 +196,12 @@ def _describe_learning(quantizer: Quantizer, records: list[SiteRecord]) -> dict[
         f"{after:.4g}, {changed:.1%} of the codes changed (means over {len(learned)} sites); first solution kept at "
         f"{kept}"
     )
-    mixed = sum(QuantFormat.parse(record.format).storage == "segments" for record in records)
-    if mixed:
-        text += f"; {mixed} sites with groups of mixed width cannot be learned and stay as GPTQ left them"
+    mixed = [record for record in records if QuantFormat.parse(record.format).storage == "segments"]
+    left = sum(record.learning is None or record.learning.objective != last for record in mixed)
+    if left:
+        text += f"; {left} sites with groups of mixed width cannot be learned so and stay as the pass before left them"
+    if early := [entry.stopped for entry in found if entry.stopped]:
+        text += f"; {early[0]} (at {len(early)} sites)"
     return {"learning": text}
 
 
