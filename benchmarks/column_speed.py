@@ -28,10 +28,10 @@ from results_file import write_results
 from segment_speed import COLD_BYTES, random_weight
 
 from cptquant.core.formats import QuantFormat
-from cptquant.exporters.onnx.columns import corrected_product
+from cptquant.exporters.onnx.columns import columns_product
 from cptquant.exporters.onnx.graph import GraphBuilder
-from cptquant.packing.columns import Correction
-from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight
+from cptquant.packing.columns import ColumnCorrection
+from cptquant.packing.quantized_weight import CorrectedWeight, QuantizedWeight
 
 SHAPES = ((512, 512), (2048, 2048))
 NAMES = ("int2-g64", "int4-g64")
@@ -40,7 +40,7 @@ WAYS = ("codes alone", "float", "8 bits")
 _PADDING = 16
 
 
-def random_columns(rows: int, columns: int, fmt: QuantFormat, seed: int) -> ColumnsWeight:
+def random_columns(rows: int, columns: int, fmt: QuantFormat, seed: int) -> CorrectedWeight:
     """Codes, scales and a correction without a matrix behind them."""
     generator = torch.Generator().manual_seed(seed)
     base = random_weight(rows, columns, fmt.base, seed)
@@ -48,10 +48,10 @@ def random_columns(rows: int, columns: int, fmt: QuantFormat, seed: int) -> Colu
     count = fmt.column_count(columns)
     codes = torch.randint(-128, 128, (rows, count), generator=generator, dtype=torch.int8)
     numbers = torch.randperm(columns, generator=generator)[:count].sort().values
-    return ColumnsWeight(fmt, base, Correction(numbers, codes, torch.full((count,), 0.001).half()))
+    return CorrectedWeight(fmt, base, ColumnCorrection(numbers, codes, torch.full((count,), 0.001).half()))
 
 
-def eight_bit_product(graph: GraphBuilder, x: str, name: str, weight: ColumnsWeight) -> str:
+def eight_bit_product(graph: GraphBuilder, x: str, name: str, weight: CorrectedWeight) -> str:
     """The correction as a MatMulNBits of its own."""
     correction = weight.correction
     count = len(correction.columns)
@@ -78,7 +78,8 @@ def session(shape: tuple[int, int], fmt: QuantFormat, way: str, copies: int, fol
             if way == "codes alone":
                 product = graph.block_product(x, f"w{copy}", weight.base)
             elif way == "float":
-                product = corrected_product(graph, x, f"w{copy}", weight)
+                assert isinstance(weight.correction, ColumnCorrection)
+                product = columns_product(graph, x, f"w{copy}", weight.base, weight.correction)
             else:
                 product = eight_bit_product(graph, x, f"w{copy}", weight)
             total = graph.node("Add", total, product) if total else product

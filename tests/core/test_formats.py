@@ -66,7 +66,8 @@ def test_scale_counts():
 
 @pytest.mark.parametrize(
     "name", ["", "int4", "int1-g64", "int9-g64", "float32", "int4-g64-sym", "INT4-g64", "int4-g64\n", " int4-g64",
-             "int4-g-3", "int4-g٣", "int3-g64-c", "int3-g64-c2.0", "int3-g64-c100", "int8-g64-plain-c2"],
+             "int4-g-3", "int4-g٣", "int3-g64-c", "int3-g64-c2.0", "int3-g64-c100", "int8-g64-plain-c2",
+             "int3-g64-r", "int3-g64-r1000", "int3-g64-c2-r2", "int8-g64-plain-r2"],
 )  # fmt: skip
 def test_unreadable_names(name):
     with pytest.raises(FormatError) as caught:
@@ -75,8 +76,8 @@ def test_unreadable_names(name):
         f"format {name!r} is not readable; write int<2..8>-g<group size>, int<2..8>-channel or int<2..8>-tensor, with "
         "-asym for a zero point (int4-g64, int8-channel, int4-tensor-asym), a block format of GGUF (Q2_K, Q3_K, Q4_K, "
         "Q5_K, Q6_K, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1), slim<2..7>-g<group size>[-sorted][-halves] for groups of mixed "
-        "width, an int format of at most 7 bits with -c<percent> for columns corrected in 8 bits (int3-g64-c2), or "
-        "float16, bfloat16"
+        "width, an int format of at most 7 bits with -c<percent> for columns corrected in 8 bits (int3-g64-c2) or "
+        "-r<rank> for a product of two thin 8-bit factors beside the codes (int3-g64-r4), or float16, bfloat16"
     )
     assert caught.value.exit_code == 2
 
@@ -87,6 +88,9 @@ def test_unreadable_names(name):
         ("int4-g0", "a group has at least 1 column, got 0"),
         ("int4-g64-plain", "plain storage holds 8-bit codes only, got code_bits = 4"),
         ("int8-g64-c2", "columns are corrected in 8 bits, which 8-bit codes do not need; leave -c out"),
+        ("int8-g64-r2", "a low-rank correction has 8 bits, which 8-bit codes do not need; leave -r out"),
+        ("int3-g64-r0", "a low-rank correction has rank 1 to 256, got 0"),
+        ("int3-g64-r257", "a low-rank correction has rank 1 to 256, got 257"),
         ("int3-g64-c0", "0.1 to 25 % of the columns can be corrected, got 0"),
         ("int3-g64-c25.1", "0.1 to 25 % of the columns can be corrected, got 25.1"),
     ],

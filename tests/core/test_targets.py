@@ -140,22 +140,39 @@ def test_onnx_prices_two_widths_in_a_matrix(name, numbers):
     assert onnx.refusal(embedding, fmt) == f"{name} is for linear layers inside the blocks here"
 
 
-@pytest.mark.parametrize(("asked", "held"), [("int2-g64-c2", None), ("int4-g96-asym-c5", "int4-g64-asym-c5")])
-def test_onnx_prices_corrected_columns(asked, held):
+@pytest.mark.parametrize(
+    ("asked", "held", "correction_bytes", "said"),
+    [
+        ("int2-g64-c2", None, 5 * (8 + 2 + 2), "corrects columns in 8 bits"),
+        ("int4-g96-asym-c5", "int4-g64-asym-c5", 13 * (8 + 2 + 2), "corrects columns in 8 bits"),
+        ("int2-g64-r3", None, 3 * (8 + 256 + 2), "adds a product of low rank"),
+        ("int4-g96-asym-r7", "int4-g64-asym-r7", 7 * (8 + 256 + 2), "adds a product of low rank"),
+    ],
+)
+def test_onnx_prices_corrections(asked, held, correction_bytes, said):
     onnx, fmt = TARGETS["onnx"], QuantFormat.parse(asked)
     site = Site(name="block.0.q", out_features=8, in_features=256, block_index=0)
     fitted = onnx.fit(site, fmt)
     assert fitted.name == (held or asked) and onnx.refusal(site, fitted) is None
     layout = make_layout([[(8, 256)]])
-    expected = onnx.site_bytes(layout, site, fitted.base) + fitted.column_count(256) * (8 + 2 + 2)
+    expected = onnx.site_bytes(layout, site, fitted.base) + correction_bytes
     assert onnx.site_bytes(layout, site, fitted) == expected
     embedding = Site(name="embedding", out_features=20, in_features=256, kind="embedding", role="embedding")
-    reason = f"{fitted.name} is for linear layers: its columns are chosen by their inputs"
+    reason = f"{fitted.name} is for linear layers: their inputs say what is corrected"
     assert onnx.refusal(embedding, fitted) == TARGETS["torch"].refusal(embedding, fitted) == reason
     assert onnx.refusal(site, QuantFormat.parse("int3-g64-c2")) == "ONNX Runtime has kernels for 2, 4 and 8 bits, not 3"
     assert TARGETS["transformers"].refusal(site, fitted) == (
-        f"{fitted.name} corrects columns in 8 bits, which compressed-tensors cannot; --target torch can"
+        f"{fitted.name} {said}, which compressed-tensors cannot; --target torch can"
     )
+
+
+def test_a_rank_as_large_as_the_matrix_becomes_one_more_bit():
+    site = Site(name="block.0.q", out_features=8, in_features=256, block_index=0)
+    fmt = QuantFormat.parse("int3-g64-r8")
+    reason = "int3-g64-r8 has a rank that a 8 x 256 matrix itself cannot exceed"
+    assert TARGETS["torch"].refusal(site, fmt) == reason and TARGETS["torch"].fit(site, fmt).name == "int4-g64"
+    with pytest.raises(ValueError, match=reason):
+        fmt.stored_bytes(8, 256)
 
 
 def test_torch_refuses_what_it_cannot_run():

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.engines
 
 MIXED = ["int4-g32", "int8-g32", "int2-g16", "int8-channel", "int4-g32-asym"]
 CORRECTED = ("int2-g32-c5", "int4-g32-asym-c10")
+LOW_RANK = ("int2-g32-r2", "int4-g32-asym-r3")
 HALVES = ("slim3-g32-halves", "slim3-g32-sorted-halves")
 
 
@@ -108,6 +109,13 @@ def test_two_widths_in_a_matrix(name, exported):
 def test_corrected_columns(name, exported):
     """A float product beside that of the codes."""
     corrected, _ = check_matrices(exported, name, CORRECTED, "columns")
+    assert corrected >= 8
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_products_of_low_rank(name, exported):
+    """Two thin float products beside that of the codes."""
+    corrected, _ = check_matrices(exported, name, LOW_RANK, "low-rank")
     assert corrected >= 8
 
 

@@ -73,7 +73,7 @@ def quantize(model: LoadedModel, names: list[str]) -> tuple[dict[str, QuantForma
         if layout.shared_head is not None and site.name == layout.shared_head[1]:
             formats[site.name], weights[site.name] = (found[layout.shared_head[0]] for found in (formats, weights))
             continue
-        if fmt.storage in ("segments", "columns"):
+        if fmt.storage == "segments" or fmt.is_corrected:
             fmt = find_target("onnx").fit(site, fmt)
         weight = state[site.parameter_name].float()
         codes = Rtn(clip_search=index % 2 == 0)(weight.t() if site.transposed else weight, fmt, scale_dtype)

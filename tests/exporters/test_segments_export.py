@@ -24,7 +24,7 @@ from cptquant.models.load import LoadedModel, load_model
 from cptquant.models.segmented import CorrectedLinear, PackedLinear, SegmentedLinear, load_segmented
 from cptquant.models.stream import write_weight_
 from cptquant.models.text import TokenSet
-from cptquant.packing.quantized_weight import ColumnsWeight, decode, encode
+from cptquant.packing.quantized_weight import CorrectedWeight, decode, encode
 from cptquant.packing.segments import SegmentedWeight
 from cptquant.packing.shards import ShardFolder
 from cptquant.quantizers.gptq import Gptq
@@ -90,7 +90,8 @@ def dequantized_logits(model: LoadedModel, shards: ShardFolder, ids: torch.Tenso
 def test_written_read_and_run(name: str, tmp_path: Path) -> None:
     model = make_model(name, tmp_path / "model")
     end = "up_proj" if "llama" in name else "fc1"
-    others = {end: "int4-g32", "0.self_attn.v_proj": "bfloat16", "0.self_attn.q_proj": "int3-g32-c5"}
+    others = {end: "int4-g32", "0.self_attn.v_proj": "bfloat16", "0.self_attn.q_proj": "int3-g32-c5",
+              "0.self_attn.k_proj": "int3-g32-r2"}  # fmt: skip
     plan, shards = quantized(model, tmp_path / "work", **others)  # q's and fc1's rows may move
     written = write_segments(model, plan, shards, tmp_path / "out")
     assert written.tensor_bytes == plan.size_bytes
@@ -146,14 +147,16 @@ def test_module_computes_what_was_stored(name: str, importance: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["int2-g32-c1", "int3-channel-c10", "int4-tensor-asym-c5"])
+@pytest.mark.parametrize(
+    "name", ["int2-g32-c1", "int3-channel-c10", "int4-tensor-asym-c5", "int2-g32-r1", "int4-tensor-asym-r3"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_corrected_module_computes_what_was_stored(name: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(24, 128, generator=generator), torch.randn(24, generator=generator)
     weight[:, 100] *= 20
     stored = Rtn()(weight, QuantFormat.parse(name), torch.float16)
-    assert isinstance(stored, ColumnsWeight)
+    assert isinstance(stored, CorrectedWeight)
     inputs = torch.randn(3, 5, 128, generator=generator).to(dtype)
     found = CorrectedLinear(stored, bias)(inputs)
     expected = inputs.float() @ stored.dequantize().t() + bias

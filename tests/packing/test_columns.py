@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from cptquant.core.errors import ArtifactError
 from cptquant.core.formats import QuantFormat
-from cptquant.packing.columns import Correction
-from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight, decode, encode, join_rows, scale_shape
+from cptquant.packing.columns import ColumnCorrection
+from cptquant.packing.quantized_weight import CorrectedWeight, QuantizedWeight, decode, encode, join_rows, scale_shape
 
 
 @st.composite
-def corrected_weights(draw) -> ColumnsWeight:
+def corrected_weights(draw) -> CorrectedWeight:
     bits, symmetric = draw(st.integers(2, 7)), draw(st.booleans())
     granularity = draw(st.sampled_from([1, 16, 64, "channel", "tensor"]))
     base = QuantFormat(code_bits=bits, granularity=granularity, symmetric=symmetric)
@@ -33,16 +33,16 @@ def corrected_weights(draw) -> ColumnsWeight:
     count = fmt.column_count(columns)
     numbers = torch.randperm(columns, generator=generator)[:count].sort().values
     scales = torch.randn(count, generator=generator).to(dtype)
-    return ColumnsWeight(fmt, codes, Correction(numbers, integers((rows, count), 8), scales))
+    return CorrectedWeight(fmt, codes, ColumnCorrection(numbers, integers((rows, count), 8), scales))
 
 
 @settings(deadline=None, max_examples=150)
 @given(corrected_weights())
-def test_round_trip_bytes_and_rows(weight: ColumnsWeight) -> None:
+def test_round_trip_bytes_and_rows(weight: CorrectedWeight) -> None:
     tensors = encode(weight)
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == weight.format.stored_bytes(*weight.shape)
     back = decode(tensors, weight.format, weight.shape)
-    assert isinstance(back, ColumnsWeight)
+    assert isinstance(back, CorrectedWeight)
     assert torch.equal(back.codes, weight.codes) and torch.equal(back.correction.codes, weight.correction.codes)
     assert torch.equal(back.dequantize(), weight.dequantize())
     slow = weight.base.dequantize()
@@ -59,17 +59,19 @@ def test_round_trip_bytes_and_rows(weight: ColumnsWeight) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(corrected_weights())
-def test_names_round_trip(weight: ColumnsWeight) -> None:
+def test_names_round_trip(weight: CorrectedWeight) -> None:
     fmt = weight.format
     assert QuantFormat.parse(fmt.name) == fmt and fmt.base.with_columns(fmt.column_share) == fmt
     assert fmt.name.startswith(f"{fmt.base.name}-c") and fmt.base.base == fmt.base
 
 
-def example() -> ColumnsWeight:
+def example() -> CorrectedWeight:
     fmt = QuantFormat.parse("int3-g16-c10")
     base = QuantizedWeight(fmt.base, torch.ones(2, 32, dtype=torch.int8), torch.ones(2, 2, dtype=torch.float16))
     scales = torch.ones(3, dtype=torch.float16)
-    return ColumnsWeight(fmt, base, Correction(torch.tensor([1, 7, 30]), torch.ones(2, 3, dtype=torch.int8), scales))
+    return CorrectedWeight(
+        fmt, base, ColumnCorrection(torch.tensor([1, 7, 30]), torch.ones(2, 3, dtype=torch.int8), scales)
+    )
 
 
 def test_damaged_tensors_are_refused() -> None:
@@ -94,17 +96,17 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
     codes, scales = weight.correction.codes, weight.correction.scales
     with pytest.raises(ValueError, match=r"^the codes of int3-g16-c10 are int3-g16, got int3-channel$"):
         channel = QuantFormat.parse("int3-channel")
-        ColumnsWeight(fmt, QuantizedWeight(channel, base.codes, base.scales[:, :1]), weight.correction)
-    with pytest.raises(ValueError, match=r"corrects 3 columns of a 2 x 32 matrix, got codes \(2, 2\) for columns up"):
-        ColumnsWeight(fmt, base, Correction(columns[:2], codes[:, :2], scales[:2]))
+        CorrectedWeight(fmt, QuantizedWeight(channel, base.codes, base.scales[:, :1]), weight.correction)
+    with pytest.raises(ValueError, match=r"does not fit int3-g16-c10 of a 2 x 32 matrix: .* \[\(2, 2\), \(2,"):
+        CorrectedWeight(fmt, base, ColumnCorrection(columns[:2], codes[:, :2], scales[:2]))
     with pytest.raises(ValueError, match="columns are int64 numbers, at least one, ascending"):
-        Correction(columns.flip(0), codes, scales)
+        ColumnCorrection(columns.flip(0), codes, scales)
     with pytest.raises(ValueError, match=r"codes are int8 \(out, 3\)"):
-        Correction(columns, codes[:, :2], scales)
+        ColumnCorrection(columns, codes[:, :2], scales)
     with pytest.raises(ValueError, match=r"scales are 16-bit floats \(3,\)"):
-        Correction(columns, codes, scales.float())
+        ColumnCorrection(columns, codes, scales.float())
     with pytest.raises(ValueError, match="is of storage columns: it needs more than codes and scales"):
         QuantizedWeight(fmt, base.codes, base.scales)
-    other = ColumnsWeight(fmt, base, Correction(columns + 1, codes, scales))
+    other = CorrectedWeight(fmt, base, ColumnCorrection(columns + 1, codes, scales))
     with pytest.raises(ValueError, match="can be joined where the same columns are corrected alike"):
         join_rows([weight, other])

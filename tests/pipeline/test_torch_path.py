@@ -1,9 +1,10 @@
-"""`quantize --target torch` with groups of mixed width and with corrected columns, end to end on a small model."""
+"""`quantize --target torch` with groups of mixed width and with corrections, end to end on a small model."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from cptquant import load_segmented
@@ -52,15 +53,18 @@ def test_groups_of_mixed_width_are_not_offered_unasked(cptquant: Callable) -> No
     assert "int2-g64" in offered and not any(name.startswith("slim") for name in offered)
 
 
-def test_corrected_columns_are_learned_around_exported_and_recovered(
-    cptquant: Callable, folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("formats", "mark", "budget"), [("int2-g32-c3,int3-g32-c5", "-c", "3.3"), ("int2-g32-r1,int3-g32-r2", "-r", "3.7")]
+)
+def test_corrections_are_learned_around_exported_and_recovered(
+    formats: str, mark: str, budget: str, cptquant: Callable, folder: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    formats = ("--formats", "int2-g32-c3,int3-g32-c5", "--budget", "3.3bpw@sites", "--quantizer", "kl-rounding")
-    outcome = cptquant("quantize", folder, "--target", "torch", *formats, "--output", run, *QUICK)
+    flags = ("--formats", formats, "--budget", f"{budget}bpw@sites", "--quantizer", "kl-rounding")
+    outcome = cptquant("quantize", folder, "--target", "torch", *flags, "--output", run, *QUICK)
     assert outcome.code == 0, outcome.err
     plan = Plan.load(run / "plan.json")
-    corrected = {site for site, name in plan.formats.items() if "-c" in name}
+    corrected = {site for site, name in plan.formats.items() if mark in name}
     assert len(corrected) > 4 and plan.site_bytes <= plan.limit_bytes
     assert json.loads((run / "checkpoint.json").read_text())["tensor_bytes"] == plan.size_bytes
     manifest = json.loads((run / "manifest.json").read_text())
@@ -68,7 +72,7 @@ def test_corrected_columns_are_learned_around_exported_and_recovered(
     assert {site.largest_error for site in ExportRecord.load(run / "export/torch/export.json").round_trip} == {0.0}
     _same_as_dequantized(run / "checkpoint", folder, CorrectedLinear)
     shown = cptquant("explain", run)
-    assert shown.code == 0 and "int2-g32-c3" in shown.out
+    assert shown.code == 0 and formats.partition(",")[0] in shown.out
     generated = cptquant("generate", run, "--engine", "torch", "--prompt", "The", "--tokens", 2)
     assert generated.code == 0, generated.err
     flags = ("--sequences", 8, "--own-text", 0, "--steps", 2, "--batch-sequences", 2)

@@ -8,7 +8,7 @@ from quantizers.test_gptq import output_error, problem
 
 from cptquant.core.formats import QuantFormat
 from cptquant.core.manifest import SiteOutcome
-from cptquant.packing.quantized_weight import ColumnsWeight
+from cptquant.packing.quantized_weight import CorrectedWeight
 from cptquant.quantizers.corrected import rank_columns, round_correction
 from cptquant.quantizers.gptq import Gptq
 from cptquant.quantizers.hessian_factor import factor_hessian
@@ -61,7 +61,7 @@ def test_the_correction_is_the_least_squares_one(name: str) -> None:
     fmt = QuantFormat.parse(name)
     result = Gptq()(weight, hessian, fmt, torch.float16)
     found = result.weight
-    assert isinstance(found, ColumnsWeight) and result.outcome is SiteOutcome.NOMINAL and result.damping == 0.01
+    assert isinstance(found, CorrectedWeight) and result.outcome is SiteOutcome.NOMINAL and result.damping == 0.01
     damped = factor_hessian(hessian, 0.01, by_activation=False).damped
     columns = found.correction.columns.tolist()
     assert float(found.base.dequantize()[:, columns].abs().max()) == 0
@@ -118,7 +118,7 @@ def test_rounding_corrects_the_columns_of_the_largest_weighted_error() -> None:
     fmt = QuantFormat.parse("int3-g32-c2")
     importance = torch.ones(64)
     found = Rtn()(weight, fmt, torch.float16, importance=importance)
-    assert isinstance(found, ColumnsWeight) and found.correction.columns.tolist() == [5]
+    assert isinstance(found, CorrectedWeight) and found.correction.columns.tolist() == [5]
     importance[50] = 1e6
     moved = Rtn()(weight, fmt, torch.float16, importance=importance)
     assert moved.correction.columns.tolist() == [50]

@@ -14,7 +14,7 @@ from torch import nn
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import Site
 from cptquant.models.checkpoint_weights import MemoryWeights
-from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight, StoredWeight
+from cptquant.packing.quantized_weight import CorrectedWeight, QuantizedWeight, StoredWeight
 from cptquant.packing.segments import SegmentedWeight
 from cptquant.quantizers.blocks.block_training import Pace, Targets, relative_error, train_block
 from cptquant.quantizers.blocks.blockwise import Start
@@ -91,7 +91,7 @@ def test_it_begins_where_the_start_clips(name: str) -> None:
 
 
 MIXED = ("slim2-g32", "slim3-g32", "slim2-g32-sorted", "slim3-g32-sorted")
-CORRECTED = ("int3-g16-c5", "int4-channel-asym-c10")
+CORRECTED = ("int3-g16-c5", "int4-channel-asym-c10", "int3-g16-r2", "int4-channel-asym-r3")
 
 
 @pytest.mark.parametrize("name", (*FORMATS, *MIXED, *CORRECTED))
@@ -112,8 +112,8 @@ def test_what_is_stored_is_what_was_run(name: str, kind: str) -> None:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     stored = layer.stored()
     assert torch.equal(layer.weight, stored.dequantize())
-    if isinstance(start, ColumnsWeight) and isinstance(stored, ColumnsWeight):
-        assert torch.equal(stored.correction.codes, start.correction.codes)
+    if isinstance(start, CorrectedWeight) and isinstance(stored, CorrectedWeight):
+        assert stored.correction is start.correction
         assert not torch.equal(stored.codes, start.codes)
     hidden = torch.randn(2, 5, weight.shape[1], generator=generator)
     assert torch.equal(layer(hidden), nn.functional.linear(hidden, stored.dequantize(), bias))

@@ -1,4 +1,4 @@
-"""Damages of corrected columns: those of the codes, times what the inputs say the correction leaves."""
+"""Damages of corrected formats: those of the codes, times what the inputs say the correction leaves."""
 
 import pytest
 import torch
@@ -18,7 +18,9 @@ from cptquant.sensitivity.perturbation import original_weight
 def test_a_corrected_format_has_the_damage_of_its_codes_times_a_ratio(toy, text, name, method):
     model, tokens = toy(name), text()
     keep = model.layout.keep_format
-    row = tuple(QuantFormat.parse(fmt) for fmt in ("int3-g16", "int3-g16-c5", "int2-g16-c10"))
+    row = tuple(
+        QuantFormat.parse(fmt) for fmt in ("int3-g16", "int3-g16-c5", "int2-g16-c10", "int3-g16-r2", "int2-g16-r1")
+    )
     formats = {site.name: (*row, keep) if site.kind == "linear" else (row[0], keep) for site in model.layout.sites}
     table = measure_sensitivity(model, tokens, formats, find_method(method))
     alone = measure_sensitivity(model, tokens, without_corrections(formats), find_method(method))
@@ -29,8 +31,8 @@ def test_a_corrected_format_has_the_damage_of_its_codes_times_a_ratio(toy, text,
             for fmt in row[1:]:
                 base = alone.damages[site][fmt.base.name]
                 assert 0 < damages[fmt.name].value < base.value and damages[fmt.name].n == base.n
-    assert table.metadata["corrected_columns_sequences"] == tokens.sequence_count
-    assert "corrected_columns" not in alone.metadata and table.block_scores == alone.block_scores
+    assert table.metadata["corrections_sequences"] == tokens.sequence_count
+    assert "corrections" not in alone.metadata and table.block_scores == alone.block_scores
 
 
 def test_sites_whose_inputs_have_outliers_gain_most(toy, text):

@@ -39,7 +39,7 @@ def _nearest(asked: Sequence[str], held: QuantFormat) -> str:
 
 def _promotion(problem: Problem, target: Target, sites: list[Site], asked: QuantFormat, held: QuantFormat) -> str:
     """What it costs that an engine has one width for the whole of a matrix; "" where that is not the reason."""
-    if asked.storage not in ("segments", "columns") or held.storage == "columns":
+    if (asked.storage != "segments" and not asked.is_corrected) or held.is_corrected:
         return ""
     if any(asked.segments_refusal(site.in_features) for site in sites if asked.storage == "segments"):
         return ""

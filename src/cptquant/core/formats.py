@@ -4,8 +4,9 @@ Byte counts follow compressed-tensors 0.20 (`pack-quantized` for linear layers, 
 `code_bits`-wide integers packed densely along each row into int32 words, one 16-bit scale per group, an int64
 `weight_shape` of two entries, and, where asymmetric, integer zero points. GGUF's block formats (`Q4_K`, `Q8_0`, ...)
 are values of the same type with a `block`; their bytes are whole blocks (`core.gguf_types`). SliM-LLM's `slim2-g64`
-mixes widths among the groups of one matrix, and `int3-g64-c2` adds an 8-bit correction to 2 % of the input columns;
-both are stored in a form of our own (docs/segments.md, docs/columns.md).
+mixes widths among the groups of one matrix, `int3-g64-c2` adds an 8-bit correction to 2 % of the input columns, and
+`int3-g64-r4` adds the product of two thin 8-bit factors; they are stored in a form of our own (docs/segments.md,
+docs/columns.md, docs/low-rank.md).
 """
 
 import re
@@ -21,7 +22,7 @@ INTEGER_CODE_BITS = (2, 3, 4, 5, 6, 7, 8)
 _WEIGHT_SHAPE_BYTES = 16  # compressed-tensors stores (rows, columns) as two int64 beside each packed matrix
 _NAME = re.compile(
     r"int(?P<bits>[2-8])-(?P<granularity>g\d+|channel|tensor)(?P<asym>-asym)?"
-    r"(?:(?P<plain>-plain)|-c(?P<percent>\d{1,2})(?:\.(?P<tenth>[1-9]))?)?",
+    r"(?:(?P<plain>-plain)|-c(?P<percent>\d{1,2})(?:\.(?P<tenth>[1-9]))?|-r(?P<rank>\d{1,3}))?",
     re.ASCII,
 )
 _SLIM_NAME = re.compile(r"slim(?P<bits>[2-7])-g(?P<group>\d+)(?P<sorted>-sorted)?(?P<halves>-halves)?", re.ASCII)
@@ -29,6 +30,8 @@ SEGMENT_GROUP_MULTIPLE = 32
 """Columns of a group of mixed width are a multiple of this: a group of any width then fills whole 32-bit words."""
 LARGEST_COLUMN_SHARE = 250
 """Of 1000 input columns, corrected ones: beyond a quarter, one more bit for all columns takes fewer bytes."""
+LARGEST_RANK = 256
+"""Of a low-rank correction; the rank must also be smaller than both sides of the matrix."""
 _COLUMN_INDEX_BYTES = 2
 _LARGEST_COLUMN_COUNT = 1 << 16
 
@@ -46,13 +49,15 @@ class QuantFormat(BaseModel):
         symmetric: codes in [-2^(b-1), 2^(b-1)-1] without (True) or with (False) an integer zero point.
         storage: "packed" (dense int32 words), "plain" (one byte a code: embeddings, which compressed-tensors cannot
             pack), "blocks" (GGUF), "segments" (groups of mixed width), "columns" (packed, and a correction of some
-            input columns), or the name of a 16-bit float.
+            input columns), "low-rank" (packed, and a product of two thin factors), or the name of a 16-bit float.
         block: GGUF's name of a block format, which fixes all other fields; None for every other storage.
         sorted_columns: "segments" only: columns are put into groups by salience, and their numbers are stored.
         halves: "segments" only: half of the groups have N-1 bits, half N+1, none N; 2 and 4 bits for N = 3, which ONNX
             Runtime multiplies.
         column_share: "columns" only: that many of 1000 input columns, at least one, have a correction in 8 bits with
             one scale a column.
+        rank: "low-rank" only: of the product, whose factors have 8 bits and one scale for each column of one and row
+            of the other.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -60,11 +65,12 @@ class QuantFormat(BaseModel):
     code_bits: int
     granularity: Granularity = "channel"
     symmetric: bool = True
-    storage: Literal["packed", "plain", "blocks", "segments", "columns", "float16", "bfloat16"] = "packed"
+    storage: Literal["packed", "plain", "blocks", "segments", "columns", "low-rank", "float16", "bfloat16"] = "packed"
     block: GgufType | None = None
     sorted_columns: bool = False
     halves: bool = False
     column_share: int = 0
+    rank: int = 0
 
     @model_validator(mode="after")
     def _check(self) -> "QuantFormat":
@@ -86,7 +92,18 @@ class QuantFormat(BaseModel):
             raise ValueError(f"plain storage holds 8-bit codes only, got code_bits = {self.code_bits}")
         self._check_segments()
         self._check_columns()
+        self._check_rank()
         return self
+
+    def _check_rank(self) -> None:
+        if self.storage != "low-rank":
+            if self.rank:
+                raise ValueError(f"only low-rank storage has a rank, not {self.storage} storage")
+            return
+        if self.code_bits > 7:
+            raise ValueError("a low-rank correction has 8 bits, which 8-bit codes do not need; leave -r out")
+        if not 1 <= self.rank <= LARGEST_RANK:
+            raise ValueError(f"a low-rank correction has rank 1 to {LARGEST_RANK}, got {self.rank}")
 
     def _check_columns(self) -> None:
         if self.storage != "columns":
@@ -137,6 +154,8 @@ class QuantFormat(BaseModel):
         asym = "" if self.symmetric else "-asym"
         if self.storage == "columns":
             return f"int{self.code_bits}-{granularity}{asym}-c{self.column_share / 10:g}"
+        if self.storage == "low-rank":
+            return f"int{self.code_bits}-{granularity}{asym}-r{self.rank}"
         return f"int{self.code_bits}-{granularity}{asym}{'-plain' if self.storage == 'plain' else ''}"
 
     def __str__(self) -> str:
@@ -153,11 +172,21 @@ class QuantFormat(BaseModel):
         return 1 if self.granularity == "tensor" else out_features * self.group_count(in_features)
 
     @property
+    def is_corrected(self) -> bool:
+        """Whether something is added to the values of the codes: corrected columns, or a product of low rank."""
+        return self.storage in ("columns", "low-rank")
+
+    @property
     def base(self) -> "QuantFormat":
-        """The format of the codes alone: the same without corrected columns."""
-        if self.storage != "columns":
+        """The format of the codes alone: the same without its correction."""
+        if not self.is_corrected:
             return self
         return QuantFormat(code_bits=self.code_bits, granularity=self.granularity, symmetric=self.symmetric)
+
+    def on_base(self, base: "QuantFormat") -> "QuantFormat":
+        """The same correction on other codes, of a packed format."""
+        fields = {"storage": self.storage, "column_share": self.column_share, "rank": self.rank}
+        return QuantFormat.model_validate({**base.model_dump(), **fields})
 
     def with_columns(self, column_share: int) -> "QuantFormat":
         """A packed format with that many of 1000 input columns corrected."""
@@ -171,7 +200,13 @@ class QuantFormat(BaseModel):
         return max(1, (self.column_share * in_features + 500) // 1000)
 
     def correction_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of the correction: a code for each row, a 16-bit scale and a 16-bit number a column."""
+        """Bytes of the correction; 0 where there is none.
+
+        Columns: a code for each row, a 16-bit scale and a 16-bit number a column. Low rank: for each of the products of
+        a column and a row, their codes and one 16-bit scale.
+        """
+        if self.storage == "low-rank":
+            return self.rank * (out_features + in_features + 2)
         return self.column_count(in_features) * (out_features + 2 + _COLUMN_INDEX_BYTES)
 
     def stored_bytes(self, out_features: int, in_features: int) -> int:
@@ -188,8 +223,8 @@ class QuantFormat(BaseModel):
             if in_features % blocks.block_columns:
                 raise ValueError(f"{self.name} has blocks of {blocks.block_columns} columns, the row has {in_features}")
             return out_features * (in_features // blocks.block_columns) * blocks.block_bytes
-        if self.storage == "columns":
-            reason = self.columns_refusal(in_features)
+        if self.is_corrected:
+            reason = self.correction_refusal(out_features, in_features)
             if reason is not None:
                 raise ValueError(reason)
             return self.base.stored_bytes(out_features, in_features) + self.correction_bytes(out_features, in_features)
@@ -224,18 +259,20 @@ class QuantFormat(BaseModel):
             return f"{self.name} numbers columns in 16 bits: a row of {in_features} is too long"
         return None
 
-    def columns_refusal(self, in_features: int) -> str | None:
-        """Why a row of this length cannot have corrected columns, or None if it can."""
-        if in_features > _LARGEST_COLUMN_COUNT:
+    def correction_refusal(self, out_features: int, in_features: int) -> str | None:
+        """Why a matrix of this size cannot have this correction, or None if it can."""
+        if self.storage == "columns" and in_features > _LARGEST_COLUMN_COUNT:
             return f"{self.name} numbers columns in 16 bits: a row of {in_features} is too long"
+        if self.storage == "low-rank" and self.rank >= min(out_features, in_features):
+            return f"{self.name} has a rank that a {out_features} x {in_features} matrix itself cannot exceed"
         return None
 
     def promoted(self) -> "QuantFormat":
-        """One width for the whole matrix that is no worse, for engines without mixed widths or corrected columns.
+        """One width for the whole matrix that is no worse, for engines without mixed widths or corrections.
 
-        Groups of mixed width become the widest of them, codes with corrected columns one bit wider; others stay.
+        Groups of mixed width become the widest of them, codes with a correction one bit wider; others stay.
         """
-        if self.storage not in ("segments", "columns"):
+        if self.storage != "segments" and not self.is_corrected:
             return self
         return QuantFormat(code_bits=self.code_bits + 1, granularity=self.granularity, symmetric=self.symmetric)
 
@@ -249,7 +286,7 @@ class QuantFormat(BaseModel):
 
         Raises:
             FormatError: the name is not of the form `int4-g64`, `int8-channel`, `int4-tensor-asym`, `int3-g64-c2`,
-            `slim2-g64`, `Q4_K`, `float16`.
+            `int3-g64-r4`, `slim2-g64`, `Q4_K`, `float16`.
         """
         if name == "float16":
             return FLOAT16
@@ -277,7 +314,8 @@ class QuantFormat(BaseModel):
                 "int<2..8>-tensor, with -asym for a zero point (int4-g64, int8-channel, int4-tensor-asym), "
                 "a block format of GGUF (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1), "
                 "slim<2..7>-g<group size>[-sorted][-halves] for groups of mixed width, an int format of at most 7 bits "
-                "with -c<percent> for columns corrected in 8 bits (int3-g64-c2), or float16, bfloat16"
+                "with -c<percent> for columns corrected in 8 bits (int3-g64-c2) or -r<rank> for a product of two thin "
+                "8-bit factors beside the codes (int3-g64-r4), or float16, bfloat16"
             )
         text = match["granularity"]
         return cls._checked(
@@ -286,8 +324,9 @@ class QuantFormat(BaseModel):
                 "code_bits": int(match["bits"]),
                 "granularity": int(text[1:]) if text[0] == "g" else text,
                 "symmetric": match["asym"] is None,
-                "storage": "plain" if match["plain"] else "columns" if match["percent"] else "packed",
+                "storage": _storage_of(match),
                 "column_share": 10 * int(match["percent"] or 0) + int(match["tenth"] or 0),
+                "rank": int(match["rank"] or 0),
             },
         )
 
@@ -298,6 +337,11 @@ class QuantFormat(BaseModel):
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise FormatError(f"format {name!r}: {reason}") from None
+
+
+def _storage_of(match: re.Match[str]) -> str:
+    named = {"plain": "plain", "percent": "columns", "rank": "low-rank"}
+    return next((storage for group, storage in named.items() if match[group]), "packed")
 
 
 FLOAT16 = QuantFormat(code_bits=16, storage="float16")

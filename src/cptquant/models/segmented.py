@@ -2,9 +2,9 @@
 
     y = sum over segments  x[columns of the segment] W_segment'  + bias
 
-Corrected columns are a second product beside that of the codes:
+Corrections are further products beside that of the codes, of the corrected columns or of two thin factors:
 
-    y = x W_codes'  +  x[corrected columns] O'  + bias
+    y = x W_codes'  +  x[corrected columns] O'  + bias,      y = x W_codes'  +  (x B') A'  + bias
 
 One gather puts the inputs into the stored order, where that order was not folded into the layer before (folding.py).
 """
@@ -23,7 +23,8 @@ from cptquant.core.errors import FormatError, ModelError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.targets.torch_segments import METHOD
 from cptquant.packing.columns import CODES, COLUMNS, SCALES
-from cptquant.packing.quantized_weight import ColumnsWeight, decode, encode
+from cptquant.packing.low_rank import LEFT, PRODUCT_SCALES, RIGHT, RIGHT_UNIT, LowRankCorrection
+from cptquant.packing.quantized_weight import CorrectedWeight, decode, encode
 from cptquant.packing.segments import SegmentedWeight, encode_segments, group_size, one_bit_offset
 
 WEIGHTS_NAME = "segments"
@@ -32,7 +33,7 @@ the missing weights with random numbers."""
 SCHEMA_VERSION = 1
 MADE_BY = "cptquant quantize MODEL --target torch --budget BUDGET --output RUN"
 _PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-_CORRECTION_PARTS = (CODES, SCALES, COLUMNS)
+_CORRECTION_PARTS = (CODES, SCALES, COLUMNS, LEFT, RIGHT, PRODUCT_SCALES)
 _SEGMENT_PARTS = ("weight_packed", "weight_scale", "weight_binary", "weight_widths", "weight_columns", "weight_shape")
 
 
@@ -111,21 +112,30 @@ class PackedLinear(nn.Module):
 
 
 class CorrectedLinear(nn.Module):
-    """A linear layer of one width with a correction of some input columns, both kept as stored."""
+    """A linear layer of one width with a correction, of some input columns or of low rank, both kept as stored."""
 
-    def __init__(self, weight: ColumnsWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: CorrectedWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.base = PackedLinear(encode(weight.base), weight.base.format, weight.shape, None)
-        self.register_buffer("columns", weight.correction.columns)
-        self.register_buffer("correction", weight.correction.codes)
-        self.register_buffer("scales", weight.correction.scales)
+        correction = weight.correction
+        self._of_low_rank = isinstance(correction, LowRankCorrection)
+        if isinstance(correction, LowRankCorrection):
+            self.register_buffer("right", correction.right)
+            self.register_buffer("correction", correction.left)
+        else:
+            self.register_buffer("columns", correction.columns)
+            self.register_buffer("correction", correction.codes)
+        self.register_buffer("scales", correction.scales)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of the inputs."""
         matrix = self.get_buffer("correction").float() * self.get_buffer("scales").float()
-        chosen = inputs.index_select(-1, self.get_buffer("columns"))
+        if self._of_low_rank:
+            chosen = nn.functional.linear(inputs, (self.get_buffer("right").float() / RIGHT_UNIT).to(inputs.dtype))
+        else:
+            chosen = inputs.index_select(-1, self.get_buffer("columns"))
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         return self.base(inputs) + nn.functional.linear(chosen, matrix.to(inputs.dtype), bias)
 
@@ -227,7 +237,7 @@ def load_segmented(folder: str | Path, *, dtype: torch.dtype = torch.float32) ->
         bias = cast(Tensor | None, old.bias)
         if isinstance(weight, SegmentedWeight):
             new: nn.Module = SegmentedLinear(weight, bias, gathers=site not in source.folded)
-        elif isinstance(weight, ColumnsWeight):
+        elif isinstance(weight, CorrectedWeight):
             new = CorrectedLinear(weight, bias)
         else:
             new = PackedLinear(encode(weight), fmt, weight.shape, bias)

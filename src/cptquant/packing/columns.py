@@ -6,7 +6,7 @@ with one scale a column (docs/columns.md describes the tensors):
     value = (code - zero) * scale,  and on the chosen columns  + correction code * the column's scale
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ CODES, SCALES, COLUMNS = "weight_correction", "weight_correction_scale", "weight
 
 
 @dataclass(frozen=True)
-class Correction:
+class ColumnCorrection:
     """What is added to some columns.
 
     Attributes:
@@ -47,9 +47,11 @@ class Correction:
         """What is added, float32 (out_features, count)."""
         return self.codes.float() * self.scales.float()
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(columns, values) on a device."""
-        return self.columns.to(device), self.values().to(device)
+    def fits(self, fmt: QuantFormat, shape: tuple[int, int]) -> bool:
+        """Whether it is a correction of that format for a matrix of that shape."""
+        rows, columns = shape
+        count = fmt.column_count(columns)
+        return tuple(self.codes.shape) == (rows, count) and int(self.columns[-1]) < columns
 
     def add_(
         self,
@@ -58,16 +60,43 @@ class Correction:
         """The same matrix with the correction added in place."""
         return values.index_add_(1, self.columns, self.values())
 
-    def rows(self, index: slice | Tensor) -> "Correction":
+    def added(
+        self,
+        values: Tensor,  # (out_features, in_features), any device
+    ) -> Tensor:
+        """A new matrix with the correction added; gradients pass."""
+        return values.index_add(1, self.columns.to(values.device), self.values().to(values.device))
+
+    def without(
+        self,
+        values: Tensor,  # (out_features, in_features), any device
+    ) -> Tensor:
+        """A new matrix without the correction."""
+        return values.index_add(1, self.columns.to(values.device), self.values().to(values.device), alpha=-1)
+
+    @property
+    def fixed_columns(self) -> Tensor | None:
+        """Columns whose codes stay 0: a step of those is coarse beside the correction's 8 bits."""
+        return self.columns
+
+    def rows(self, index: slice | Tensor) -> "ColumnCorrection":
         """The correction of some rows."""
-        return Correction(self.columns, self.codes[index], self.scales)
+        return ColumnCorrection(self.columns, self.codes[index], self.scales)
 
-    def equals_columns(self, other: "Correction") -> bool:
-        """Whether both correct the same columns with the same scales, so that their rows can be joined."""
-        return torch.equal(self.columns, other.columns) and torch.equal(self.scales, other.scales)
+    def joined(self, others: Sequence["ColumnCorrection"]) -> "ColumnCorrection":
+        """This one and others, one below the other.
+
+        Raises:
+            ValueError: columns or scales differ.
+        """
+        for other in others:
+            if not torch.equal(other.columns, self.columns) or not torch.equal(other.scales, self.scales):
+                raise ValueError("corrected columns can be joined where the same columns are corrected alike")
+        codes = torch.cat([self.codes, *(other.codes for other in others)])
+        return ColumnCorrection(self.columns, codes, self.scales)
 
 
-def encode_correction(correction: Correction) -> dict[str, Tensor]:
+def encode_correction(correction: ColumnCorrection) -> dict[str, Tensor]:
     """Tensors to write beside those of the codes; their bytes are `QuantFormat.correction_bytes(out, in)`.
 
     Returns:
@@ -81,7 +110,7 @@ def encode_correction(correction: Correction) -> dict[str, Tensor]:
     }
 
 
-def decode_correction(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, int]) -> Correction:
+def decode_correction(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, int]) -> ColumnCorrection:
     """Inverse of `encode_correction`, exact.
 
     Raises:
@@ -107,4 +136,4 @@ def decode_correction(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tu
             f"tensor {COLUMNS} of a {fmt.name} matrix {shape} does not name {count} of its columns in ascending order; "
             "quantize again"
         )
-    return Correction(numbers, tensors[CODES], tensors[SCALES])
+    return ColumnCorrection(numbers, tensors[CODES], tensors[SCALES])

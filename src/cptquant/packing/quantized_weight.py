@@ -15,10 +15,13 @@ from torch import Tensor
 from cptquant.core.errors import ArtifactError
 from cptquant.core.formats import QuantFormat
 from cptquant.packing.block_weight import BlockWeight, join_block_rows
-from cptquant.packing.columns import Correction, decode_correction, encode_correction
+from cptquant.packing.columns import ColumnCorrection, decode_correction, encode_correction
+from cptquant.packing.low_rank import LowRankCorrection, decode_low_rank, encode_low_rank
 from cptquant.packing.segments import SegmentedWeight, decode_segments, encode_segments, join_segmented_rows
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
+Correction = ColumnCorrection | LowRankCorrection
+"""What is added to the values of the codes: 8 bits on some columns, or a product of low rank."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,13 @@ class QuantizedWeight:
 
 
 @dataclass(frozen=True)
-class ColumnsWeight:
-    """One matrix whose codes are corrected on a few input columns: value = base, on those columns + correction.
+class CorrectedWeight:
+    """One matrix whose codes have a correction: value = base + correction.
 
     Attributes:
-        format: of storage "columns".
+        format: of storage "columns" or "low-rank".
         base: codes and scales of all columns, in `format.base`.
-        correction: of `format.column_count(in_features)` columns.
+        correction: of the format's kind and size.
     """
 
     format: QuantFormat
@@ -100,14 +103,14 @@ class ColumnsWeight:
     correction: Correction
 
     def __post_init__(self) -> None:
-        fmt, (rows, columns) = self.format, self.base.shape
-        if fmt.storage != "columns" or self.base.format != fmt.base:
+        fmt = self.format
+        if not fmt.is_corrected or self.base.format != fmt.base:
             raise ValueError(f"the codes of {fmt.name} are {fmt.base.name}, got {self.base.format.name}")
-        count = fmt.column_count(columns)
-        if tuple(self.correction.codes.shape) != (rows, count) or int(self.correction.columns[-1]) >= columns:
+        if not self.correction.fits(fmt, self.base.shape):
             raise ValueError(
-                f"{fmt.name} corrects {count} columns of a {rows} x {columns} matrix, got codes "
-                f"{tuple(self.correction.codes.shape)} for columns up to {int(self.correction.columns[-1])}"
+                f"the correction does not fit {fmt.name} of a {self.base.shape[0]} x {self.base.shape[1]} matrix: "
+                f"{type(self.correction).__name__} with tensors "
+                f"{[tuple(part.shape) for part in encode_any_correction(self.correction).values()]}"
             )
 
     @property
@@ -124,25 +127,25 @@ class ColumnsWeight:
         """The matrix as float32 (out_features, in_features)."""
         return self.correction.add_(self.base.dequantize())
 
-    def rows(self, index: slice | Tensor) -> "ColumnsWeight":
+    def rows(self, index: slice | Tensor) -> "CorrectedWeight":
         """Some rows of the matrix, in the same format."""
-        return ColumnsWeight(self.format, self.base.rows(index), self.correction.rows(index))
+        return CorrectedWeight(self.format, self.base.rows(index), self.correction.rows(index))
 
 
-StoredWeight = QuantizedWeight | BlockWeight | SegmentedWeight | ColumnsWeight
+StoredWeight = QuantizedWeight | BlockWeight | SegmentedWeight | CorrectedWeight
 """A matrix after quantization, in the form of compressed-tensors, of GGUF, with groups of mixed width, or with
-corrected columns."""
+a correction."""
 
 
 def join_rows(parts: Sequence[StoredWeight]) -> StoredWeight:
     """Matrices of one format, not "tensor", set one below the other.
 
     Raises:
-        ValueError: corrected columns that differ from part to part.
+        ValueError: corrections that differ from part to part in what they share.
     """
     if len(parts) == 1:
         return parts[0]
-    corrected = [part for part in parts if isinstance(part, ColumnsWeight)]
+    corrected = [part for part in parts if isinstance(part, CorrectedWeight)]
     if corrected:
         return _join_corrected(corrected)
     blocks = [part for part in parts if isinstance(part, BlockWeight)]
@@ -167,13 +170,22 @@ def join_quantized(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     )
 
 
-def _join_corrected(parts: Sequence[ColumnsWeight]) -> ColumnsWeight:
-    first = parts[0]
-    if not all(part.correction.equals_columns(first.correction) for part in parts):
-        raise ValueError(f"rows of {first.format.name} can be joined where the same columns are corrected alike")
-    codes = torch.cat([part.correction.codes for part in parts])
-    correction = Correction(first.correction.columns, codes, first.correction.scales)
-    return ColumnsWeight(first.format, join_quantized([part.base for part in parts]), correction)
+def _join_corrected(parts: Sequence[CorrectedWeight]) -> CorrectedWeight:
+    first, base = parts[0], join_quantized([part.base for part in parts])
+    others = [part.correction for part in parts[1:]]
+    if isinstance(first.correction, ColumnCorrection):
+        alike = [other for other in others if isinstance(other, ColumnCorrection)]
+        return CorrectedWeight(first.format, base, first.correction.joined(alike))
+    return CorrectedWeight(
+        first.format, base, first.correction.joined([other for other in others if isinstance(other, LowRankCorrection)])
+    )
+
+
+def encode_any_correction(correction: Correction) -> dict[str, Tensor]:
+    """Tensors to write, of either kind."""
+    if isinstance(correction, LowRankCorrection):
+        return encode_low_rank(correction)
+    return encode_correction(correction)
 
 
 def scale_shape(fmt: QuantFormat, out_features: int, in_features: int) -> tuple[int, ...]:
@@ -189,15 +201,16 @@ def encode(weight: StoredWeight) -> dict[str, Tensor]:
         asymmetric, `weight_zero_point`: int32 (ceil(out * b / 32), groups), or int8 (1,) per tensor.
         plain: `weight` int8 (out, in), `weight_scale` and, where asymmetric, `weight_zero_point` int8.
         blocks: `weight_blocks` uint8 (out, bytes a row), as in a GGUF file.
-        segments: see `encode_segments`. columns: those of the base, packed, and `encode_correction`'s.
+        segments: see `encode_segments`. columns, low-rank: those of the base, packed, and `encode_correction`'s or
+        `encode_low_rank`'s.
         Their bytes sum to `weight.format.stored_bytes(out, in)`.
     """
     if isinstance(weight, BlockWeight):
         return {"weight_blocks": weight.pack()}
     if isinstance(weight, SegmentedWeight):
         return encode_segments(weight)
-    if isinstance(weight, ColumnsWeight):
-        return encode(weight.base) | encode_correction(weight.correction)
+    if isinstance(weight, CorrectedWeight):
+        return encode(weight.base) | encode_any_correction(weight.correction)
     fmt = weight.format
     tensors = {"weight_scale": weight.scales.contiguous()}
     if fmt.storage == "plain":
@@ -224,10 +237,11 @@ def decode(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, in
     """
     if fmt.storage == "segments":
         return decode_segments(tensors, fmt, shape)
-    if fmt.storage == "columns":
+    if fmt.is_corrected:
         base = decode(tensors, fmt.base, shape)
         assert isinstance(base, QuantizedWeight)
-        return ColumnsWeight(fmt, base, decode_correction(tensors, fmt, shape))
+        read = decode_low_rank if fmt.storage == "low-rank" else decode_correction
+        return CorrectedWeight(fmt, base, read(tensors, fmt, shape))
     for name, (dtype, expected) in _stored_tensors(fmt, shape).items():
         found = tensors.get(name)
         if found is None:

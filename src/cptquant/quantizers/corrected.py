@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from cptquant.core.formats import QuantFormat
-from cptquant.packing.columns import Correction
-from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight, StoredWeight
+from cptquant.packing.columns import ColumnCorrection
+from cptquant.packing.quantized_weight import CorrectedWeight, QuantizedWeight, StoredWeight
 from cptquant.quantizers.grid import fit_grid, round_to_grid
 
 _EIGHT_BITS = QuantFormat(code_bits=8)
@@ -40,7 +40,7 @@ def round_with_columns(
     *,
     importance: Tensor | None = None,  # (in_features,) float32
     clip_search: bool = True,
-) -> ColumnsWeight:
+) -> CorrectedWeight:
     """Round to nearest; the columns of the largest importance-weighted error keep their weights in 8 bits.
 
     Raises:
@@ -67,7 +67,7 @@ def round_with_columns(
     assert best is not None
     _, columns, base = best
     wanted = original[:, columns] - base.dequantize()[:, columns]
-    return ColumnsWeight(fmt, base, round_correction(wanted, columns, scale_dtype, clip_search=clip_search))
+    return CorrectedWeight(fmt, base, round_correction(wanted, columns, scale_dtype, clip_search=clip_search))
 
 
 def quantize_with_columns(
@@ -78,7 +78,7 @@ def quantize_with_columns(
     quantize: Callable[[Tensor, Tensor], StoredWeight],
     *,
     clip_search: bool = True,
-) -> ColumnsWeight:
+) -> CorrectedWeight:
     """Choose columns, quantize the others under what the chosen ones leave, and fit the correction.
 
     Args:
@@ -96,7 +96,7 @@ def quantize_with_columns(
     assert isinstance(base, QuantizedWeight)
     error = base.dequantize().neg_().add_(weight)
     wanted = error[:, columns].addmm_(error[:, others], carried.t())
-    return ColumnsWeight(fmt, base, round_correction(wanted, columns, scale_dtype, clip_search=clip_search))
+    return CorrectedWeight(fmt, base, round_correction(wanted, columns, scale_dtype, clip_search=clip_search))
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def round_correction(
     scale_dtype: torch.dtype,
     *,
     clip_search: bool = True,
-) -> Correction:
+) -> ColumnCorrection:
     """The correction in 8 bits, a scale a column. One scale a row is as exact, but 16 bits a row are many here.
 
     Raises:
@@ -205,7 +205,7 @@ def round_correction(
     """
     rows = wanted.t().contiguous()
     grid = fit_grid(rows, _EIGHT_BITS, scale_dtype, clip_search=clip_search)
-    return Correction(columns, grid.round(rows).t().to(torch.int8).contiguous(), grid.scales.to(scale_dtype))
+    return ColumnCorrection(columns, grid.round(rows).t().to(torch.int8).contiguous(), grid.scales.to(scale_dtype))
 
 
 def _left_power(

@@ -15,13 +15,15 @@ changed: the scales of all groups of a row are solved for together instead of on
 only in rows where f falls; H is GPTQ's damped Hessian, so that directions the calibration text never showed stay quiet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cptquant.packing.quantized_weight import QuantizedWeight
 from cptquant.packing.segments import round_one_bit_scale
+from cptquant.quantizers.grid import code_range
 
 _BLOCK_COLUMNS = 32
 """Columns between two products with the whole Hessian."""
@@ -76,6 +78,26 @@ def descend_(
     for _ in range(rounds):
         gradient = _refit_scales_(rounded, weight, hessian, target, gradient)
         _sweep_(rounded, hessian, gradient)
+
+
+def descend_stored(
+    weight: QuantizedWeight,
+    target: Tensor,  # (rows, columns) float32: what it should stand for now
+    hessian: Tensor,  # (columns, columns) float32, positive diagonal
+    rounds: int,
+) -> QuantizedWeight:
+    """Descent from a finished matrix, towards another target than it was made for; zero points stay."""
+    columns = weight.shape[1]
+    one = weight.format.granularity == "tensor"
+    scales = weight.scales.float().view(1, 1) if one else weight.scales.float().t().contiguous()
+    zeros = torch.zeros_like(scales) if weight.zeros is None else weight.zeros.float().reshape(-1, len(scales)).t()
+    width = weight.format.granularity if isinstance(weight.format.granularity, int) else columns
+    spread = zeros.repeat_interleave(width, dim=0)[:columns]
+    low, high = code_range(weight.format)
+    rounded = Rounded(weight.codes.float().t() - spread, scales, low - zeros, high - zeros, width, weight.scales.dtype)
+    descend_(rounded, target.t().contiguous(), hessian, rounds)
+    codes = (rounded.shifted + spread).t().to(torch.int8).contiguous()
+    return replace(weight, codes=codes, scales=rounded.scales.t().to(weight.scales.dtype).reshape(weight.scales.shape))
 
 
 def _refit_scales_(rounded: Rounded, weight: Tensor, hessian: Tensor, target: Tensor, gradient: Tensor) -> Tensor:

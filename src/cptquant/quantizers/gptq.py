@@ -14,7 +14,7 @@ Damping is relative to the mean diagonal of the live inputs and is added to a co
 positive definite it is raised tenfold until it does and the outcome says so, never replaced by plain rounding. Inputs
 that were zero on all calibration text keep their weights, rounded (the paper sets them to 0, which costs more if the
 input ever is not zero). Scales are 16-bit before anything is rounded, and may be negative (grid.py). Formats with
-corrected columns are corrected.py's, with this loop for the codes.
+corrected columns are corrected.py's, those with a product of low rank low_rank.py's, with this loop for the codes.
 """
 
 from collections.abc import Sequence
@@ -29,9 +29,10 @@ from cptquant.packing.quantized_weight import QuantizedWeight, StoredWeight, joi
 from cptquant.quantizers.block_descent import descend_blocks_
 from cptquant.quantizers.block_gptq import BlockLoop
 from cptquant.quantizers.corrected import quantize_with_columns
-from cptquant.quantizers.descent import Rounded, descend_
+from cptquant.quantizers.descent import Rounded, descend_, descend_stored
 from cptquant.quantizers.grid import ROWS_ENTRIES, Grid, code_range, fit_grid
 from cptquant.quantizers.hessian_factor import HessianFactor, factor_hessian
+from cptquant.quantizers.low_rank import quantize_with_low_rank
 
 _LEAF_COLUMNS = 16
 """Below this width columns are rounded one by one; above it errors are spread by matrix products."""
@@ -96,14 +97,14 @@ class Gptq:
         """Quantize matrices that read the same input and get the same format: one factorisation, one loop.
 
         Rows do not depend on each other: tall matrices go through the loop in pieces, so that memory stays bounded.
-        Where columns are corrected, each matrix has columns of its own, and hence two factorisations.
+        Where codes are corrected, each matrix has columns or directions of its own, and hence two factorisations.
 
         Raises:
             DataError: the Hessian is NaN or infinite: the calibration text overflowed the model.
             ModelError: a weight is NaN or infinite, or needs a scale beyond the storage dtype's range.
         """
         blocks = fmt.block_layout is not None  # whose columns keep their order
-        if fmt.storage == "columns":
+        if fmt.is_corrected:
             factor = factor_hessian(hessian, self.damping, by_activation=False)
             return [self._quantize_corrected(weight.float(), factor, hessian, fmt, scale_dtype) for weight in weights]
         factor = factor_hessian(hessian, self.damping, by_activation=self.activation_order and not blocks)
@@ -118,19 +119,27 @@ class Gptq:
     def _quantize_corrected(
         self, weight: Tensor, factor: HessianFactor, hessian: Tensor, fmt: QuantFormat, dtype: torch.dtype
     ) -> GptqResult:
-        """One matrix with corrected columns; the Hessian is damped before columns are swept out of it."""
-        plain, inner = replace(self, damping=0.0), list[GptqResult]()
+        """One matrix with a correction; the Hessian is damped before columns or directions are swept out of it.
+
+        What is left without some directions is singular and is damped again.
+        """
+        columns = fmt.storage == "columns"
+        plain, inner = replace(self, damping=0.0) if columns else self, list[GptqResult]()
 
         def quantize(values: Tensor, moments: Tensor) -> StoredWeight:
             inner.append(plain(values, moments, fmt.base, dtype))
             return inner[0].weight
 
-        found = quantize_with_columns(weight, factor.damped, fmt, dtype, quantize, clip_search=self.clip_search)
-        raised = inner[0].damping > 0
+        construct = quantize_with_columns if columns else quantize_with_low_rank
+        found = construct(weight, factor.damped, fmt, dtype, quantize, clip_search=self.clip_search)
+        if not columns and self.descent_rounds:  # codes make up for what rounding the product has left
+            target = found.correction.without(weight)
+            found = replace(found, base=descend_stored(found.base, target, factor.damped, self.descent_rounds))
+        raised = inner[0].damping > plain.damping
         return GptqResult(
             found,
             inner[0].outcome if raised else factor.outcome,
-            factor.damping + inner[0].damping,
+            factor.damping + inner[0].damping - plain.damping,
             relative_output_error(found.dequantize().sub_(weight).t(), weight.t(), hessian),
         )
 

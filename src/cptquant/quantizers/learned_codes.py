@@ -12,7 +12,7 @@ Gradients. With g = dL/dvalue, rounding is passed straight through (d round(v)/d
 on s, so dL/ds = sum over the group of g (q - z) is exact. v is kept where the code is inside its range, so clipping
 needs no case of its own.
 
-Where columns are corrected, the correction is fixed and the codes of the others are learned around it.
+A correction (of columns, or of low rank) is fixed, and the codes are learned around it; corrected columns have none.
 
 v starts at W/s + z - q0 where that rounds to q0, else at the nearer end of q0's cell: how far the solution stands from
 each neighbour is what the original weight says about it.
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from cptquant.packing.block_weight import BlockWeight
-from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight
+from cptquant.packing.quantized_weight import CorrectedWeight, QuantizedWeight
 from cptquant.quantizers.grid import code_range
 
-Learnable = QuantizedWeight | BlockWeight | ColumnsWeight
+Learnable = QuantizedWeight | BlockWeight | CorrectedWeight
 """What can be learned; matrices with groups of mixed width keep the solution that learning would start from."""
 _CELL = 0.49
 """Largest start offset. Many of GPTQ's codes are not the nearest ones: these stand here, ready to flip."""
@@ -49,8 +49,8 @@ class LearnedWeight:
 
     def __init__(self, start: Learnable, original: Tensor, *, reach: float, learns_scales: bool = True) -> None:
         self.start, self._reach = start, reach
-        self._correction = start.correction if isinstance(start, ColumnsWeight) else None
-        self._codes = start.base if isinstance(start, ColumnsWeight) else start
+        self._correction = start.correction if isinstance(start, CorrectedWeight) else None
+        self._codes = start.base if isinstance(start, CorrectedWeight) else start
         self._low, self._high = _code_limits(self._codes)
         # One number a group of `_width` columns, (rows or 1, groups).
         self._steps, self._zeros, self._added, self._width = _grid_of(self._codes)
@@ -72,7 +72,7 @@ class LearnedWeight:
             codes.sub_(self._spread(self._zeros))
         values = self._times(codes, self._stored_steps())
         if self._correction is not None:
-            return self._correction.add_(values)
+            return self._correction.added(values)
         return values if self._added is None else values.add_(self._spread(self._added))
 
     def stored(self) -> Learnable:
@@ -83,7 +83,7 @@ class LearnedWeight:
         else:
             steps = self._stored_steps().to(start.scales.dtype)
             found = replace(start, codes=self.codes(), scales=steps.view_as(start.scales))
-        if isinstance(self.start, ColumnsWeight) and isinstance(found, QuantizedWeight):
+        if isinstance(self.start, CorrectedWeight) and isinstance(found, QuantizedWeight):
             return replace(self.start, base=found)
         return found
 
@@ -96,7 +96,7 @@ class LearnedWeight:
         by_scale = None
         if self.scales is not None:
             if self._correction is not None:
-                value = value.index_add(1, self._correction.columns, self._correction.values(), alpha=-1)
+                value = self._correction.without(value)
             by_scale = self._sum_groups(gradient * value)  # s times the sum of g (q - z)
         return self._times(gradient, self._stored_steps()), by_scale
 
@@ -112,9 +112,10 @@ class LearnedWeight:
             self.scales.sub_(log_scales * self.scales)
 
     def _fix_corrected(self) -> None:
-        """Corrected columns keep their codes: a step of those is coarse beside the correction's 8 bits."""
-        if self._correction is not None:
-            self.offsets.index_fill_(1, self._correction.columns, 0.0)
+        """Corrected columns keep their codes."""
+        fixed = None if self._correction is None else self._correction.fixed_columns
+        if fixed is not None:
+            self.offsets.index_fill_(1, fixed, 0.0)
 
     def _float_codes(self) -> Tensor:
         return self.offsets.round().add_(self._codes.codes).clamp_(self._low, self._high)

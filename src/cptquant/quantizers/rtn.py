@@ -10,6 +10,7 @@ from cptquant.packing.quantized_weight import StoredWeight
 from cptquant.quantizers.block_grid import round_to_blocks
 from cptquant.quantizers.corrected import round_with_columns
 from cptquant.quantizers.grid import round_to_grid
+from cptquant.quantizers.low_rank import round_with_low_rank
 from cptquant.quantizers.slim_round import round_to_segments
 
 
@@ -37,8 +38,8 @@ class Rtn:
         Args:
             weight: any shape, groups need not divide it. fmt: an integer format.
             scale_dtype: float16 or bfloat16.
-            importance: weight of each column's squared errors in the search for scales, and in the choice of corrected
-                columns, e.g. mean squared inputs.
+            importance: weight of each column's squared errors in the search for scales, and in the choice of what
+                is corrected, e.g. mean squared inputs.
 
         Raises:
             ModelError: a weight is NaN or infinite, or needs a scale beyond the storage dtype's range.
@@ -47,6 +48,8 @@ class Rtn:
             return round_to_segments(weight, fmt, scale_dtype, importance=importance, clip=self.clip_search)
         if fmt.storage == "columns":
             return round_with_columns(weight, fmt, scale_dtype, importance=importance, clip_search=self.clip_search)
+        if fmt.storage == "low-rank":
+            return round_with_low_rank(weight, fmt, scale_dtype, importance=importance, clip_search=self.clip_search)
         if fmt.block_layout is not None:
             return round_to_blocks(weight, fmt, importance=importance, search=self.clip_search)
         return round_to_grid(weight, fmt, scale_dtype, importance=importance, clip_search=self.clip_search)

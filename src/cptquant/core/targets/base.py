@@ -83,15 +83,22 @@ class Target(ABC):
         )
 
 
-def keep_columns(target: Target, site: Site, fmt: QuantFormat) -> QuantFormat | None:
-    """Corrected columns on the nearest legal codes of the same width; None where there are none."""
-    if fmt.storage != "columns":
+def keep_correction(target: Target, site: Site, fmt: QuantFormat) -> QuantFormat | None:
+    """Corrected columns or a product of low rank on the nearest legal codes of the same width; None where none are."""
+    if not fmt.is_corrected:
         return None
     base = target.fit(site, fmt.base)
     if base.storage != "packed" or base.code_bits != fmt.code_bits:
         return None
-    fitted = base.with_columns(fmt.column_share)
+    fitted = fmt.on_base(base)
     return fitted if target.refusal(site, fitted) is None else None
+
+
+def refuse_correction(target: Target, site: Site, fmt: QuantFormat) -> str | None:
+    """Why a site cannot have a corrected format under an engine that can run them, or None if it can."""
+    if site.kind != "linear":
+        return f"{fmt.name} is for linear layers: their inputs say what is corrected"
+    return target.refusal(site, fmt.base) or fmt.correction_refusal(site.out_features, site.in_features)
 
 
 def candidate_formats(

@@ -32,6 +32,8 @@ class CompressedTensors(Target):
             return f"{fmt.name} mixes widths in one matrix, which compressed-tensors cannot; --target torch can"
         if fmt.storage == "columns":
             return f"{fmt.name} corrects columns in 8 bits, which compressed-tensors cannot; --target torch can"
+        if fmt.storage == "low-rank":
+            return f"{fmt.name} adds a product of low rank, which compressed-tensors cannot; --target torch can"
         if _is_initialized_by_weight(site):
             if fmt.storage == "plain" and fmt.symmetric:
                 return _divisibility(site, fmt)
@@ -55,7 +57,7 @@ class CompressedTensors(Target):
         A packed 8-bit format offered to an embedding is translated to its plain twin; a group size that does not
         divide the row is replaced by the largest power of two (at least 16) that does, else by one scale per row; a
         block format of GGUF becomes groups of 64 of the same width; groups of mixed width become one width that
-        holds each of them, codes with corrected columns one bit wider.
+        holds each of them, codes with a correction one bit wider.
         """
         return _fit(site, fmt)
 

@@ -4,8 +4,8 @@ Rules: MatMulNBits has kernels for 2, 4 and 8 bits (3, 5, 6 and 7 are rejected w
 not, in blocks of powers of two from 16. A scale per row or per matrix is written once and spread when the engine loads
 the file. A prompt of many tokens, all that an encoder sees, runs 3 to 4 times faster with one 8-bit scale a row than in
 blocks (decision 0006): that is what encoders are offered at 8 bits. SliM-LLM's groups of mixed width are two products
-where half of them have 2 bits and half 4 (`slim3-g64-halves`). Corrected columns are a float product beside the one of
-the codes (`int2-g64-c2`). Everything else stays in 16 bits in the file and is
+where half of them have 2 bits and half 4 (`slim3-g64-halves`). Corrected columns (`int2-g64-c2`) and products of low
+rank (`int2-g64-r4`) are float products beside the one of the codes. Everything else stays in 16 bits in the file and is
 float32 in memory. An embedding that is also the head is one tensor. Other matrices of one input are joined only where
 the plan gives them one format.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout, Site
-from cptquant.core.targets.base import Target, keep_columns
+from cptquant.core.targets.base import Target, keep_correction, refuse_correction
 
 _WIDTHS = (2, 4, 8)
 _SMALLEST_BLOCK = 16
@@ -40,10 +40,8 @@ class Onnx(Target):
             return f"{fmt.name} is a block format of GGUF, which ONNX Runtime does not have"
         if fmt.storage == "segments":
             return self._refuse_segments(site, fmt)
-        if fmt.storage == "columns":
-            if site.kind != "linear":
-                return f"{fmt.name} is for linear layers: its columns are chosen by their inputs"
-            return self.refusal(site, fmt.base) or fmt.columns_refusal(site.in_features)
+        if fmt.is_corrected:
+            return refuse_correction(self, site, fmt)
         if fmt.code_bits not in _WIDTHS:
             return f"ONNX Runtime has kernels for 2, 4 and 8 bits, not {fmt.code_bits}"
         group = fmt.granularity if isinstance(fmt.granularity, int) else site.in_features
@@ -64,10 +62,10 @@ class Onnx(Target):
         return fmt.segments_refusal(site.in_features)
 
     def fit(self, site: Site, fmt: QuantFormat) -> QuantFormat:
-        """The next wider width that has a kernel, in groups that divide the row; corrected columns stay if they can."""
+        """The next wider width that has a kernel, in groups that divide the row; corrections stay if they can."""
         if fmt.is_float or self.refusal(site, fmt) is None:
             return fmt
-        corrected = keep_columns(self, site, fmt)
+        corrected = keep_correction(self, site, fmt)
         if corrected is not None:
             return corrected
         fmt = fmt.promoted()
@@ -105,7 +103,7 @@ class Onnx(Target):
         if fmt.storage == "segments":  # numbers of the groups, or of sorted columns, say which half they are in
             numbers = columns if fmt.sorted_columns else fmt.group_count(columns)
             return rows * columns * fmt.code_bits // 8 + 2 * fmt.scale_count(rows, columns) + _NUMBER_BYTES * numbers
-        if fmt.storage == "columns":
+        if fmt.is_corrected:
             return self.site_bytes(layout, site, fmt.base) + fmt.correction_bytes(rows, columns)
         codes, scales = rows * (columns * fmt.code_bits // 8), 2 * fmt.scale_count(rows, columns)
         if fmt.symmetric:

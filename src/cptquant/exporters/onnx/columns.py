@@ -11,8 +11,8 @@ import torch
 from onnx import TensorProto
 
 from cptquant.exporters.onnx.graph import GraphBuilder
-from cptquant.packing.columns import Correction
-from cptquant.packing.quantized_weight import ColumnsWeight
+from cptquant.packing.columns import ColumnCorrection
+from cptquant.packing.quantized_weight import QuantizedWeight
 
 
 def correction_names(site: str) -> tuple[str, str, str]:
@@ -20,24 +20,25 @@ def correction_names(site: str) -> tuple[str, str, str]:
     return f"{site}.correction", f"{site}.correction.scales", f"{site}.correction.columns"
 
 
-def corrected_product(graph: GraphBuilder, x: str, name: str, weight: ColumnsWeight, bias: str = "") -> str:
-    """x times the transpose of a matrix with corrected columns."""
+def columns_product(
+    graph: GraphBuilder, x: str, name: str, base: QuantizedWeight, correction: ColumnCorrection, bias: str = ""
+) -> str:
+    """x times the transpose of codes with corrected columns."""
     codes_name, scales_name, columns_name = correction_names(name)
-    correction = weight.correction
     codes = graph.node("Cast", graph.store(codes_name, correction.codes.t()), to=TensorProto.FLOAT)
     scales = graph.node("Cast", graph.store(scales_name, correction.scales), to=TensorProto.FLOAT)
     column = graph.node("Unsqueeze", scales, graph.constant(np.array([1], np.int64)))
     matrix = graph.node("Mul", codes, column)
     numbers = graph.store(columns_name, correction.columns.to(torch.uint16))
     chosen = graph.node("Gather", x, graph.node("Cast", numbers, to=TensorProto.INT64), axis=-1)
-    product = graph.block_product(x, name, weight.base, bias)
+    product = graph.block_product(x, name, base, bias)
     return graph.node("Add", product, graph.node("MatMul", chosen, matrix))
 
 
 def stored_correction(
-    codes: torch.Tensor,  # int8 (count, out_features), as `corrected_product` stores it
+    codes: torch.Tensor,  # int8 (count, out_features), as `columns_product` stores it
     scales: torch.Tensor,  # 16-bit float (count,)
     columns: torch.Tensor,  # uint16 (count,)
-) -> Correction:
+) -> ColumnCorrection:
     """The correction that was stored."""
-    return Correction(columns.to(torch.int64), codes.t().contiguous(), scales)
+    return ColumnCorrection(columns.to(torch.int64), codes.t().contiguous(), scales)

@@ -11,14 +11,16 @@ from torch import Tensor
 from cptquant.core.errors import ModelError
 from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout
-from cptquant.exporters.onnx.columns import corrected_product
+from cptquant.exporters.onnx.columns import columns_product
 from cptquant.exporters.onnx.graph import CONTRIB, GraphBuilder
+from cptquant.exporters.onnx.low_rank import low_rank_product
 from cptquant.exporters.onnx.segments import segment_product
 from cptquant.models.stream import QuantizedSource
-from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight, join_quantized
+from cptquant.packing.low_rank import LowRankCorrection
+from cptquant.packing.quantized_weight import CorrectedWeight, QuantizedWeight, join_quantized
 from cptquant.packing.segments import SegmentedWeight, join_segmented_rows
 
-_Product = QuantizedWeight | SegmentedWeight | ColumnsWeight
+_Product = QuantizedWeight | SegmentedWeight | CorrectedWeight
 """What a product can be made with."""
 _APART = {"q": 8, "k": 8, "v": 8, "up": 8, "down": 8}
 """Columns of an input that stay floats beside an 8-bit product with one scale for all activations, by role: a few are
@@ -205,7 +207,7 @@ class Parts:
 
     def _stored(self, site: str) -> _Product:
         weight = self._source.quantized(site)
-        if not isinstance(weight, QuantizedWeight | SegmentedWeight | ColumnsWeight):
+        if not isinstance(weight, QuantizedWeight | SegmentedWeight | CorrectedWeight):
             raise ModelError(f"the plan quantizes {site}, but no codes of it stand; run: cptquant quantize RUN")
         return weight
 
@@ -213,14 +215,14 @@ class Parts:
         weight = self._stored(site)
         if not isinstance(weight, QuantizedWeight):
             raise ModelError(
-                f"{site} has {self._formats[site].name} here, groups of mixed width or corrected columns, which only "
+                f"{site} has {self._formats[site].name} here, groups of mixed width or a correction, which only "
                 "products with a matrix of its own can have"
             )
         return weight
 
     def _quantized(self, x: str, name: str, weight: _Product, bias: str) -> str:
-        if isinstance(weight, ColumnsWeight):
-            return corrected_product(self.graph, x, name, weight, bias)
+        if isinstance(weight, CorrectedWeight):
+            return self._corrected(x, name, weight, bias)
         if isinstance(weight, SegmentedWeight):
             return segment_product(self.graph, x, name, weight, bias)
         fmt = weight.format
@@ -229,6 +231,12 @@ class Parts:
             apart = 0 if site is None else _APART.get(site.role, 0)
             return self.graph.row_product(x, name, weight, bias, apart=apart)
         return self.graph.block_product(x, name, weight, bias)
+
+    def _corrected(self, x: str, name: str, weight: CorrectedWeight, bias: str) -> str:
+        correction = weight.correction
+        if isinstance(correction, LowRankCorrection):
+            return low_rank_product(self.graph, x, name, weight.base, correction, bias)
+        return columns_product(self.graph, x, name, weight.base, correction, bias)
 
     def _dense(self, x: str, site: str, bias: str) -> str:
         shared = self.layout.shared_head

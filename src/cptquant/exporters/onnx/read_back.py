@@ -14,9 +14,10 @@ from cptquant.core.formats import QuantFormat
 from cptquant.core.layout import ModelLayout, Site
 from cptquant.exporters.onnx.columns import correction_names, stored_correction
 from cptquant.exporters.onnx.decoders import gpt_neox_row_order
+from cptquant.exporters.onnx.low_rank import factor_names, stored_low_rank
 from cptquant.exporters.onnx.segments import half_formats, half_name, join_halves
 from cptquant.packing.nbits import NBitsWeight, block_size_of, unpack_nbits
-from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight
+from cptquant.packing.quantized_weight import CorrectedWeight, QuantizedWeight
 
 _DTYPES: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT16: torch.float16,
@@ -78,11 +79,16 @@ def _dequantized(file: "_TensorFile", site: Site, fmt: QuantFormat, layout: Mode
             _weight(file, half_name(holder, half.code_bits), half, site.in_features // 2) for half in half_formats(fmt)
         )
         return join_halves(narrow, wide, file.read(f"{holder}.numbers"), fmt).dequantize()[rows]
+    if fmt.storage == "low-rank":
+        holder = _own_holder(file, site, "codes")
+        base = _weight(file, holder, fmt.base, site.in_features)
+        product = stored_low_rank(*(file.read(name) for name in factor_names(holder)))
+        return CorrectedWeight(fmt, base, product).dequantize()
     if fmt.storage == "columns":
         holder = _own_holder(file, site, "codes")
         codes, scales, columns = (file.read(name) for name in correction_names(holder))
         base = _weight(file, holder, fmt.base, site.in_features)
-        return ColumnsWeight(fmt, base, stored_correction(codes, scales, columns)).dequantize()
+        return CorrectedWeight(fmt, base, stored_correction(codes, scales, columns)).dequantize()
     holder, rows = _locate(file, site, layout)
     return _weight(file, holder, fmt, site.in_features).dequantize()[rows]
 

@@ -3,7 +3,7 @@
 Every stored form says value = s (q - z) + b with integer codes q inside [low, high], one step s a group of columns
 (a zero point z in asymmetric formats; an offset b and fixed s in GGUF's blocks). Training moves s and z of a grid
 whose steps are 16-bit floats; those of GGUF's blocks and the one-bit groups of mixed widths are products of stored
-parts and stay as they are. So does the correction of corrected columns: what is trained are the codes beside it.
+parts and stay as they are. So does a correction (of columns, or of low rank): what is trained are the codes beside it.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from cptquant.packing.block_weight import BlockWeight
-from cptquant.packing.columns import Correction
-from cptquant.packing.quantized_weight import ColumnsWeight, QuantizedWeight, StoredWeight
+from cptquant.packing.quantized_weight import CorrectedWeight, Correction, QuantizedWeight, StoredWeight
 from cptquant.packing.segments import SegmentedWeight
 from cptquant.quantizers.grid import code_range
 
@@ -50,7 +49,7 @@ class TrainedGrid:
     rebuild: Callable[[Tensor, Tensor | None, Tensor | None], StoredWeight]
     """(codes int8, steps, zeros int8) -> the matrix in its stored form."""
     correction: Correction | None = None
-    """What is added to some columns; None for none."""
+    """What is added to the values of the codes; None for none."""
 
     @classmethod
     def of(cls, stored: StoredWeight) -> "TrainedGrid":
@@ -59,7 +58,7 @@ class TrainedGrid:
             return _of_affine(stored)
         if isinstance(stored, BlockWeight):
             return _of_blocks(stored)
-        if isinstance(stored, ColumnsWeight):
+        if isinstance(stored, CorrectedWeight):
             return _of_corrected(stored)
         return _of_segments(stored)
 
@@ -68,9 +67,7 @@ class TrainedGrid:
         values: Tensor,  # (rows, columns), of the codes
     ) -> Tensor:
         """The values with the correction added."""
-        if self.correction is None:
-            return values
-        return values.index_add(1, *self.correction.on(values.device))
+        return values if self.correction is None else self.correction.added(values)
 
     @property
     def learns_steps(self) -> bool:
@@ -107,10 +104,10 @@ def _of_blocks(stored: BlockWeight) -> TrainedGrid:
     )  # fmt: skip
 
 
-def _of_corrected(stored: ColumnsWeight) -> TrainedGrid:
+def _of_corrected(stored: CorrectedWeight) -> TrainedGrid:
     grid = _of_affine(stored.base)
 
-    def rebuild(codes: Tensor, steps: Tensor | None, zeros: Tensor | None) -> ColumnsWeight:
+    def rebuild(codes: Tensor, steps: Tensor | None, zeros: Tensor | None) -> CorrectedWeight:
         base = grid.rebuild(codes, steps, zeros)
         assert isinstance(base, QuantizedWeight)
         return replace(stored, base=base)
@@ -173,8 +170,7 @@ def in_stored_order(
     """What the codes stand for: float32, columns in stored order, without the correction."""
     found = original.detach().float()
     if grid.correction is not None:
-        columns, added = grid.correction.on(found.device)
-        found = found.index_add(1, columns, added, alpha=-1)
+        found = grid.correction.without(found)
     return found if grid.order is None else found.index_select(1, grid.order)
 
 
