@@ -4,6 +4,7 @@
     ... --target onnx --models reference-llama reference-opt
     ... --target "onnx, halves"
     ... --target "onnx, columns" --budgets 2.5bpw@sites 3bpw@sites 3.5bpw@sites     (and "torch, columns")
+    ... --target "onnx, low rank" --budgets 2.5bpw@sites 3bpw@sites 3.5bpw@sites     (and "torch, low rank")
 
 TDMPQ scores the longest list once (its CPU seconds, and those of the first list alone, are in the results); the
 knapsack chooses from each list under the same budget; GPTQ carries the plans out. Budgets count the blocks' linear
@@ -49,8 +50,14 @@ def _corrected(*names: str) -> tuple[str, ...]:
     return tuple(f"{name}-c{percent}" for name in names for percent in (1, 2, 4))
 
 
+def _low_rank(*names: str) -> tuple[str, ...]:
+    """Each with products of rank 1, 2 and 4."""
+    return tuple(f"{name}-r{rank}" for name in names for rank in (1, 2, 4))
+
+
 _WIDE, _KERNELS = (2, 3, 4, 5, 6, 8), (2, 4, 8)
 _ONNX_COLUMNS = _corrected("int2-g64", "int4-g64")
+_ONNX_LOW_RANK = _low_rank("int2-g64", "int4-g64")
 LISTS: dict[str, dict[str, tuple[str, ...]]] = {
     "transformers": {
         "g64": _names(_WIDE, "g64"),
@@ -76,6 +83,30 @@ LISTS: dict[str, dict[str, tuple[str, ...]]] = {
         "g64, columns": (*_names(_KERNELS, "g64"), *_ONNX_COLUMNS),
         "g64, halves": (*_names(_KERNELS, "g64"), "slim3-g64-halves"),
         "g64, halves, columns": (*_names(_KERNELS, "g64"), "slim3-g64-halves", *_ONNX_COLUMNS),
+    },
+    "onnx, low rank": {
+        "g64": _names(_KERNELS, "g64"),
+        "g64, halves, sorted": (*_names(_KERNELS, "g64"), "slim3-g64-halves", "slim3-g64-sorted-halves"),
+        "g64, columns": (*_names(_KERNELS, "g64"), *_ONNX_COLUMNS),
+        "g64, low rank": (*_names(_KERNELS, "g64"), *_ONNX_LOW_RANK),
+        "g64, columns, low rank": (*_names(_KERNELS, "g64"), *_ONNX_COLUMNS, *_ONNX_LOW_RANK),
+        "g64, halves, sorted, low rank": (
+            *_names(_KERNELS, "g64"),
+            "slim3-g64-halves",
+            "slim3-g64-sorted-halves",
+            *_ONNX_LOW_RANK,
+        ),
+        "all": (
+            *_names(_KERNELS, "g64"),
+            "slim3-g64-halves",
+            "slim3-g64-sorted-halves",
+            *_ONNX_COLUMNS,
+            *_ONNX_LOW_RANK,
+        ),
+    },
+    "torch, low rank": {
+        "g64, g128": _names(_WIDE, "g64", "g128"),
+        "g64, g128, low rank": (*_names(_WIDE, "g64", "g128"), *_low_rank(*_names((2, 3, 4), "g64", "g128"))),
     },
     "torch, columns": {
         "g64, g128": _names(_WIDE, "g64", "g128"),
