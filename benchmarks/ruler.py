@@ -6,6 +6,7 @@ are decoded to float32 as code * scale from what the tool wrote, put into the or
 
 import copy
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,8 +88,10 @@ class Ruler:
 def decode_checkpoint(folder: Path) -> dict[str, Tensor]:
     """Float32 weights, (out, in), of the quantized linear layers of a compressed-tensors or GPTQ checkpoint.
 
+    Also of ours for torch, whose codes are compressed-tensors' and may have a product of low rank beside them.
+
     Raises:
-        ValueError: the folder holds neither.
+        ValueError: the folder holds none of them, or groups of mixed width, or corrected columns.
     """
     stored: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -99,6 +102,8 @@ def decode_checkpoint(folder: Path) -> dict[str, Tensor]:
     if config["quant_method"] in ("gptq", "auto-round"):  # AutoRound packs as GPTQ does, each layer in its own width
         own = {name: layer["bits"] for name, layer in config.get("extra_config", {}).items() if "bits" in layer}
         return _decode_gptq(stored, config["bits"], own)
+    if config["quant_method"] == "cptquant-segments":
+        return _decode_low_rank(stored, config["formats"])
     raise ValueError(f"{folder}: unknown quant_method {config['quant_method']!r}")
 
 
@@ -119,6 +124,23 @@ def _decode_compressed_tensors(stored: dict[str, Tensor], config: dict) -> dict[
             zeros = unpack_from_int32(stored[f"{module}.weight_zero_point"], bits, scales.shape, packed_dim=0)
             codes -= zeros.float()[:, columns]
         dense[f"{module}.weight"] = codes * scales[:, columns]
+    return dense
+
+
+def _decode_low_rank(stored: dict[str, Tensor], formats: dict[str, str]) -> dict[str, Tensor]:
+    """code * scale + left * right / 128, each product with a scale; formats are int<bits>-g<group>[-r<rank>]."""
+    dense = {}
+    for module, name in formats.items():
+        width = re.fullmatch(r"int(\d)-g\d+(-r\d+)?", name)
+        if width is None:
+            raise ValueError(f"{module} has {name}, which is not decoded here")
+        shape = torch.Size(stored[f"{module}.weight_shape"].tolist())
+        codes = unpack_from_int32(stored[f"{module}.weight_packed"], int(width[1]), shape).float()
+        scales = stored[f"{module}.weight_scale"].float()
+        dense[f"{module}.weight"] = codes * scales.repeat_interleave(shape[1] // scales.shape[1], dim=1)
+        if width[2]:
+            left = stored[f"{module}.weight_low_rank_left"].float() * stored[f"{module}.weight_low_rank_scale"].float()
+            dense[f"{module}.weight"] += left @ stored[f"{module}.weight_low_rank_right"].float() / 128
     return dense
 
 

@@ -1,6 +1,6 @@
 """What a tool wrote, as float32 weights by the original's parameter names, and the bits its quantized matrices take.
 
-Three forms are read: compressed-tensors and GPTQ folders (decoded by `ruler.py`), ours in segments not among them, and
+Three forms are read: compressed-tensors and GPTQ folders and ours for torch (decoded by `ruler.py`), and
 `dense.safetensors` from tools without a folder of either kind: float32 weights with, in the file's metadata, the bits
 that each matrix takes in the tool's own storage.
 """
@@ -87,6 +87,7 @@ def count_bits(folder: Path) -> int:
     """
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     endings = [".qweight", ".weight_packed", ".scales", ".weight_scale", ".weight_zero_point"]
+    endings += [".weight_low_rank_left", ".weight_low_rank_right", ".weight_low_rank_scale"]
     if not config.get("sym", True):
         endings.append(".qzeros")
     total = 0

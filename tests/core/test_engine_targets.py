@@ -90,5 +90,11 @@ def test_vllm_wants_one_scheme_where_it_fuses():
 def test_encoders_are_offered_what_onnx_runtime_runs_fast():
     assert ONNX.formats_for(named("bert", "encoder")) == ("int2-g64", "int4-g64", "int8-channel")
     assert ONNX.formats_for(named("bert", "sequence_classification")) == ("int2-g64", "int4-g64", "int8-channel")
-    assert ONNX.formats_for(named("opt")) == ONNX.default_formats
+    narrow, wide = (named("opt").model_copy(update={"hidden_size": size}) for size in (128, 4096))
+    assert ONNX.formats_for(narrow) == (
+        *ONNX.default_formats, "int2-g64-r1", "int2-g64-r2", "int4-g64-r1", "int4-g64-r2"
+    )  # fmt: skip
+    assert ONNX.formats_for(wide)[len(ONNX.default_formats) :] == tuple(
+        f"int{bits}-g64-r{rank}" for bits in (2, 4) for rank in (8, 16, 32, 64)
+    )
     assert VLLM.formats_for(named("bert", "encoder")) == VLLM.default_formats

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cptquant.core.formats import QuantFormat
+from cptquant.core.formats import LARGEST_RANK, QuantFormat
 from cptquant.core.layout import ModelLayout, Site, Tie
 
 
@@ -16,6 +16,9 @@ class Target(ABC):
         name: spelling of `--target`. description: one line for people.
         default_formats: candidates beside 16 bits where the person names none.
         encoder_formats: the same for models that do not decode, where the engine runs others faster; empty: no others.
+        low_rank_bases: codes that are offered with products of low rank beside them too, of ranks that follow the
+            model's width (`low_rank_names`); empty where the engine has none. Not where encoders have formats of their
+            own.
         architectures: `model_type`s that the engine runs; empty means whatever transformers runs.
         divisibility, tied, kept: the rules in words, for people; `refusal`, `ties`, `kept_bytes` are what counts.
     """
@@ -28,10 +31,13 @@ class Target(ABC):
     tied: str
     kept: str
     encoder_formats: tuple[str, ...] = ()
+    low_rank_bases: tuple[str, ...] = ()
 
     def formats_for(self, layout: ModelLayout) -> tuple[str, ...]:
         """Candidates beside 16 bits for this model where the person names none."""
-        return self.encoder_formats if self.encoder_formats and layout.task != "causal_lm" else self.default_formats
+        if self.encoder_formats and layout.task != "causal_lm":
+            return self.encoder_formats
+        return (*self.default_formats, *low_rank_names(self.low_rank_bases, layout.hidden_size))
 
     @abstractmethod
     def refusal(self, site: Site, fmt: QuantFormat) -> str | None:
@@ -81,6 +87,15 @@ class Target(ABC):
         return sum(
             self.site_bytes(layout, site, formats.get(site.name, layout.keep_format)) for site in layout.block_sites
         )
+
+
+def low_rank_names(bases: Sequence[str], width: int) -> tuple[str, ...]:
+    """Formats with products of low rank for a model of that width: 1/512, 1/256, 1/128 and 1/64 of it, at least 1.
+
+    A rank of 1/256 takes 1/16 of a bit a weight in a square matrix, whatever its size.
+    """
+    ranks = dict.fromkeys(max(1, width * share // 512) for share in (1, 2, 4, 8))
+    return tuple(f"{base}-r{rank}" for base in bases for rank in ranks if rank <= LARGEST_RANK)
 
 
 def keep_correction(target: Target, site: Site, fmt: QuantFormat) -> QuantFormat | None:

@@ -135,6 +135,7 @@ ONNX = Onnx(
     name="onnx",
     description="model.onnx with MatMulNBits for ONNX Runtime on the CPU: pip install cptquant[onnx]",
     default_formats=("int2-g64", "slim3-g64-halves", "slim3-g64-sorted-halves", "int4-g64", "int8-g128"),
+    low_rank_bases=("int2-g64", "int4-g64"),
     architectures=ONNX_MODEL_TYPES,
     divisibility="2, 4 or 8 bits; groups a multiple of 16 that divides the row, else the largest power of two",
     tied="an embedding and the head it is shared with",

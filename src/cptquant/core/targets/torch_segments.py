@@ -43,6 +43,7 @@ TORCH = TorchSegments(
     name="torch",
     description="safetensors with groups of mixed width or corrections, run by cptquant.load_segmented",
     default_formats=DEFAULT_FORMATS,  # mixed widths did not pay at equal bytes so far (docs/segments.md)
+    low_rank_bases=tuple(f"int{bits}-g{group}" for bits in (2, 3, 4) for group in (64, 128)),
     architectures=(),
     divisibility="groups of mixed width are a multiple of 32 that divides the row, else as transformers",
     tied="none",
