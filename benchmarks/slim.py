@@ -3,6 +3,9 @@
     python benchmarks/slim.py                                       # all; goes on where an earlier call stopped
     python benchmarks/slim.py --models reference-opt --bits 2 --rows "GPTQ, ours" "SliM, ours"
 
+Rows "..., then Block-AP" train the blocks afterwards on the same windows, twice (EfficientQAT's first phase; the bit map
+stays). SliM-LLM+ of the paper trains too, the clips of weights that are rounded to nearest (OmniQuant).
+
 Every linear layer of the blocks gets one format, embedding and head stay in 16 bits. Calibration: 64 windows of 256
 tokens, drawn with each of three seeds. Held-out text: standard errors of one run are clustered by document; those of
 the table are over the seeds. Writes results/slim.json and prints the table.
@@ -20,35 +23,36 @@ from typing import Any
 
 import torch
 from machine import describe_machine
-from results_file import REPOSITORY, SHARED, model_folder, write_results
-from torch import Tensor
+from results_file import FOLDER, REPOSITORY, SHARED, model_folder, write_results
 
 from cptquant.core.artifact import digest_json
 from cptquant.core.formats import QuantFormat
-from cptquant.core.manifest import SiteRecord
 from cptquant.core.plan import Plan, SolverStatus
 from cptquant.evaluation.evaluate import evaluate
 from cptquant.models.load import LoadedModel, load_model
 from cptquant.models.text import TokenSet, load_tokens
 from cptquant.packing.quantized_weight import StoredWeight, encode
 from cptquant.packing.segments import SegmentedWeight
+from cptquant.quantizers.first_pass import FinishedInMemory
 from cptquant.quantizers.gptq import Gptq
+from cptquant.quantizers.learned_blocks import LearnedBlocks, learn_blocks
 from cptquant.quantizers.quantize import quantize_sites
 from cptquant.quantizers.slim import PUBLISHED, Slim
 from cptquant.quantizers.slim_scale import ScaleSearch
 
-MODELS = ("reference-llama", "reference-opt")
+MODELS = ("reference-llama", "reference-opt", "embedded:opt-mini")
 GROUP = 64
 OUR_GPTQ, OURS = Gptq(), Slim()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to quantize: a format's name with N in it, GPTQ, and what it does on groups of mixed width."""
+    """One way to quantize: a format's name with N in it, GPTQ, what it does on groups of mixed width, Block-AP or not."""
 
     format: str
     gptq: Gptq = OUR_GPTQ
     slim: Slim = OURS
+    trained: bool = False
 
 
 UNIFORM, MIXED, SORTED = f"int{{}}-g{GROUP}", f"slim{{}}-g{GROUP}", f"slim{{}}-g{GROUP}-sorted"
@@ -62,6 +66,9 @@ ROWS: dict[str, Row] = {
     "SliM, the paper's, by MSE": Row(MIXED, slim=replace(PUBLISHED, objective="mse")),
     "SliM, the paper's, by magnitude": Row(MIXED, slim=replace(PUBLISHED, ranking="magnitude")),
     "SliM, the paper's, random groups": Row(MIXED, slim=replace(PUBLISHED, ranking="random")),
+    "GPTQ, ours, then Block-AP": Row(UNIFORM, trained=True),
+    "SliM, the paper's, then Block-AP": Row(MIXED, slim=PUBLISHED, trained=True),
+    "SliM, ours, then Block-AP": Row(MIXED, trained=True),
     "SliM, ours": Row(MIXED),
     "SliM, ours, p by KL": Row(MIXED, slim=replace(OURS, objective="kl")),
     "SliM, ours, p by KL of min-max rounding": Row(MIXED, slim=replace(OURS, objective="kl", search_clip=False)),
@@ -77,18 +84,9 @@ ROWS: dict[str, Row] = {
 }
 
 
-class Kept:
-    """Quantized weights in memory: the sink of `quantize_sites` and a source for the evaluation."""
-
-    def __init__(self) -> None:
-        self.weights: dict[str, StoredWeight] = {}
-
-    def keep(self, index: int | None, weights: dict[str, StoredWeight], records: list[SiteRecord]) -> None:
-        self.weights.update(weights)
-
-    def weight(self, site_name: str) -> Tensor | None:
-        found = self.weights.get(site_name)
-        return None if found is None else found.dequantize()
+def stored_weights(model: LoadedModel, kept: FinishedInMemory) -> list[StoredWeight]:
+    """Every quantized matrix."""
+    return [weight for site in model.layout.sites if (weight := kept.quantized(site.name)) is not None]
 
 
 def uniform_plan(model: LoadedModel, fmt: QuantFormat) -> Plan:
@@ -106,17 +104,21 @@ def uniform_plan(model: LoadedModel, fmt: QuantFormat) -> Plan:
 
 
 def measure(model: LoadedModel, calibration: TokenSet, test: TokenSet, row: Row, bits: int) -> dict[str, Any]:
-    plan, kept = uniform_plan(model, QuantFormat.parse(row.format.format(bits))), Kept()
+    plan, kept = uniform_plan(model, QuantFormat.parse(row.format.format(bits))), FinishedInMemory()
     start = time.process_time()
     quantize_sites(model, plan, replace(row.slim, gptq=row.gptq), calibration, kept.keep)
+    if row.trained:
+        first, kept = kept, FinishedInMemory()
+        learn_blocks(model, LearnedBlocks(), calibration, first, kept.keep)
     seconds = time.process_time() - start
-    written = sum(t.numel() * t.element_size() for w in kept.weights.values() for t in encode(w).values())
+    weights = stored_weights(model, kept)
+    written = sum(t.numel() * t.element_size() for w in weights for t in encode(w).values())
     if written != plan.site_bytes:
         raise SystemExit(f"{written} bytes of tensors, {plan.site_bytes} in the plan")
     found = {(m.subject, m.name): m for m in evaluate(model, {"quantized": kept}, test)}
     kl = found["quantized", "kl_nats_per_token"]
     nll = {s: found[s, "nll_nats_per_token"].value for s in ("original", "quantized")}
-    pairs = [w.pairs / len(w.widths) for w in kept.weights.values() if isinstance(w, SegmentedWeight)]
+    pairs = [w.pairs / len(w.widths) for w in weights if isinstance(w, SegmentedWeight)]
     return {
         "bits_per_weight_sites": plan.bits_per_weight_sites,
         "kl_nats_per_token": kl.value,
@@ -147,18 +149,24 @@ def main() -> None:
     for name in args.models:
         finished += measure_model(name, args)
     if args.results:
-        write_results(args.results, {"machine": describe_machine(), "rows": summarise(finished)})
+        path, rows = FOLDER / f"{args.results}.json", summarise(finished)
+        made = {(row["model"], row["bits"], row["row"]) for row in rows}
+        earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows += [row for row in earlier if (row["model"], row["bits"], row["row"]) not in made]
+        rows.sort(key=lambda row: (row["model"], row["bits"], list(ROWS).index(row["row"])))
+        write_results(args.results, {"machine": describe_machine(), "rows": rows})
 
 
 def measure_model(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every cell of a model, from the work folder where it is finished already."""
-    text = SHARED / "data" / "text" / "general"
+    text = None if name.startswith("embedded:") else SHARED / "data" / "text" / "general"
     model = load_model(str(model_folder(name)))
-    test = load_tokens(model, text / "test.txt", "test", sequences=args.windows, length=256, seed=0)
-    calibration = {
-        seed: load_tokens(model, text / "train.txt", "calibration", sequences=args.sequences, length=256, seed=seed)
-        for seed in args.seeds
-    }
+
+    def tokens(file: str, split: Any, sequences: int, seed: int) -> TokenSet:
+        return load_tokens(model, text and text / file, split, sequences=sequences, length=256, seed=seed)
+
+    test = tokens("test.txt", "test", args.windows, 0)
+    calibration = {seed: tokens("train.txt", "calibration", args.sequences, seed) for seed in args.seeds}
     cells: list[dict[str, Any]] = []
     for label, bits, seed in product(args.rows, args.bits, args.seeds):
         cell = {"model": name, "bits": bits, "row": label, "seed": seed}
