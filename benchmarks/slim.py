@@ -3,8 +3,8 @@
     python benchmarks/slim.py                                       # all; goes on where an earlier call stopped
     python benchmarks/slim.py --models reference-opt --bits 2 --rows "GPTQ, ours" "SliM, ours"
 
-Rows "..., then Block-AP" train the blocks afterwards on the same windows, twice (EfficientQAT's first phase; the bit map
-stays). SliM-LLM+ of the paper trains too, the clips of weights that are rounded to nearest (OmniQuant).
+Rows "..., then Block-AP" train the blocks afterwards on the same windows, twice (EfficientQAT's first phase; the bit
+map stays). SliM-LLM+ of the paper trains too, the clips of weights that are rounded to nearest (OmniQuant).
 
 Every linear layer of the blocks gets one format, embedding and head stay in 16 bits. Calibration: 64 windows of 256
 tokens, drawn with each of three seeds. Held-out text: standard errors of one run are clustered by document; those of
@@ -47,7 +47,7 @@ OUR_GPTQ, OURS = Gptq(), Slim()
 
 @dataclass(frozen=True)
 class Row:
-    """One way to quantize: a format's name with N in it, GPTQ, what it does on groups of mixed width, Block-AP or not."""
+    """One way to quantize: a format's name with N in it, GPTQ, what it does on groups of mixed width, Block-AP."""
 
     format: str
     gptq: Gptq = OUR_GPTQ
