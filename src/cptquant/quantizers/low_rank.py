@@ -27,7 +27,7 @@ from cptquant.packing.low_rank import RIGHT_UNIT, LowRankCorrection
 from cptquant.packing.quantized_weight import CorrectedWeight, QuantizedWeight, StoredWeight
 from cptquant.quantizers.grid import fit_grid, round_to_grid
 
-_EIGHT_BITS = QuantFormat(code_bits=8)
+_EIGHT_BITS, _JUDGED = QuantFormat(code_bits=8), QuantFormat(code_bits=3, granularity=64)
 _LARGEST_CODE = 127
 _OVERSAMPLED, _POWER_STEPS = 8, 4
 """Of the randomised SVD (Halko et al., arXiv 0909.4061): further directions, and passes that sharpen the spectrum."""
@@ -84,44 +84,35 @@ def round_with_low_rank(
 
 
 class LowRankSearch:
-    """What products leave of one matrix's error; formats that are asked for one after the other share what they can.
+    """What products of some ranks leave of one matrix's error; ranks that are asked for share what they can.
 
     Args:
         weight: (out_features, in_features) float32; its directions are looked for in all rows.
         damped: (in_features, in_features) float32, positive definite.
-        judged: rows that are rounded, int64; the others count as like them.
+        judged: rows that are rounded, int64; the others count as like them. None: all.
+
+    Raises:
+        ModelError: as `fit_grid`.
     """
 
     def __init__(self, weight: Tensor, damped: Tensor, scale_dtype: torch.dtype, judged: Tensor | None = None) -> None:
         self._weight, self._damped, self._dtype = weight, damped, scale_dtype
-        self._judged = torch.arange(len(weight)) if judged is None else judged
-        self._metric = _Dense(damped)
-        self._right: dict[int, Tensor] = {}
-        self._projected: dict[int, tuple[Tensor, Tensor]] = {}
-        self._before: dict[QuantFormat, float] = {}
+        self._rows = weight if judged is None else weight[judged]
+        self._metric, self._right = _Dense(damped), weight[:0]
+        self._before = self._error(self._rows, damped)
 
-    def ratio(self, fmt: QuantFormat) -> float:
-        """What the product leaves of tr(E H E') of rounding to nearest, with A not rounded; at most 1.
+    def ratio(self, rank: int) -> float:
+        """What the product leaves of tr(E H E') of rounding to 3 bits in groups of 64, A not rounded; at most 1.
 
-        Raises:
-            ModelError: as `fit_grid`.
+        Of rounding to 2 and 4 bits it leaves nearly the same.
         """
-        if fmt.base not in self._before:
-            self._before[fmt.base] = self._error(self._weight[self._judged], self._damped, fmt.base)
-        if fmt.rank not in self._projected:
-            self._projected[fmt.rank] = self._project(fmt.rank)
-        apart, moments = self._projected[fmt.rank]
-        before, left = self._before[fmt.base], self._error(self._weight[self._judged] - apart, moments, fmt.base)
-        return min(1.0, max(0.0, left) / before) if before > 0 else 1.0
+        if len(self._right) < rank:
+            self._right = _directions(self._weight, self._metric, rank)
+        apart, moments = self._metric.project(self._rows, self._right[:rank])  # the best come first
+        return min(1.0, max(0.0, self._error(self._rows - apart, moments)) / self._before) if self._before > 0 else 1.0
 
-    def _project(self, rank: int) -> tuple[Tensor, Tensor]:
-        if not any(known >= rank for known in self._right):
-            self._right[rank] = _directions(self._weight, self._metric, rank)
-        right = self._right[min(known for known in self._right if known >= rank)][:rank]  # the best come first
-        return self._metric.project(self._weight[self._judged], right)
-
-    def _error(self, values: Tensor, moments: Tensor, base: QuantFormat) -> float:
-        rounded = round_to_grid(values, base, self._dtype, importance=moments.diagonal().clamp(min=0))
+    def _error(self, values: Tensor, moments: Tensor) -> float:
+        rounded = round_to_grid(values, _JUDGED, self._dtype, importance=moments.diagonal().clamp(min=0))
         found = rounded.dequantize().sub_(values)
         return float(((found @ moments) * found).sum(dtype=torch.float64))
 

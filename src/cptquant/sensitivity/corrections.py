@@ -7,8 +7,8 @@ in the original model.
 
 A power because GPTQ and its descent make up for much of the same error. Columns: the root, over 11 sites of two models,
 codes of 2, 3 and 4 bits and 1, 2 and 4 % of the columns (99 cells, benchmarks/columns_construction.py) 3 % too high in
-the mean and off by 10 % (standard deviation of the logarithm). Low rank: the power of 0.7, at the same sites with ranks
-1, 2, 4 and 8 (132 cells, on which it was chosen) right in the mean to 1 %, off by 10 %.
+the mean and off by 10 % (standard deviation of the logarithm). Low rank: powers by width, chosen on the same sites with
+ranks 1, 2, 4 and 8 (132 cells), on which they are right in the mean to 1 % and off by 8 %.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,10 +37,12 @@ _ROWS = 128
 """Rows of a matrix, evenly spread, that are rounded; all rows of a matrix read the same inputs."""
 _LOW_RANK_ROWS = 1024
 """Rows whose leading directions are looked for: those of few rows hold more of them than those of all."""
-_COLUMNS_POWER, _LOW_RANK_POWER = 0.5, 0.7
+_COLUMNS_POWER = 0.5
+_LOW_RANK_POWER = {2: 0.89, 3: 0.72, 4: 0.56}
+"""By code bits; of wider codes as of the widest here."""
 RULE_TEXT = (
     "damage of the codes alone x what the correction leaves of the output error of rounding, to the power of "
-    f"{_COLUMNS_POWER:g} (columns) or {_LOW_RANK_POWER:g} (low rank)"
+    f"{_COLUMNS_POWER:g} (columns) or {', '.join(f'{p:g} at {b} bits' for b, p in _LOW_RANK_POWER.items())} (low rank)"
 )
 
 
@@ -61,7 +63,7 @@ def add_corrections(
     """The scores of `without_corrections(formats)`, with damages of corrected formats beside them.
 
     Costs a forward pass on `_SEQUENCES` sequences with the second moments of every such site's inputs, and a site and
-    format five roundings of `_ROWS` rows, or one and a part of a randomised SVD of `_LOW_RANK_ROWS`.
+    column format five roundings of `_ROWS` rows, a site and rank one, and a site with ranks a randomised SVD.
     """
     corrected = corrected_formats(formats)
     ratios = correction_ratios(model, tokens, corrected, progress)
@@ -128,11 +130,13 @@ def _ratios(
     search = ColumnSearch(_some_rows(weight, _ROWS), moment, dtype)
     widest = sorted((fmt for fmt in formats if fmt.storage == "columns"), key=lambda fmt: -fmt.column_share)
     found = {fmt.name: search.find(fmt).ratio ** _COLUMNS_POWER for fmt in widest}
-    ranked = sorted((fmt for fmt in formats if fmt.storage == "low-rank"), key=lambda fmt: -fmt.rank)
+    ranked = [fmt for fmt in formats if fmt.storage == "low-rank"]
     if ranked:
         rows = _some_rows(weight, _LOW_RANK_ROWS)
         products = LowRankSearch(rows, moment, dtype, _spread(len(rows), _ROWS))
-        found |= {fmt.name: products.ratio(fmt) ** _LOW_RANK_POWER for fmt in ranked}
+        ratios = {rank: products.ratio(rank) for rank in sorted({fmt.rank for fmt in ranked}, reverse=True)}
+        widest = max(_LOW_RANK_POWER)
+        found |= {fmt.name: ratios[fmt.rank] ** _LOW_RANK_POWER[min(fmt.code_bits, widest)] for fmt in ranked}
     return found
 
 
