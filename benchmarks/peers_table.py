@@ -30,6 +30,8 @@ RECIPES = {
     "cptquant gptq, own text": "--quantizer gptq --own-text 256",
     "cptquant block-ap": "--quantizer block-ap",  # the default of models of this size
     "cptquant kl-rounding": "--quantizer kl-rounding",
+    "cptquant block-ap, low rank": "--quantizer block-ap --target torch",
+    "cptquant kl-rounding, low rank": "--quantizer kl-rounding --target torch",
 }
 BUDGETS = (2.5, 3.0, 3.5, 4.0)
 

@@ -58,7 +58,7 @@ class Student:
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names that do not depend on how the module is wrapped, and what moves."""
         for site, layer in self.layers.items():
-            for name in ("latent", "log_steps", "zeros"):
+            for name in ("latent", "log_steps", "zeros", "left"):
                 parameter = cast(nn.Parameter | None, getattr(layer, name))
                 if parameter is not None:
                     yield f"{site}.{name}", parameter

@@ -43,6 +43,7 @@ class Schedule:
         steps: optimizer steps. batch_sequences: sequences in each, all processes together.
         latent_rate: Adam's rate of a latent weight, in steps of its group's grid.
         step_rate: of a grid's step, relative. zero_rate: of a zero point, in codes. other_rate: of norms and biases.
+        left_rate: of the left factor of a product of low rank, in steps of the grid (the mean).
         warm_up: share of the steps over which rates rise; then they fall along a cosine to a tenth.
         checks: how often held-out text is looked at. saves: how often a checkpoint is written.
         gradient_checkpointing: run blocks again on the way back instead of keeping their activations.
@@ -54,6 +55,7 @@ class Schedule:
     step_rate: float = 5e-4
     zero_rate: float = 0.01
     other_rate: float = 1e-3
+    left_rate: float = 0.015
     warm_up: float = 0.05
     checks: int = 10
     saves: int = 5
@@ -86,7 +88,7 @@ class Training:
         return min((look.held_out_loss for look in self.looks), default=math.inf)
 
 
-_RATES = {"latent": "latent_rate", "log_steps": "step_rate", "zeros": "zero_rate"}
+_RATES = {"latent": "latent_rate", "log_steps": "step_rate", "zeros": "zero_rate", "left": "left_rate"}
 """Last part of a parameter's name -> its rate in `Schedule`; norms and biases have the other one."""
 
 
@@ -203,7 +205,9 @@ class _StudentTrainer(Trainer):
                 for kind, found in groups.items()
             ]
             layers = self._student.layers.values()
-            self.optimizer = GridAdam(made, {v.latent: v.latent_unit for v in layers if v.latent is not None})
+            units = {layer.latent: layer.latent_unit for layer in layers if layer.latent is not None}
+            units |= {layer.left: layer.left_unit for layer in layers if layer.left is not None}
+            self.optimizer = GridAdam(made, units)
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -135,9 +135,13 @@ def _ratios(
         rows = _some_rows(weight, _LOW_RANK_ROWS)
         products = LowRankSearch(rows, moment, dtype, _spread(len(rows), _ROWS))
         ratios = {rank: products.ratio(rank) for rank in sorted({fmt.rank for fmt in ranked}, reverse=True)}
-        widest = max(_LOW_RANK_POWER)
-        found |= {fmt.name: ratios[fmt.rank] ** _LOW_RANK_POWER[min(fmt.code_bits, widest)] for fmt in ranked}
+        found |= {fmt.name: ratios[fmt.rank] ** low_rank_power(fmt) for fmt in ranked}
     return found
+
+
+def low_rank_power(fmt: QuantFormat) -> float:
+    """What turns the ratio of rounding into that of GPTQ."""
+    return _LOW_RANK_POWER[min(fmt.code_bits, max(_LOW_RANK_POWER))]
 
 
 def _spread(rows: int, count: int) -> Tensor:

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from cptquant.core.formats import QuantFormat, block_format
 from cptquant.packing.block_weight import BlockWeight
-from cptquant.packing.quantized_weight import QuantizedWeight
+from cptquant.packing.low_rank import LowRankCorrection
+from cptquant.packing.quantized_weight import CorrectedWeight, QuantizedWeight
 from cptquant.packing.segments import SegmentedWeight
 from cptquant.quantizers.block_grid import round_to_blocks
 from cptquant.quantizers.blocks.surrogates import Surrogate
 from cptquant.quantizers.blocks.trained_grid import TrainedGrid, start_latent
 from cptquant.quantizers.blocks.trained_layer import TrainedLinear, Trains, quantize_tokens
+from cptquant.quantizers.rtn import Rtn
 from cptquant.quantizers.slim_round import round_to_segments
 
 FORMATS = ("int2-g16", "int3-g32", "int4-channel", "int4-g16-asym", "int8-tensor", "int3-g24")
@@ -178,3 +180,29 @@ def test_tokens_are_quantized_each_with_a_step_of_its_own() -> None:
     found.sum().backward()
     assert torch.equal(hidden.grad, torch.ones(2, 3))
     assert torch.equal(quantize_tokens(torch.zeros(1, 3), 8), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_left_factor_of_a_product_moves_inside_its_bits(dtype: torch.dtype) -> None:
+    """Its gradient is the weight's times the right factor; what is stored is what was run, at the codes' ends too."""
+    weight = weight_of(8, 64)
+    weight += torch.outer(torch.linspace(-1, 1, 8), torch.linspace(1, 2, 64))
+    start = Rtn()(weight, QuantFormat.parse("int3-g32-r2"), dtype)
+    assert isinstance(start, CorrectedWeight) and isinstance(start.correction, LowRankCorrection)
+    layer = TrainedLinear(start, weight, None, Trains(), Surrogate())
+    assert layer.left is not None and torch.equal(layer.weight, start.dequantize())
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    layer.weight.backward(gradient)
+    expected = gradient @ (start.correction.right.float() / 128).t()
+    torch.testing.assert_close(layer.left.grad, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        layer.left += 3.4 * start.correction.scales.float()
+        layer.left[0] = -1e6
+    stored = layer.stored()
+    assert isinstance(stored, CorrectedWeight) and isinstance(stored.correction, LowRankCorrection)
+    moved = stored.correction.left.int() - start.correction.left.int()
+    assert bool((stored.correction.left[0] == torch.where(start.correction.scales > 0, -128, 127)).all())
+    assert bool((moved[1:] == torch.minimum(torch.tensor(3), 127 - start.correction.left[1:].int())).all())
+    assert torch.equal(layer.weight, stored.dequantize())
+    fixed = TrainedLinear(start, weight, None, CODES_ONLY, Surrogate())
+    assert fixed.left is None and torch.equal(fixed.weight, start.dequantize())

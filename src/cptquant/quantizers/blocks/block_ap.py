@@ -35,6 +35,7 @@ class BlockAp:
         surrogate: what stands in for the slope of rounding.
         latent_rate: of latent weights, in steps of their layer's grid (the mean). step_rate: of steps, relative.
         zero_rate: of zero points, in codes.
+        left_rate: of the left factor of a product of low rank, in steps of the grid (the mean), as latent weights'.
         other_rate: of norms and biases; 0 leaves them.
     """
 
@@ -43,6 +44,7 @@ class BlockAp:
     latent_rate: float = 0.005
     step_rate: float = 3e-4
     zero_rate: float = 0.01
+    left_rate: float = 0.06
     other_rate: float = 0.0
 
     flag = "blockwise"
@@ -77,5 +79,6 @@ class BlockAp:
             (layer.latent, self.latent_rate * float(layer.grid.steps.abs().mean())),
             (layer.log_steps, self.step_rate),
             (layer.zeros, self.zero_rate),
+            (layer.left, self.left_rate * float(layer.left_unit())),
         ]
         return [Group([parameter], rate) for parameter, rate in rated if parameter is not None and rate > 0]

@@ -3,7 +3,7 @@
 Every stored form says value = s (q - z) + b with integer codes q inside [low, high], one step s a group of columns
 (a zero point z in asymmetric formats; an offset b and fixed s in GGUF's blocks). Training moves s and z of a grid
 whose steps are 16-bit floats; those of GGUF's blocks and the one-bit groups of mixed widths are products of stored
-parts and stay as they are. So does a correction (of columns, or of low rank): what is trained are the codes beside it.
+parts and stay as they are. So do corrected columns: what is trained are the codes beside them.
 """
 
 from collections.abc import Callable

@@ -10,14 +10,15 @@ through), so that what is written afterwards equals what was trained bit for bit
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from cptquant.packing.quantized_weight import StoredWeight
+from cptquant.packing.low_rank import RIGHT_UNIT, LowRankCorrection
+from cptquant.packing.quantized_weight import CorrectedWeight, StoredWeight
 from cptquant.quantizers.blocks.fake_quantize import fake_quantize, nearest_codes
 from cptquant.quantizers.blocks.surrogates import Surrogate
 from cptquant.quantizers.blocks.trained_grid import TrainedGrid, grouped, start_latent
@@ -28,7 +29,8 @@ class Trains:
     """What of a layer's weight moves.
 
     Attributes:
-        latent: the weight itself. steps, zeros: of the grid, where its form lets them move.
+        latent: the weight itself and, of a product of low rank beside the codes, the left factor.
+        steps, zeros: of the grid, where its form lets them move.
         multipliers: steps move as multiples of what they were, not by their logarithms (QSLAW, arXiv 2408.03735).
     """
 
@@ -51,6 +53,8 @@ class TrainedLinear(nn.Module):
     Attributes:
         latent: float32 (rows, columns) in stored order, or None. log_steps: ln |s|, (rows or 1, groups), or None; of
         multipliers the ratio to the first step. zeros: float32, the same shape, or None.
+        left: of a product of low rank, float32 (rows, rank), or None; its codes stay inside 8 bits, its scales and the
+        right factor stay as they are.
     """
 
     steps: Tensor
@@ -92,6 +96,11 @@ class TrainedLinear(nn.Module):
         self.zeros = nn.Parameter(cast(Tensor, grid.zeros).clone()) if movable else None
         self.moves_codes = False
         self._value_gradient: Tensor | None = None
+        product = grid.correction if trains.latent else None
+        self.left = nn.Parameter(product.columns()) if isinstance(product, LowRankCorrection) else None
+        if isinstance(product, LowRankCorrection):
+            self.register_buffer("right", product.right.double() / RIGHT_UNIT)
+            self.register_buffer("product_scales", product.scales.float())
         self._steps_factor = 1 / math.sqrt(grid.width * max(1.0, float(torch.as_tensor(grid.high).max())))
 
     @property
@@ -111,7 +120,7 @@ class TrainedLinear(nn.Module):
                 values.register_hook(self._add_value_gradient)
         if self.offsets is not None:
             values = values + self.offsets.repeat_interleave(grid.width, dim=1)[:, : self.in_features]
-        values = grid.corrected(values)
+        values = grid.corrected(values) if self.left is None else values + self.present_product(self.left)
         return values if self.order is None else values.index_select(1, self.order)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -127,11 +136,29 @@ class TrainedLinear(nn.Module):
             steps, zeros = self.present_steps(), self.present_zeros()
             codes = self.codes if self.latent is None else self._codes(steps, zeros)
             stored_zeros = None if zeros is None or self.grid.moves is not None else zeros.to(torch.int8)
-            return self.grid.rebuild(codes, steps, stored_zeros)
+            found = self.grid.rebuild(codes, steps, stored_zeros)
+            if self.left is None:
+                return found
+            assert isinstance(found, CorrectedWeight) and isinstance(found.correction, LowRankCorrection)
+            left = self._left_codes(self.left).to(torch.int8)
+            return replace(found, correction=replace(found.correction, left=left))
 
     def latent_unit(self) -> Tensor:
         """|s| of every latent weight, broadcastable against it."""
         return self.spread(self.present_steps().detach().abs())
+
+    def left_unit(self) -> Tensor:
+        """The mean |s| of the grid, beside which changes of the left factor are told."""
+        return self.present_steps().detach().abs().mean()
+
+    def present_product(self, left: Tensor) -> Tensor:
+        """float32 (rows, columns), the left factor rounded to its codes (straight through); summed as it is stored."""
+        rounded = replaced(left, self._left_codes(left) * self.get_buffer("product_scales"))
+        return (rounded.double() @ self.get_buffer("right")).float()
+
+    def _left_codes(self, left: Tensor) -> Tensor:
+        """Whole numbers of 8 bits, float32 (rows, rank)."""
+        return (left.detach() / self.get_buffer("product_scales")).round_().clamp_(-128, 127)
 
     def follow_codes(self) -> None:
         """From now on codes may be changed from outside, and the gradient of the weight is kept for that."""
