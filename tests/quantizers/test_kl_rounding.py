@@ -10,10 +10,11 @@ from quantizers.test_quantize import Collected, assert_same_bits, make_model, ma
 
 from cptquant.core.errors import DataError
 from cptquant.models.load import LoadedModel, load_model
-from cptquant.models.stream import ModelStream
+from cptquant.models.stream import ModelStream, write_weight_
 from cptquant.models.text import TokenSet
 from cptquant.packing.block_weight import BlockWeight
-from cptquant.packing.quantized_weight import QuantizedWeight
+from cptquant.packing.low_rank import LowRankCorrection
+from cptquant.packing.quantized_weight import CorrectedWeight, QuantizedWeight, StoredWeight
 from cptquant.quantizers import kl_rounding
 from cptquant.quantizers.blocks.block_ap import BlockAp
 from cptquant.quantizers.blocks.block_training import Pace
@@ -128,6 +129,33 @@ def test_planted_codes_come_back(tmp_path: Path) -> None:
     assert wrong[True] < 0.5 * wrong[False]
 
 
+def test_planted_left_factors_come_back(tmp_path: Path) -> None:
+    """The model is what was stored; of the start's products the left factors are off, and nothing else may move."""
+    model = make_model("llama", tmp_path)
+    plan, tokens = make_plan(model, linear="int4-g16-r2"), make_tokens(sequences=48)
+    first = FinishedInMemory()
+    quantize_sites(model, plan, POOR, tokens, first.keep)
+    off: dict[str, StoredWeight] = {}
+    generator = torch.Generator().manual_seed(0)
+    for site in model.layout.block_sites:
+        stored = first.quantized(site.name)
+        assert isinstance(stored, CorrectedWeight) and isinstance(stored.correction, LowRankCorrection)
+        write_weight_(model.module.get_submodule(site.name), site, stored.dequantize())
+        left = stored.correction.left
+        moved = left.int() + torch.randint(-9, 10, left.shape, generator=generator)
+        product = replace(stored.correction, left=moved.clamp(-128, 127).to(torch.int8))
+        off[site.name] = replace(stored, correction=product)
+    start = FinishedInMemory()
+    start.keep(0, off, [])
+    method = replace(QUICK, steps=100, code_rate=0.0, scale_rate=0.0, left_rate=0.05)
+    learned = learn_model(model, start, method, tokens)
+    assert learned.held_out_after < 0.2 * learned.held_out_before
+    for name, weight in learned.weights.items():
+        assert isinstance(weight, CorrectedWeight) and torch.equal(weight.codes, off[name].codes)
+    still = learn_model(model, start, replace(method, left_rate=0.0, steps=4), tokens)
+    assert still.held_out_after == still.held_out_before
+
+
 @pytest.mark.parametrize("rate", (0.02, 30.0))
 def test_the_start_stays_where_nothing_is_better(rate: float, tmp_path: Path) -> None:
     model = make_model("llama", tmp_path)
@@ -162,7 +190,13 @@ def test_the_same_bits_every_time_and_nothing_else_touched(method, name: str, tm
     model, tokens = make_model(name, tmp_path), make_tokens()
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
     plan = make_plan(
-        model, linear="int3-g16", k_proj="int4-g16-asym", v_proj="bfloat16", o_proj="Q4_1", query="int3-channel"
+        model,
+        linear="int3-g16",
+        k_proj="int4-g16-asym",
+        v_proj="bfloat16",
+        o_proj="Q4_1",
+        fc1="int3-g16-r2",
+        query="int3-channel",
     )
     one, other = run(model, plan, method, tokens), run(model, plan, method, tokens)
     first = run(model, plan, POOR, tokens).weights

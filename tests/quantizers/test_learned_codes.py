@@ -142,3 +142,28 @@ def test_scales_never_vanish_or_overflow() -> None:
     assert torch.equal(learned.stored().scales, stored.scales)
     learned.scales.fill_(torch.inf)
     assert torch.equal(learned.stored().scales, stored.scales)
+
+
+@pytest.mark.parametrize("name", ["int3-g16-r2", "int4-channel-asym-r3"])
+def test_the_left_factor_of_a_product_is_learned_inside_its_bits(name: str) -> None:
+    stored, weight = start(name)
+    learned = LearnedWeight(stored, weight, reach=1.0)
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    product = stored.correction
+    by_left = learned.left_gradient(gradient)
+    assert learned.left is not None and by_left is not None
+    moved = torch.zeros_like(product.columns())
+    moved[1, 0] = 1.0  # one number of the factor: the value's change is a row of the right one
+    change = moved @ (product.right.float() / 128)
+    assert float(by_left[1, 0]) == pytest.approx(float((gradient * change).sum()), rel=1e-5)
+    learned.left.add_(5.3 * product.scales.float())
+    learned.left[0] = 1e6
+    changed = learned.stored()
+    assert torch.equal(learned.value(), changed.dequantize())
+    assert torch.equal(changed.codes, stored.codes) and torch.equal(changed.correction.right, product.right)
+    steps = changed.correction.left[1:].int() - product.left[1:].int()
+    assert bool((steps == torch.minimum(torch.tensor(5), 127 - product.left[1:].int())).all())
+    assert bool((changed.correction.left[0].int().abs() >= 127).all())
+    assert torch.equal(decode(encode(changed), stored.format, stored.shape).dequantize(), changed.dequantize())
+    plain, _ = start("int3-g16")
+    assert LearnedWeight(plain, weight, reach=1.0).left_gradient(gradient) is None

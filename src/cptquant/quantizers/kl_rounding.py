@@ -81,7 +81,8 @@ class KlRounding(GoesOn):
         start: makes the solution learning starts from.
         steps: gradient steps. batch_sequences: sequences in each.
         code_rate: step of an offset whose gradient has its row's root mean square, in steps of the grid.
-        scale_rate: relative step of a scale. Both rise over the first twentieth and then fall linearly to 0.
+        scale_rate: relative step of a scale. left_rate: step of the left factor of a product of low rank by Adam's
+            rule, in steps of the grid (the mean). All rise over the first twentieth and then fall linearly to 0.
         state_weight: w above; 0 learns on the KL alone.
         momentum, memory: of the gradient's mean and of its mean square, per step.
         damping: fraction of the mean diagonal added to the Hessians.
@@ -96,6 +97,7 @@ class KlRounding(GoesOn):
     batch_sequences: int = 8
     code_rate: float = 0.0005
     scale_rate: float = 5e-4
+    left_rate: float = 0.02
     state_weight: float = 8.0
     momentum: float = 0.9
     memory: float = 0.95
@@ -168,6 +170,9 @@ class _State:
         self._row_square = offsets.new_zeros(len(offsets), 1)
         self._scale_momentum = torch.zeros_like(self._row_square if scales is None else scales)
         self._scale_square = torch.zeros_like(self._scale_momentum)
+        left = variable.weight.left
+        self._left_momentum = None if left is None else torch.zeros_like(left)
+        self._left_square = None if left is None else torch.zeros_like(left)
 
     def step_(self, gradient: Tensor, method: KlRounding, count: int, rate: float) -> None:
         """One step from dL/dvalue. `count` counts from 1; `rate` is the schedule's factor."""
@@ -190,7 +195,20 @@ class _State:
             size = (self._scale_square / squared).sqrt_().clamp_(min=_TINY)
             scales = self._scale_momentum / size * (method.scale_rate * rate / started)
         weight.move_(offsets, scales)
+        self._move_left_(gradient, method, count, rate)
         self.variable.write_()
+
+    def _move_left_(self, gradient: Tensor, method: KlRounding, count: int, rate: float) -> None:
+        """Adam's rule for the left factor of a product of low rank."""
+        weight, mean, square = self.variable.weight, self._left_momentum, self._left_square
+        found = weight.left_gradient(gradient)
+        if found is None or weight.left is None or mean is None or square is None:
+            return
+        mean.lerp_(found, 1 - method.momentum)
+        square.mul_(method.memory).addcmul_(found, found, value=1 - method.memory)
+        size = (square / (1 - method.memory**count)).sqrt_().clamp_(min=_TINY)
+        pace = method.left_rate * rate * weight.left_unit() / (1 - method.momentum**count)
+        weight.left.sub_(mean / size * pace)
 
 
 def _inverse_hessians(stream: ModelStream, block: nn.Module, wanted: Sequence[str], method: KlRounding) -> _Inverses:

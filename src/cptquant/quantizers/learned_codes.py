@@ -12,7 +12,8 @@ Gradients. With g = dL/dvalue, rounding is passed straight through (d round(v)/d
 on s, so dL/ds = sum over the group of g (q - z) is exact. v is kept where the code is inside its range, so clipping
 needs no case of its own.
 
-A correction (of columns, or of low rank) is fixed, and the codes are learned around it; corrected columns have none.
+Corrected columns are fixed, and the codes of the others are learned around them. Of a product of low rank A B the left
+factor may be learned as well, rounded to its 8 bits straight through: dL/dA = g B'.
 
 v starts at W/s + z - q0 where that rounds to q0, else at the nearer end of q0's cell: how far the solution stands from
 each neighbour is what the original weight says about it.
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from cptquant.packing.block_weight import BlockWeight
-from cptquant.packing.quantized_weight import CorrectedWeight, QuantizedWeight
+from cptquant.packing.low_rank import RIGHT_UNIT, LowRankCorrection
+from cptquant.packing.quantized_weight import CorrectedWeight, Correction, QuantizedWeight
 from cptquant.quantizers.grid import code_range
 
 Learnable = QuantizedWeight | BlockWeight | CorrectedWeight
@@ -45,11 +47,13 @@ class LearnedWeight:
     Attributes:
         offsets: v, float32 (out_features, in_features).
         scales: float32, shape of the stored scales; None where they are fixed.
+        left: of a product of low rank beside the codes, float32 (out_features, rank); None where there is none.
     """
 
     def __init__(self, start: Learnable, original: Tensor, *, reach: float, learns_scales: bool = True) -> None:
         self.start, self._reach = start, reach
         self._correction = start.correction if isinstance(start, CorrectedWeight) else None
+        self.left = self._correction.columns() if isinstance(self._correction, LowRankCorrection) else None
         self._codes = start.base if isinstance(start, CorrectedWeight) else start
         self._low, self._high = _code_limits(self._codes)
         # One number a group of `_width` columns, (rows or 1, groups).
@@ -72,7 +76,7 @@ class LearnedWeight:
             codes.sub_(self._spread(self._zeros))
         values = self._times(codes, self._stored_steps())
         if self._correction is not None:
-            return self._correction.added(values)
+            return self._present(self._correction).add_(values)
         return values if self._added is None else values.add_(self._spread(self._added))
 
     def stored(self) -> Learnable:
@@ -84,7 +88,7 @@ class LearnedWeight:
             steps = self._stored_steps().to(start.scales.dtype)
             found = replace(start, codes=self.codes(), scales=steps.view_as(start.scales))
         if isinstance(self.start, CorrectedWeight) and isinstance(found, QuantizedWeight):
-            return replace(self.start, base=found)
+            return replace(self.start, base=found, correction=self._present(self.start.correction))
         return found
 
     def gradients(
@@ -96,9 +100,29 @@ class LearnedWeight:
         by_scale = None
         if self.scales is not None:
             if self._correction is not None:
-                value = self._correction.without(value)
+                value = self._present(self._correction).without(value)
             by_scale = self._sum_groups(gradient * value)  # s times the sum of g (q - z)
         return self._times(gradient, self._stored_steps()), by_scale
+
+    def left_gradient(
+        self,
+        gradient: Tensor,  # (out_features, in_features): dL/dvalue
+    ) -> Tensor | None:
+        """dL/dleft, (out_features, rank); None where there is no product."""
+        if not isinstance(self._correction, LowRankCorrection):
+            return None
+        return (gradient @ (self._correction.right.float() / RIGHT_UNIT).t()).float()  # coarse where that is allowed
+
+    def left_unit(self) -> float:
+        """The mean step of the grid, beside which changes of the left factor are told."""
+        return float(self._stored_steps().abs().mean())
+
+    def _present(self, correction: Correction) -> Correction:
+        """With the left factor as it would be stored now."""
+        if self.left is None or not isinstance(correction, LowRankCorrection):
+            return correction
+        codes = (self.left / correction.scales.float()).round_().clamp_(-128, 127).to(torch.int8)
+        return correction if torch.equal(codes, correction.left) else replace(correction, left=codes)
 
     def move_(
         self,
