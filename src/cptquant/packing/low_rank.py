@@ -88,7 +88,7 @@ class LowRankCorrection:
         values: Tensor,  # (out_features, in_features), any device
     ) -> Tensor:
         """A new matrix without the correction."""
-        return values - self._kept.to(values.device)
+        return values - self.values().to(values.device)
 
     @property
     def fixed_columns(self) -> Tensor | None:
