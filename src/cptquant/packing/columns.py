@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cptquant.core.errors import ArtifactError
 from cptquant.core.formats import QuantFormat
+from cptquant.packing.stored_tensors import check_tensors
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16)
 CODES, SCALES, COLUMNS = "weight_correction", "weight_correction_scale", "weight_correction_columns"
@@ -121,15 +122,7 @@ def decode_correction(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tu
     count = fmt.column_count(columns)
     expected = {CODES: ((torch.int8,), (rows, count)), SCALES: (_SCALE_DTYPES, (count,)),
                 COLUMNS: ((torch.uint16,), (count,))}  # fmt: skip
-    for name, (dtypes, wanted) in expected.items():
-        found = tensors.get(name)
-        if found is None:
-            raise ArtifactError(f"tensor {name} of a {fmt.name} matrix {shape} is missing; quantize again")
-        if found.dtype not in dtypes or tuple(found.shape) != wanted:
-            raise ArtifactError(
-                f"tensor {name} of a {fmt.name} matrix {shape} must be {dtypes[0]} {wanted}, found {found.dtype} "
-                f"{tuple(found.shape)}; the file does not belong to this plan: quantize again"
-            )
+    check_tensors(tensors, expected, fmt, shape)
     numbers = tensors[COLUMNS].to(torch.int64)
     if int(numbers[-1]) >= columns or not bool((numbers.diff() > 0).all()):
         raise ArtifactError(

@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cptquant.core.errors import ArtifactError
 from cptquant.core.formats import QuantFormat
+from cptquant.packing.stored_tensors import check_tensors
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16)
 LEFT, RIGHT, PRODUCT_SCALES = "weight_low_rank_left", "weight_low_rank_right", "weight_low_rank_scale"
@@ -135,13 +135,5 @@ def decode_low_rank(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tupl
     rows, columns = shape
     expected = {LEFT: ((torch.int8,), (rows, fmt.rank)), RIGHT: ((torch.int8,), (fmt.rank, columns)),
                 PRODUCT_SCALES: (_SCALE_DTYPES, (fmt.rank,))}  # fmt: skip
-    for name, (dtypes, wanted) in expected.items():
-        found = tensors.get(name)
-        if found is None:
-            raise ArtifactError(f"tensor {name} of a {fmt.name} matrix {shape} is missing; quantize again")
-        if found.dtype not in dtypes or tuple(found.shape) != wanted:
-            raise ArtifactError(
-                f"tensor {name} of a {fmt.name} matrix {shape} must be {dtypes[0]} {wanted}, found {found.dtype} "
-                f"{tuple(found.shape)}; the file does not belong to this plan: quantize again"
-            )
+    check_tensors(tensors, expected, fmt, shape)
     return LowRankCorrection(tensors[LEFT], tensors[RIGHT], tensors[PRODUCT_SCALES])

@@ -18,6 +18,7 @@ from cptquant.packing.block_weight import BlockWeight, join_block_rows
 from cptquant.packing.columns import ColumnCorrection, decode_correction, encode_correction
 from cptquant.packing.low_rank import LowRankCorrection, decode_low_rank, encode_low_rank
 from cptquant.packing.segments import SegmentedWeight, decode_segments, encode_segments, join_segmented_rows
+from cptquant.packing.stored_tensors import Expected, check_tensors
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
 Correction = ColumnCorrection | LowRankCorrection
@@ -242,16 +243,7 @@ def decode(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, in
         assert isinstance(base, QuantizedWeight)
         read = decode_low_rank if fmt.storage == "low-rank" else decode_correction
         return CorrectedWeight(fmt, base, read(tensors, fmt, shape))
-    for name, (dtype, expected) in _stored_tensors(fmt, shape).items():
-        found = tensors.get(name)
-        if found is None:
-            raise ArtifactError(f"tensor {name} of a {fmt.name} matrix {shape} is missing; quantize again")
-        dtypes = SCALE_DTYPES if name == "weight_scale" else (dtype,)
-        if found.dtype not in dtypes or tuple(found.shape) != expected:
-            raise ArtifactError(
-                f"tensor {name} of a {fmt.name} matrix {shape} must be {dtype} {expected}, "
-                f"found {found.dtype} {tuple(found.shape)}; the file does not belong to this plan: quantize again"
-            )
+    check_tensors(tensors, _stored_tensors(fmt, shape), fmt, shape)
     if fmt.storage == "blocks":
         return BlockWeight.unpack(fmt, tensors["weight_blocks"], shape[1])
     if fmt.storage == "packed":
@@ -270,20 +262,20 @@ def decode(tensors: Mapping[str, Tensor], fmt: QuantFormat, shape: tuple[int, in
     return QuantizedWeight(fmt, codes, tensors["weight_scale"], zeros)
 
 
-def _stored_tensors(fmt: QuantFormat, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of every tensor a format writes; scales may be either 16-bit float."""
+def _stored_tensors(fmt: QuantFormat, shape: tuple[int, int]) -> Expected:
+    """Every tensor a format writes; scales may be either 16-bit float."""
     rows, columns = shape
     if fmt.storage == "blocks":
-        return {"weight_blocks": (torch.uint8, (rows, fmt.stored_bytes(1, columns)))}
+        return {"weight_blocks": ((torch.uint8,), (rows, fmt.stored_bytes(1, columns)))}
     scales = scale_shape(fmt, rows, columns)
-    stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight_scale": (torch.float16, scales)}
+    stored: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {"weight_scale": (SCALE_DTYPES, scales)}
     if fmt.storage == "plain":
-        stored["weight"] = (torch.int8, (rows, columns))
+        stored["weight"] = ((torch.int8,), (rows, columns))
     else:
-        stored["weight_packed"] = (torch.int32, (rows, -(-columns * fmt.code_bits // 32)))
-        stored["weight_shape"] = (torch.int64, (2,))
+        stored["weight_packed"] = ((torch.int32,), (rows, -(-columns * fmt.code_bits // 32)))
+        stored["weight_shape"] = ((torch.int64,), (2,))
     if not fmt.symmetric:
         packs_zeros = fmt.storage == "packed" and fmt.granularity != "tensor"
         packed = (-(-rows * fmt.code_bits // 32), fmt.group_count(columns))
-        stored["weight_zero_point"] = (torch.int32, packed) if packs_zeros else (torch.int8, scales)
+        stored["weight_zero_point"] = ((torch.int32,), packed) if packs_zeros else ((torch.int8,), scales)
     return stored
