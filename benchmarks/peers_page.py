@@ -138,7 +138,8 @@ def cells(rows: Rows) -> list[str]:
 def draw(rows: Rows, path: Path) -> None:
     """KL against bits, one line a tool, two standard errors."""
     models, tools = unique(row["model"] for row in rows), unique(row["tool"] for row in rows)
-    colours = dict(zip(tools, pyplot.get_cmap("tab10")(range(len(tools))), strict=True))
+    peers = [tool for tool in tools if not is_ours(tool)]
+    colours = dict(zip(peers, pyplot.get_cmap("tab10")(range(len(peers))), strict=True))
     ours = [tool for tool in tools if is_ours(tool)]
     shapes = dict(zip(ours, "Dsv^P*Xp"[: len(ours)].ljust(len(ours), "D"), strict=True))
     figure, axes = pyplot.subplots(
