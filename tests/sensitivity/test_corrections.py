@@ -32,6 +32,7 @@ def test_a_corrected_format_has_the_damage_of_its_codes_times_a_ratio(toy, text,
             for fmt in row[1:]:
                 base = alone.damages[site][fmt.base.name]
                 assert 0 < damages[fmt.name].value <= base.value and damages[fmt.name].n == base.n
+                assert fmt.storage == "low-rank" or damages[fmt.name].value < base.value
                 lower[fmt.name] += damages[fmt.name].value < base.value
     assert min(lower.values()) > len(table.damages) // 2
     assert table.metadata["corrections_sequences"] == tokens.sequence_count

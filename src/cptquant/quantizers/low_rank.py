@@ -187,7 +187,7 @@ def _directions(values: Tensor, metric: _Dense | _Diagonal, rank: int) -> Tensor
     """B, rounded: codes / `RIGHT_UNIT`, float32 (rank, in_features)."""
     wanted = metric.to_root(values)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # of the processor alone, which is what is put back
         count = min(rank + _OVERSAMPLED, *wanted.shape)
         _, _, vectors = torch.svd_lowrank(wanted, q=count, niter=_POWER_STEPS)
     right = metric.from_root(vectors[:, :rank].t().contiguous())
